@@ -1,0 +1,90 @@
+"""The forward process and the training loss (Eq. 6 to 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def alphas_cumprod(
+    steps: int = 1000,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    beta_schedule: str = "scaled_linear",
+) -> Tensor:
+    """ᾱ_t for t = 0 … steps−1, a (steps,) float32 tensor that falls from near 1 to near 0.
+
+    The defaults are Stable Diffusion's. `beta_schedule` is "scaled_linear" (linear in √β) or
+    "linear"; anything else raises ValueError. Computed in float64, because a product of a
+    thousand float32 factors loses the digits that small ᾱ need.
+    """
+    if beta_schedule == "scaled_linear":
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    elif beta_schedule == "linear":
+        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+    else:
+        raise ValueError(
+            f'The beta schedule must be "scaled_linear" or "linear", not {beta_schedule!r}.'
+        )
+    return torch.cumprod(1.0 - betas, dim=0).float()
+
+
+def add_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ν_t (Eq. 7; with one ν_t for every frame, Eq. 8).
+
+    Args:
+        x0: clean latents, any shape.
+        noise: ν_t, broadcastable to x0; shared noise may have size 1 along the frames.
+        alpha_bar: ᾱ_t, its leading dimensions are those of x0.
+    """
+    alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (x0.ndim - alpha_bar.ndim))
+    return alpha_bar.sqrt() * x0 + (1.0 - alpha_bar).sqrt() * noise
+
+
+def training_target(
+    x0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str = "epsilon"
+) -> Tensor:
+    """What the network is asked for: ν_t ("epsilon", the paper) or √ᾱ ν − √(1−ᾱ) x_0 ("v_prediction").
+
+    Shapes as in `add_noise`; the result has the shape of x0.
+    """
+    if prediction_type == "epsilon":
+        return noise.expand_as(x0)
+    if prediction_type == "v_prediction":
+        alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (x0.ndim - alpha_bar.ndim))
+        return alpha_bar.sqrt() * noise - (1.0 - alpha_bar).sqrt() * x0
+    raise ValueError(
+        f'The prediction type must be "epsilon" or "v_prediction", not {prediction_type!r}.'
+    )
+
+
+def sector_loss(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    alpha_bars: Tensor,
+    prediction_type: str = "epsilon",
+) -> Tensor:
+    """‖ν_t − ε_θ(x_t^i, t, y^i, c)‖², the mean over clips, frames and elements (Eq. 11).
+
+    Args:
+        predict: ε_θ with its conditions bound: (B·N, C, h, w) latents, frames of a clip next to
+            one another, and (B·N,) timesteps → a prediction of the latents' shape.
+        x0: (B, N, C, h, w) clean latents of B clips.
+        noise: (B, N, C, h, w), or (B, 1, C, h, w) where the frames share it.
+        timesteps: (B,) integers: the frames of a clip are all at the same step of the process.
+        alpha_bars: (T,) from `alphas_cumprod`.
+        prediction_type: as in `training_target`.
+
+    Returns:
+        A scalar in float32, whatever the precision of the prediction.
+    """
+    alpha_bar = alpha_bars.to(x0.device)[timesteps]
+    x_t = add_noise(x0, noise, alpha_bar)
+    target = training_target(x0, noise, alpha_bar, prediction_type)
+    frames = x0.shape[1]
+    prediction = predict(x_t.flatten(0, 1), timesteps.repeat_interleave(frames))
+    return torch.nn.functional.mse_loss(prediction.float(), target.flatten(0, 1).float())
