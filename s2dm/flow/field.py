@@ -1,0 +1,238 @@
+"""The flow field of a clip: how every frame moved since the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .geometry import invert, pixel_grid, resample, sample_at
+
+
+class FlowError(ValueError):
+    """Something about a flow field, or about making one, is not as it must be."""
+
+
+@dataclass(frozen=True, eq=False)
+class FlowField:
+    """Backward optical flow from every frame of a clip to its first frame, with occlusion.
+
+    This is the temporal condition y of S2DM (arXiv 2403.13408, section 3.3): flow f^i between
+    frame 1 and frame i, and an occlusion map.
+
+    displacement: (N,2,H,W) float32, (x, y) in pixels of the field's own size. The pixel p of
+        frame i was at p + displacement[i, :, p] in frame 1.
+    occlusion: (N,1,H,W) float32 in [0,1]; 1 where the pixel is not visible in frame 1.
+
+    Both are all zeros for frame 1, which stands at index 0. Fields are values: every method
+    returns a new one, and a FlowError is raised for anything that breaks these rules.
+    """
+
+    displacement: Tensor
+    occlusion: Tensor
+
+    def __post_init__(self) -> None:
+        _check("displacement", self.displacement, channels=2)
+        _check("occlusion", self.occlusion, channels=1)
+        frames, _, height, width = self.displacement.shape
+        if tuple(self.occlusion.shape) != (frames, 1, height, width):
+            raise FlowError(
+                f"occlusion must be {(frames, 1, height, width)} to match the displacement, "
+                f"got {tuple(self.occlusion.shape)}"
+            )
+        if self.displacement.device != self.occlusion.device:
+            raise FlowError(
+                f"displacement is on {self.displacement.device} and occlusion on "
+                f"{self.occlusion.device}: move them to one device"
+            )
+        low, high = self.occlusion.aminmax()
+        if low < 0 or high > 1:
+            raise FlowError(
+                f"occlusion must lie in [0, 1], got [{low.item():g}, {high.item():g}]"
+            )
+        if self.displacement[0].any() or self.occlusion[0].any():
+            raise FlowError(
+                "frame 1 must be all zeros, because flow is measured from it; "
+                "put the reference frame first or set its flow and occlusion to zero"
+            )
+
+    @classmethod
+    def zeros(cls, frames: int, height: int, width: int) -> FlowField:
+        """A clip in which nothing moves."""
+        return cls(torch.zeros(frames, 2, height, width), torch.zeros(frames, 1, height, width))
+
+    @classmethod
+    def from_condition(cls, condition: Tensor, height: int, width: int) -> FlowField:
+        """The field whose `condition` this is, at height x width.
+
+        condition: (N,3,h,w), displacement in half-frames and occlusion. Frame 1 is set to zero
+        and occlusion is clamped, because a condition may come from a network.
+        """
+        if condition.ndim != 4 or condition.shape[1] != 3:
+            raise FlowError(f"a condition must be (N,3,h,w), got {tuple(condition.shape)}")
+        condition = resample(condition.float(), height, width)
+        half_frame = condition.new_tensor([width / 2, height / 2]).view(1, 2, 1, 1)
+        first = _first_frame_zero(condition)
+        return cls(condition[:, :2] * half_frame * first, condition[:, 2:].clamp(0, 1) * first)
+
+    @property
+    def frames(self) -> int:
+        return self.displacement.shape[0]
+
+    @property
+    def height(self) -> int:
+        return self.displacement.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.displacement.shape[3]
+
+    def __len__(self) -> int:
+        return self.frames
+
+    def resize(self, height: int, width: int) -> FlowField:
+        """The same motion at another size: vectors grow and shrink with the picture."""
+        if (height, width) == (self.height, self.width):
+            return self
+        factor = self.displacement.new_tensor([width / self.width, height / self.height])
+        return FlowField(
+            resample(self.displacement, height, width) * factor.view(1, 2, 1, 1),
+            resample(self.occlusion, height, width).clamp(0, 1),
+        )
+
+    def scale(self, factor: float) -> FlowField:
+        """Move `factor` times as far (negative: the other way, 0: a still clip).
+
+        Less motion hides less, so occlusion fades out with it; more motion leaves it as it is.
+        """
+        return FlowField(self.displacement * factor, self.occlusion * min(abs(factor), 1.0))
+
+    def reverse(self) -> FlowField:
+        """The clip played backwards: the last frame becomes the reference (see `select`)."""
+        return self.select(range(self.frames - 1, -1, -1))
+
+    def select(self, indices: Sequence[int]) -> FlowField:
+        """The clip made of these frames, in this order; the first of them is the new reference.
+
+        With index 0 first, frames are only picked. With another reference r, the flow of frame
+        i is composed through frame 1: p is carried to q = p + f^i(p), and then forward to the
+        point s of frame r that f^r brings to q, the inverse of f^r at q. The inverse is found
+        by splatting -f^r into frame 1 and refined until s + f^r(s) = q. What frame 1 does not
+        show is a layer of its own: a pixel hidden in frame 1 is looked for only among the
+        pixels of frame r that were hidden too, so background that both frames see behind a
+        moving body keeps its own motion. Where no such s exists the pixel is marked occluded
+        and takes the displacement of its surroundings.
+        """
+        order = [range(self.frames)[index] for index in indices]
+        if not order:
+            raise FlowError("a clip needs at least one frame, got an empty selection")
+        reference = order[0]
+        if reference == 0:
+            return FlowField(self.displacement[order], self.occlusion[order])
+
+        layers = [
+            invert(self.displacement[reference], weight)
+            for weight in (1 - self.occlusion[reference], self.occlusion[reference])
+        ]
+        pairs = [
+            (torch.zeros_like(self.displacement[0]), torch.zeros_like(self.occlusion[0]))
+            if index == reference
+            else self._rebased(index, reference, layers)
+            for index in order
+        ]
+        displacement, occlusion = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return FlowField(displacement, occlusion)
+
+    def _rebased(self, index: int, reference: int, layers: list) -> tuple[Tensor, Tensor]:
+        """Flow (2,H,W) and occlusion (1,H,W) of a frame, measured from the reference frame."""
+        grid = pixel_grid(self.height, self.width, self.displacement)
+        back = self.displacement[reference]
+        hidden = self.occlusion[index] >= 0.5
+        in_first = grid + self.displacement[index]
+        visible_layer, hidden_layer = (layer.at(in_first) for layer in layers)
+        position = in_first + torch.where(hidden, hidden_layer, visible_layer)
+
+        error = position + sample_at(back, position) - in_first
+        for _ in range(4):
+            trial = position - error
+            trial_error = trial + sample_at(back, trial) - in_first
+            better = trial_error.norm(dim=0) < error.norm(dim=0)
+            position = torch.where(better, trial, position)
+            error = torch.where(better, trial_error, error)
+
+        limit = grid.new_tensor([self.width - 1, self.height - 1]).view(2, 1, 1)
+        inside = ((position > -0.5) & (position < limit + 0.5)).all(dim=0)
+        same_layer = (sample_at(self.occlusion[reference], position) >= 0.5) == hidden
+        found = (error.norm(dim=0) < 0.5) & inside & same_layer[0]
+        return position - grid, (~found)[None].to(back.dtype)
+
+    def retime(self, frames: int) -> FlowField:
+        """The same motion in another number of frames, linear in time.
+
+        The first and the last frame stay; one frame is the first alone.
+        """
+        if frames < 1:
+            raise FlowError(f"a clip needs at least one frame, got {frames}")
+        if frames == self.frames:
+            return self
+        time = torch.linspace(0, self.frames - 1, frames, dtype=torch.float64)
+        before = time.floor().long()
+        after = time.ceil().long()
+        share = (time - before).to(self.displacement).view(-1, 1, 1, 1)
+        return FlowField(
+            self.displacement[before].lerp(self.displacement[after], share),
+            self.occlusion[before].lerp(self.occlusion[after], share),
+        )
+
+    def warp(self, image: Tensor) -> Tensor:
+        """Each frame as frame 1 shows it: `image` sampled at p + displacement.
+
+        image: (1,C,H,W), the first frame, or (N,C,H,W), one image a frame. Returns (N,C,H,W).
+        Bilinear; outside the picture the border is repeated. Occluded pixels show whatever
+        lies there in frame 1.
+        """
+        size = (self.height, self.width)
+        if image.ndim != 4 or image.shape[0] not in (1, self.frames) or image.shape[2:] != size:
+            raise FlowError(
+                f"to warp, give an image of (1 or {self.frames}, C, {self.height}, {self.width}), "
+                f"got {tuple(image.shape)}; resize the field or the image"
+            )
+        grid = pixel_grid(*size, self.displacement)
+        position = (grid + self.displacement).to(image)
+        return sample_at(image.expand(self.frames, -1, -1, -1), position)
+
+    def condition(self, height: int, width: int) -> Tensor:
+        """What the model sees: (N,3,height,width), displacement in half-frames and occlusion.
+
+        Displacement is x*2/W, y*2/H, so it does not depend on the size of the field.
+        """
+        half_frame = self.displacement.new_tensor([self.width / 2, self.height / 2])
+        full = torch.cat([self.displacement / half_frame.view(1, 2, 1, 1), self.occlusion], dim=1)
+        return resample(full, height, width)
+
+    def magnitude(self) -> Tensor:
+        """Length of the displacement in pixels, (N,1,H,W)."""
+        return self.displacement.norm(dim=1, keepdim=True)
+
+
+def _check(name: str, tensor: Tensor, channels: int) -> None:
+    if not isinstance(tensor, Tensor):
+        raise FlowError(f"{name} must be a torch tensor, got {type(tensor).__name__}")
+    if tensor.ndim != 4 or tensor.shape[1] != channels or 0 in tensor.shape:
+        raise FlowError(
+            f"{name} must be (N,{channels},H,W) with at least one frame and one pixel, "
+            f"got {tuple(tensor.shape)}"
+        )
+    if tensor.dtype != torch.float32:
+        raise FlowError(f"{name} must be float32, got {tensor.dtype}: convert with .float()")
+    if not torch.isfinite(tensor).all():
+        raise FlowError(f"{name} holds NaN or infinite values: the flow is broken at its source")
+
+
+def _first_frame_zero(like: Tensor) -> Tensor:
+    """(N,1,1,1): 0 for frame 1, 1 for the others."""
+    mask = like.new_ones(like.shape[0], 1, 1, 1)
+    mask[0] = 0
+    return mask
