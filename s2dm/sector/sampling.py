@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import StepNoise, draw_noise
+from .noise import StepNoise
 
 
 def sample(

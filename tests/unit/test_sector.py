@@ -19,7 +19,7 @@ from s2dm.sector import (
 )
 
 SHAPE = (4, 6, 5)
-SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
 def seeded(seed=0):
