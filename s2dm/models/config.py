@@ -1,0 +1,341 @@
+"""Sizes and settings of every part of a checkpoint, as frozen dataclasses.
+
+The names follow the ``ldm`` code base of Stable Diffusion 1.x, because the file keeps its
+keys. All configs turn into plain JSON (``to_dict``) and back (``from_dict``), which checks
+names and values so that a broken file is refused in plain words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+FORMAT_VERSION = 1
+"""Version of the checkpoint format that this code writes, and the newest that it reads."""
+
+FUSIONS = ("channel", "token")
+NORM_GROUPS = 32  # GroupNorm groups in every block of Stable Diffusion
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be built."""
+
+
+_C = TypeVar("_C", bound="_Config")
+
+
+class _Config:
+    """Dictionary form and checks that all configs share."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as JSON-ready dictionaries, lists and numbers."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls: type[_C], values: Mapping[str, Any]) -> _C:
+        """Build a config from ``to_dict`` output. Missing entries take their defaults.
+
+        Raises:
+            ConfigError: if an entry is unknown, has the wrong type or a value out of range.
+        """
+        what = cls.__name__
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{what}: expected a dictionary, got {type(values).__name__}.")
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ConfigError(f"{what}: expected entries among {sorted(known)}, got {unknown}.")
+        arguments = {}
+        for name, value in values.items():
+            nested = known[name].metadata.get("config")
+            if nested is not None and value is not None:
+                value = nested.from_dict(value)
+            elif isinstance(value, list):
+                value = _tuples(value)
+            arguments[name] = value
+        try:
+            return cls(**arguments)
+        except TypeError as error:
+            raise ConfigError(f"{what}: {error}.") from error
+
+    def _expect(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            got = getattr(self, name)
+            raise ConfigError(f"{type(self).__name__}.{name}: expected {expected}, got {got!r}.")
+
+    def _expect_positive(self, *names: str) -> None:
+        for name in names:
+            self._expect(_is_count(getattr(self, name)), name, "a whole number of at least 1")
+
+    def _expect_multipliers(self, name: str) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, tuple) and len(value) > 0 and all(map(_is_count, value))
+        self._expect(good, name, "a list of whole numbers of at least 1")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Config):
+        return value.to_dict()
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class UNetConfig(_Config):
+    """The denoising U-Net of Stable Diffusion 1.x, at any size; the defaults are 1.5's."""
+
+    in_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    num_heads: int = 8
+    context_dim: int = 768
+
+    def __post_init__(self) -> None:
+        self._expect_positive(
+            "in_channels", "model_channels", "num_res_blocks", "num_heads", "context_dim"
+        )
+        self._expect_multipliers("channel_mult")
+        levels = self.attention_levels
+        self._expect(
+            isinstance(levels, tuple)
+            and len(levels) == len(self.channel_mult)
+            and all(isinstance(level, bool) for level in levels),
+            "attention_levels",
+            f"{len(self.channel_mult)} true or false values, one for each level",
+        )
+        self._expect(
+            self.model_channels % NORM_GROUPS == 0, "model_channels", f"a multiple of {NORM_GROUPS}"
+        )
+        self._expect(
+            all(width % self.num_heads == 0 for width in self.widths),
+            "num_heads",
+            f"a divisor of the widths {self.widths}",
+        )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.model_channels * mult for mult in self.channel_mult)
+
+    def cross_attention_layers(self) -> tuple[tuple[str, int], ...]:
+        """Return ``(name, width)`` of each cross-attention layer, in the order they run.
+
+        A name joins what ComfyUI reports while a layer runs: ``transformer_options["block"]``
+        and ``["block_index"]``. So ``("input", 1)`` and 0 give ``"input_1_0"``, the middle
+        block is ``"middle_0_0"``, and outputs count from 0 at the coarsest level.
+        """
+        layers = []
+        number = 1  # input block 0 is the first convolution
+        last = len(self.widths) - 1
+        for level, width in enumerate(self.widths):
+            for _ in range(self.num_res_blocks):
+                if self.attention_levels[level]:
+                    layers.append((f"input_{number}_0", width))
+                number += 1
+            if level != last:
+                number += 1  # the downsampling block
+        layers.append(("middle_0_0", self.widths[-1]))
+        number = 0
+        for level in range(last, -1, -1):
+            for _ in range(self.num_res_blocks + 1):
+                if self.attention_levels[level]:
+                    layers.append((f"output_{number}_0", self.widths[level]))
+                number += 1
+        return tuple(layers)
+
+
+@dataclass(frozen=True)
+class VAEConfig(_Config):
+    """The autoencoder of Stable Diffusion 1.x, at any size; the defaults are 1.5's."""
+
+    channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    latent_channels: int = 4
+    scaling_factor: float = 0.18215
+
+    def __post_init__(self) -> None:
+        self._expect_positive("channels", "num_res_blocks", "latent_channels")
+        self._expect_multipliers("channel_mult")
+        self._expect(self.channels % NORM_GROUPS == 0, "channels", f"a multiple of {NORM_GROUPS}")
+        self._expect(
+            isinstance(self.scaling_factor, (int, float)) and self.scaling_factor > 0,
+            "scaling_factor",
+            "a number above 0",
+        )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.channels * mult for mult in self.channel_mult)
+
+    @property
+    def factor(self) -> int:
+        """Pixels along each side of one latent cell (8 for Stable Diffusion)."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig(_Config):
+    """A CLIP text encoder; the defaults are CLIP ViT-L's, as in Stable Diffusion 1.x."""
+
+    hidden_size: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 49408
+    max_length: int = 77
+    bos_token_id: int = 49406
+    eos_token_id: int = 49407
+
+    def __post_init__(self) -> None:
+        self._expect_positive(
+            "hidden_size", "layers", "heads", "intermediate_size", "vocab_size", "max_length"
+        )
+        self._expect(
+            self.hidden_size % self.heads == 0, "heads", f"a divisor of {self.hidden_size}"
+        )
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            good = isinstance(value, int) and 0 <= value < self.vocab_size
+            self._expect(good, name, f"an id below {self.vocab_size}")
+
+
+@dataclass(frozen=True)
+class FlowAdapterConfig(_Config):
+    """The flow adapter: how flow becomes tokens, and which layers they enter."""
+
+    fusion: str = "channel"
+    width: int = 256
+    hidden: int = 64
+    frequencies: int = 5
+    grid: tuple[int, int] = (11, 7)
+    layers: tuple[tuple[str, int], ...] = UNetConfig().cross_attention_layers()
+
+    def __post_init__(self) -> None:
+        self._expect(self.fusion in FUSIONS, "fusion", f"one of {FUSIONS}")
+        self._expect_positive("width", "hidden")
+        for name in ("width", "hidden"):
+            self._expect(
+                getattr(self, name) % NORM_GROUPS == 0, name, f"a multiple of {NORM_GROUPS}"
+            )
+        self._expect(
+            isinstance(self.frequencies, int) and self.frequencies >= 0,
+            "frequencies",
+            "a whole number of at least 0",
+        )
+        self._expect_multipliers("grid")
+        self._expect(len(self.grid) == 2, "grid", "two numbers, rows and columns")
+        good = isinstance(self.layers, tuple) and all(
+            isinstance(layer, tuple)
+            and len(layer) == 2
+            and isinstance(layer[0], str)
+            and _is_count(layer[1])
+            for layer in self.layers
+        )
+        self._expect(good, "layers", "a list of (name, width) pairs")
+        names = [name for name, _ in self.layers]
+        self._expect(len(set(names)) == len(names), "layers", "each name once")
+
+    @property
+    def tokens(self) -> int:
+        """Number of flow tokens, 77 with the default grid: one for each text token."""
+        return self.grid[0] * self.grid[1]
+
+    @classmethod
+    def for_unet(cls, unet: UNetConfig, **settings: Any) -> FlowAdapterConfig:
+        """Return the config of an adapter for all cross-attention layers of ``unet``."""
+        return cls(layers=unet.cross_attention_layers(), **settings)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(_Config):
+    """The noise schedule; the defaults are those of Stable Diffusion 1.x."""
+
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        self._expect_positive("steps")
+        self._expect(
+            0 < self.beta_start <= self.beta_end < 1, "beta_start", "0 < start <= end < 1"
+        )
+        schedules = ("scaled_linear", "linear")
+        self._expect(self.beta_schedule in schedules, "beta_schedule", f"one of {schedules}")
+        predictions = ("epsilon", "v_prediction")
+        self._expect(
+            self.prediction_type in predictions, "prediction_type", f"one of {predictions}"
+        )
+
+
+def _part(config: type[_Config]) -> Any:
+    return dataclasses.field(default=None, metadata={"config": config})
+
+
+@dataclass(frozen=True)
+class S2DMConfig(_Config):
+    """Everything a checkpoint says about itself. A part that it does not hold is ``None``.
+
+    ``tokenizer`` is the tokenizer's specification (see ``tokenizer.py``); ``resolution`` is
+    (height, width) in pixels; ``data`` and ``licence`` are free text for people.
+    """
+
+    format_version: int = FORMAT_VERSION
+    unet: UNetConfig | None = _part(UNetConfig)
+    vae: VAEConfig | None = _part(VAEConfig)
+    text_encoder: TextEncoderConfig | None = _part(TextEncoderConfig)
+    flow_adapter: FlowAdapterConfig | None = _part(FlowAdapterConfig)
+    schedule: ScheduleConfig = dataclasses.field(
+        default=ScheduleConfig(), metadata={"config": ScheduleConfig}
+    )
+    tokenizer: dict[str, Any] | None = None
+    resolution: tuple[int, int] = (128, 128)
+    frames: int = 16
+    noise_sharing: str = "shared"
+    noise_share: float = 1.0
+    data: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        self._expect(_is_count(self.format_version), "format_version", "a whole number")
+        self._expect(isinstance(self.schedule, ScheduleConfig), "schedule", "a schedule")
+        self._expect_positive("frames")
+        self._expect_multipliers("resolution")
+        self._expect(len(self.resolution) == 2, "resolution", "height and width")
+        if self.tokenizer is not None:
+            self._expect(isinstance(self.tokenizer, Mapping), "tokenizer", "a dictionary")
+        if self.unet is not None and self.flow_adapter is not None:
+            self._expect(
+                dict(self.flow_adapter.layers).items()
+                <= dict(self.unet.cross_attention_layers()).items(),
+                "flow_adapter",
+                f"layers among {self.unet.cross_attention_layers()}",
+            )
+        if self.unet is not None and self.text_encoder is not None:
+            self._expect(
+                self.unet.context_dim == self.text_encoder.hidden_size,
+                "text_encoder",
+                f"hidden_size equal to the U-Net's context_dim, {self.unet.context_dim}",
+            )
+
+    def adapter_only(self) -> S2DMConfig:
+        """Return the config of a file that holds the flow adapter alone."""
+        return dataclasses.replace(self, unet=None, vae=None, text_encoder=None, tokenizer=None)

@@ -1,0 +1,42 @@
+"""Named configurations: Stable Diffusion 1.5 and the small model of the puppets."""
+
+from __future__ import annotations
+
+from .config import FlowAdapterConfig, S2DMConfig, TextEncoderConfig, UNetConfig, VAEConfig
+
+SD15 = S2DMConfig(
+    unet=UNetConfig(),
+    vae=VAEConfig(),
+    text_encoder=TextEncoderConfig(),
+    flow_adapter=FlowAdapterConfig(),
+    tokenizer={"kind": "clip"},
+)
+"""Stable Diffusion 1.5 with a flow adapter on its 16 cross-attention layers."""
+
+_PUPPETS_UNET = UNetConfig(
+    model_channels=96,
+    channel_mult=(1, 2, 2),
+    num_res_blocks=1,
+    attention_levels=(True, True, True),
+    num_heads=2,
+    context_dim=128,
+)
+
+PUPPETS = S2DMConfig(
+    unet=_PUPPETS_UNET,
+    vae=VAEConfig(channels=32, channel_mult=(1, 1, 2, 4), num_res_blocks=1),
+    text_encoder=TextEncoderConfig(
+        hidden_size=128,
+        layers=3,
+        heads=4,
+        intermediate_size=512,
+        vocab_size=1000,
+        bos_token_id=998,
+        eos_token_id=999,
+    ),
+    flow_adapter=FlowAdapterConfig.for_unet(_PUPPETS_UNET),
+)
+"""The model that is trained on puppets and ships with the pack.
+
+The tokenizer is trained on the captions: it sets the vocabulary size and the two special ids.
+"""
