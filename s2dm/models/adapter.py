@@ -8,6 +8,7 @@ and the adapter holds the flow encoder and ``W_f`` for K and V of each cross-att
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -123,7 +124,7 @@ class FlowEncoder(nn.Module):
         self.frequencies = config.frequencies
         channels = (3 + 4 * config.frequencies, config.hidden, 2 * config.hidden, config.width)
         blocks: list[nn.Module] = []
-        for before, after in zip(channels, channels[1:]):
+        for before, after in itertools.pairwise(channels):
             blocks += [
                 operations.Conv2d(before, after, 3, stride=2, padding=1, **placed),
                 operations.GroupNorm(32, after, **placed),

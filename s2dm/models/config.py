@@ -275,9 +275,7 @@ class ScheduleConfig(_Config):
 
     def __post_init__(self) -> None:
         self._expect_positive("steps")
-        self._expect(
-            0 < self.beta_start <= self.beta_end < 1, "beta_start", "0 < start <= end < 1"
-        )
+        self._expect(0 < self.beta_start <= self.beta_end < 1, "beta_start", "0 < start <= end < 1")
         schedules = ("scaled_linear", "linear")
         self._expect(self.beta_schedule in schedules, "beta_schedule", f"one of {schedules}")
         predictions = ("epsilon", "v_prediction")
