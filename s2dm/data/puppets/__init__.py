@@ -1,0 +1,12 @@
+"""Procedural people with exact optical flow, doing the 27 actions of UTD-MHAD."""
+
+from .actions import ACTIONS
+from .captions import caption
+from .dataset import PuppetClips, split, training_captions
+from .persons import PERSONS
+from .render import Clip, render_clip
+
+__all__ = [
+    "ACTIONS", "PERSONS", "Clip", "PuppetClips", "caption", "render_clip", "split",
+    "training_captions",
+]  # fmt: skip

@@ -1,0 +1,101 @@
+"""Splits and the data set of rendered clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from .actions import ACTIONS
+from .captions import caption
+from .persons import PERSONS
+from .render import Clip, render_clip
+
+_HELD_OUT = 0.1
+
+
+def split(name: str, seed: int = 0) -> list[tuple[int, int]]:
+    """The combinations (person, action) of a split.
+
+    A tenth of all combinations is held out, spread so that every person and every action occurs in
+    both splits.
+
+    Args:
+        name: "train" or "test".
+        seed: another seed, another split.
+
+    Raises:
+        ValueError: `name` is neither.
+    """
+    if name not in ("train", "test"):
+        raise ValueError(f'Expected the split "train" or "test", got {name!r}.')
+    held_out = _held_out(seed)
+    return [
+        (person, action)
+        for person in range(len(PERSONS))
+        for action in range(len(ACTIONS))
+        if ((person, action) in held_out) == (name == "test")
+    ]
+
+
+def _held_out(seed: int) -> set[tuple[int, int]]:
+    """Deal actions to persons in rounds, each round a shuffled pack of all actions."""
+    rng = np.random.default_rng((2403, seed))
+    persons, actions = rng.permutation(len(PERSONS)), []
+    count = round(_HELD_OUT * len(PERSONS) * len(ACTIONS))
+    while len(actions) < count:
+        actions.extend(int(a) for a in rng.permutation(len(ACTIONS)))
+    chosen: set[tuple[int, int]] = set()
+    for k in range(count):
+        # A combination dealt before (rare) passes on to the next person.
+        for skip in range(len(PERSONS)):
+            pair = int(persons[(k + skip) % len(PERSONS)]), actions[k]
+            if pair not in chosen:
+                chosen.add(pair)
+                break
+    return chosen
+
+
+def training_captions() -> Iterator[str]:
+    """Every caption of the training split, for example to train a tokenizer on."""
+    for person, action in split("train"):
+        yield caption(person, action)
+
+
+class PuppetClips(Dataset[Clip]):
+    """Rendered clips: every combination of a split in `takes` takes.
+
+    Args:
+        name: "train" or "test".
+        takes: how many takes of each combination.
+        first_take: number of the first one; disjoint ranges give disjoint clips.
+        size: height and width in pixels.
+        frames: frames of a clip.
+        seed: of the split.
+    """
+
+    def __init__(
+        self,
+        name: str = "train",
+        takes: int = 4,
+        first_take: int = 0,
+        size: int = 128,
+        frames: int = 16,
+        seed: int = 0,
+    ) -> None:
+        if takes < 1:
+            raise ValueError(f"Expected at least 1 take, got {takes}.")
+        self._pairs = split(name, seed)
+        self._takes, self._first_take = takes, first_take
+        self._size, self._frames = size, frames
+
+    def __len__(self) -> int:
+        return len(self._pairs) * self._takes
+
+    def __getitem__(self, index: int) -> Clip:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Clip {index} of {len(self)}.")
+        take, pair = divmod(index, len(self._pairs))
+        person, action = self._pairs[pair]
+        return render_clip(person, action, self._first_take + take, self._size, self._frames)

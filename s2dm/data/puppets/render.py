@@ -1,0 +1,210 @@
+"""Rendering a clip with its exact optical flow.
+
+A figure is a stack of flat, rigid pieces. Frame i places each piece by an affine map; composing the
+map of frame 1 with the inverse of the map of frame i says where every point seen in frame i was in
+frame 1, without estimation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...flow import FlowField
+from .actions import ACTIONS, poses
+from .backgrounds import paint_room
+from .captions import caption
+from .figure import Wardrobe
+from .persons import PERSONS
+from .skeleton import Placement, View, body, place
+
+_SUB = 3  # samples per pixel and axis
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A rendered clip.
+
+    Attributes:
+        frames: (N, 3, H, W) float32 in [0, 1].
+        flow: the exact backward flow and occlusion.
+        caption: what happens in it.
+        still: (1, 1, H, W) bool, the background that no frame covers.
+    """
+
+    frames: torch.Tensor
+    flow: FlowField
+    caption: str
+    still: torch.Tensor
+
+
+def render_clip(person: int, action: int, take: int, size: int = 128, frames: int = 16) -> Clip:
+    """Render a person doing an action.
+
+    Args:
+        person: index into `PERSONS`.
+        action: index into `ACTIONS`.
+        take: varies what the caption does not say: room, light, camera distance, position, speed
+            and size of the movement. The same four numbers always give the same clip.
+        size: height and width in pixels.
+        frames: number of frames, 1 or more.
+
+    Raises:
+        ValueError: an index or a number is out of range.
+    """
+    if not 0 <= person < len(PERSONS) or not 0 <= action < len(ACTIONS):
+        raise ValueError(
+            f"Expected a person below {len(PERSONS)} and an action below {len(ACTIONS)}, "
+            f"got person {person} and action {action}."
+        )
+    if size < 8 or frames < 1 or take < 0:
+        raise ValueError(
+            f"Expected size >= 8, frames >= 1 and take >= 0, got {size}, {frames} and {take}."
+        )
+    rng = np.random.default_rng((2403, person, action, take))
+    who, what = PERSONS[person], ACTIONS[action]
+    scale = size / 128 * rng.uniform(0.93, 1.03)
+    view = View(
+        x=(size - 1) / 2 + size * rng.uniform(-0.055, 0.055),
+        y=size * rng.uniform(0.895, 0.925),
+        scale=scale,
+        turn=what.turn,
+    )
+    angle = rng.uniform(-1.1, 1.1)
+    light = np.array([0.75 * np.sin(angle), -0.55, 0.75])
+    moments = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
+    moments = moments ** rng.uniform(0.85, 1.2) * rng.uniform(0.92, 1.0)
+    pose = poses(what, moments, amplitude=rng.uniform(0.88, 1.06))
+
+    measures = body(who)
+    placements = place(measures, pose, view)
+    density = max(3.0 * scale, 1.0)
+    wardrobe = Wardrobe(who, measures, person, density, light, what.turn)
+    pieces = [
+        _Piece(wardrobe.paint(name, placement.matrix[0]), placement)
+        for name, placement in placements.items()
+    ]
+    room = paint_room(rng, size, (view.x, view.y), scale if what.stool else None)
+    return _Renderer(pieces, room, size, frames).clip(caption(person, action))
+
+
+class _Piece:
+    """A texture with its placements, and the maps from pixels back to texels."""
+
+    def __init__(self, canvas, placement: Placement) -> None:
+        self.solid = canvas.alpha >= 0.5
+        self.rgb = canvas.rgb
+        self.depth = placement.depth
+        self.matrix, self.origin = placement.matrix, placement.origin
+        self.inverse = np.linalg.inv(placement.matrix)
+        height, width = self.solid.shape
+        left, top, density = canvas.left, canvas.top, canvas.density
+        corners = np.array([(0, 0), (width, 0), (0, height), (width, height)]) / density
+        self._corners = corners + (left, top)
+        # Texel (row, column) of a pixel p: density * (inverse @ (p - origin) - (left, top)).
+        self._to_texel = density * self.inverse
+        shift = np.einsum("nij,nj->ni", self.inverse, self.origin) + (left, top)
+        self._offset = -density * shift
+
+    def backward(self, frame: int) -> np.ndarray:
+        """(2, 3) affine map from a pixel of `frame` to its displacement into frame 1."""
+        linear = self.matrix[0] @ self.inverse[frame]
+        shift = self.origin[0] - linear @ self.origin[frame]
+        return np.concatenate([linear - np.eye(2), shift[:, None]], axis=1)
+
+    def texels(self, frame: int, size: int):
+        """The samples this piece covers: slices into the sample grid, a mask, texel indices."""
+        reach = self._corners @ self.matrix[frame].T + self.origin[frame]
+        low = np.floor((reach.min(0) + 0.5) * _SUB).astype(int)
+        high = np.ceil((reach.max(0) + 0.5) * _SUB).astype(int)
+        (x0, y0), (x1, y1) = np.clip(low, 0, size * _SUB), np.clip(high, 0, size * _SUB)
+        if x0 >= x1 or y0 >= y1:
+            return None
+        xs = ((np.arange(x0, x1) + 0.5) / _SUB - 0.5)[None, :]
+        ys = ((np.arange(y0, y1) + 0.5) / _SUB - 0.5)[:, None]
+        (a, b), (c, d) = self._to_texel[frame]
+        e, f = self._offset[frame]
+        column = np.floor(a * xs + (b * ys + e)).astype(np.int32)
+        row = np.floor(c * xs + (d * ys + f)).astype(np.int32)
+        height, width = self.solid.shape
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        texel = np.where(inside, row * width + column, 0)
+        mask = inside & self.solid.ravel()[texel]
+        return (slice(y0, y1), slice(x0, x1)), mask, texel
+
+
+class _Renderer:
+    def __init__(self, pieces: list[_Piece], room: np.ndarray, size: int, frames: int) -> None:
+        self._pieces, self._room, self._size, self._frames = pieces, room, size, frames
+        counts = np.array([piece.solid.size for piece in pieces])
+        self._first = np.concatenate([[0], np.cumsum(counts)[:-1]]) + 1  # texel 0: the room
+        colours = [np.zeros((1, 3), np.float32)] + [piece.rgb.reshape(-1, 3) for piece in pieces]
+        self._atlas = np.clip(np.concatenate(colours), 0, 1)
+        self._owner = np.concatenate([[0], np.repeat(np.arange(1, len(pieces) + 1), counts)])
+        self._owner = self._owner.astype(np.uint8)
+
+    def clip(self, words: str) -> Clip:
+        size, frames = self._size, self._frames
+        video = np.empty((frames, size, size, 3), np.float32)
+        displacement = np.zeros((frames, 2, size, size), np.float32)
+        occlusion = np.zeros((frames, 1, size, size), np.float32)
+        still = np.ones((size, size), bool)
+        first = None
+        for i in range(frames):
+            samples = self._samples(i)
+            owners = self._blocks(self._owner[samples])
+            covered = (owners > 0).sum(-1)
+            still &= covered == 0
+            figure = self._atlas[samples].reshape(size, _SUB, size, _SUB, 3).sum((1, 3))
+            share = covered[..., None].astype(np.float32) / _SUB**2
+            video[i] = figure / _SUB**2 + self._room * (1 - share)
+            # The middle of nine sorted owners is the majority wherever there is one.
+            majority = np.partition(owners, _SUB**2 // 2, axis=-1)[..., _SUB**2 // 2]
+            if first is None:
+                first = self._owner[samples]
+            else:
+                displacement[i], occlusion[i, 0] = self._flow(i, majority, first)
+        return Clip(
+            frames=torch.from_numpy(video.transpose(0, 3, 1, 2).copy()),
+            flow=FlowField(
+                displacement=torch.from_numpy(displacement), occlusion=torch.from_numpy(occlusion)
+            ),
+            caption=words,
+            still=torch.from_numpy(still)[None, None],
+        )
+
+    def _samples(self, frame: int) -> np.ndarray:
+        """Atlas index of every sample of `frame`, painted from the back to the front."""
+        samples = np.zeros((self._size * _SUB,) * 2, np.int32)
+        for k in sorted(range(len(self._pieces)), key=lambda k: self._pieces[k].depth[frame]):
+            found = self._pieces[k].texels(frame, self._size)
+            if found is not None:
+                where, mask, texel = found
+                samples[where][mask] = texel[mask] + self._first[k]
+        return samples
+
+    def _blocks(self, owners: np.ndarray) -> np.ndarray:
+        """(size, size, samples per pixel)."""
+        blocks = owners.reshape(self._size, _SUB, self._size, _SUB).transpose(0, 2, 1, 3)
+        return blocks.reshape(self._size, self._size, _SUB**2)
+
+    def _flow(self, frame: int, owner: np.ndarray, first: np.ndarray):
+        """Displacement (2, H, W) and occlusion (H, W) from the owner (H, W) of each pixel."""
+        size = self._size
+        maps = np.concatenate(
+            [np.zeros((1, 2, 3)), np.stack([piece.backward(frame) for piece in self._pieces])]
+        ).astype(np.float32)
+        rows, columns = np.mgrid[:size, :size].astype(np.float32)
+        own = maps[owner]
+        d = own[..., 0] * columns[..., None] + own[..., 1] * rows[..., None] + own[..., 2]
+        x, y = columns + d[..., 0], rows + d[..., 1]
+        outside = (x < -0.5) | (x > size - 0.5) | (y < -0.5) | (y > size - 0.5)
+        sx, sy = (x + 0.5) * _SUB - 0.5, (y + 0.5) * _SUB - 0.5
+        seen = np.zeros((size, size), bool)
+        for dx, dy in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):
+            column = np.clip(np.rint(sx + dx), 0, size * _SUB - 1).astype(int)
+            row = np.clip(np.rint(sy + dy), 0, size * _SUB - 1).astype(int)
+            seen |= first[row, column] == owner
+        return d.transpose(2, 0, 1), (outside | ~seen).astype(np.float32)
