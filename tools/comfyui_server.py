@@ -1,7 +1,7 @@
 """A real ComfyUI server as a child process, and prompts run on it over HTTP and its websocket.
 
-    with ComfyServer(comfyui, base) as server:
-        outputs = server.run(prompt)
+with ComfyServer(comfyui, base) as server:
+    outputs = server.run(prompt)
 """
 
 import asyncio
@@ -45,7 +45,7 @@ class PromptError(RuntimeError):
         self.node_errors = dict(node_errors or {})
 
 
-class ServerDied(RuntimeError):
+class ServerError(RuntimeError):
     """The server process ended, or never answered. The message ends with its log."""
 
 
@@ -83,7 +83,7 @@ class ComfyServer:
         return self.base / "input"
 
     def start(self, timeout: float = 180.0) -> None:
-        """Start the process and wait until it answers. Raises ServerDied."""
+        """Start the process and wait until it answers. Raises ServerError."""
         self.port = free_port()
         command = [
             sys.executable, "main.py",
@@ -114,12 +114,12 @@ class ComfyServer:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if not self.alive:
-                raise ServerDied(f"ComfyUI ended while starting:\n{self.log()[-4000:]}")
+                raise ServerError(f"ComfyUI ended while starting:\n{self.log()[-4000:]}")
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
                 self.get("/system_stats")
                 return
             time.sleep(0.2)
-        raise ServerDied(f"ComfyUI did not answer in {timeout:.0f} s:\n{self.log()[-4000:]}")
+        raise ServerError(f"ComfyUI did not answer in {timeout:.0f} s:\n{self.log()[-4000:]}")
 
     def stop(self) -> None:
         """End the process; more than once is fine."""
@@ -140,7 +140,7 @@ class ComfyServer:
     @property
     def pid(self) -> int:
         if self._process is None:
-            raise ServerDied("The server is not running.")
+            raise ServerError("The server is not running.")
         return self._process.pid
 
     def log(self) -> str:
@@ -180,7 +180,7 @@ class ComfyServer:
 
         on_event: called with (type, data) of each websocket message of this prompt, for example
         ("progress", {"value": 3, "max": 20, "node": "7", ...}).
-        Raises PromptError if it is refused, fails or is cancelled; ServerDied; TimeoutError.
+        Raises PromptError if it is refused, fails or is cancelled; ServerError; TimeoutError.
         """
         return asyncio.run(asyncio.wait_for(self._run(prompt, on_event), timeout))
 
@@ -206,7 +206,7 @@ class ComfyServer:
                     raise failure(event["type"], data)
                 if event["type"] == "execution_success":
                     return await asyncio.to_thread(self._outputs, identity)
-        raise ServerDied(f"The connection to ComfyUI broke:\n{self.log()[-4000:]}")
+        raise ServerError(f"The connection to ComfyUI broke:\n{self.log()[-4000:]}")
 
     def _outputs(self, identity: str) -> dict[str, Any]:
         # The history is written a moment after the success message.
@@ -215,7 +215,7 @@ class ComfyServer:
             if identity in history:
                 return history[identity]["outputs"]
             time.sleep(0.05)
-        raise ServerDied(f"ComfyUI has no history of the finished prompt {identity}.")
+        raise ServerError(f"ComfyUI has no history of the finished prompt {identity}.")
 
     def files(self, outputs: Mapping[str, Any]) -> list[Path]:
         """The files that a run wrote, in the order of its outputs."""
@@ -243,9 +243,7 @@ def refusal(answer: Mapping[str, Any]) -> PromptError:
     node_errors = answer.get("node_errors") or {}
     for node, report in node_errors.items():
         for error in report["errors"]:
-            lines.append(
-                f"{report['class_type']} ({node}): {error['message']} {error['details']}"
-            )
+            lines.append(f"{report['class_type']} ({node}): {error['message']} {error['details']}")
     return PromptError("\n".join(lines), node_errors=node_errors)
 
 

@@ -1,0 +1,108 @@
+"""Run the bundled flow-to-video workflow in a real ComfyUI and show what came of it.
+
+    python tools/demo.py COMFYUI [--output FOLDER]
+
+Starts a server without a window and with folders of its own, queues the workflow with a progress
+bar, stops the server and prints where the video and a contact sheet lie. On the CPU where there
+is no CUDA or MPS device.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfyui_graph import to_prompt
+from comfyui_install import PACK, prepare_base
+from comfyui_server import ComfyServer
+from tqdm import tqdm
+
+sys.path.append(str(PACK))
+
+from s2dm.video import read_clip, write_contact_sheet  # noqa: E402
+
+WORKFLOW = PACK / "workflows" / "flow_to_video.json"
+RESULT, COMPARISON = "flow_to_video", "side_by_side"  # file name prefixes in the workflow
+PANELS = ("given clip", "its motion", "new video")
+
+
+class Progress:
+    """Websocket messages of one prompt as a bar for each node that reports steps."""
+
+    def __init__(self, prompt: Mapping[str, Any]) -> None:
+        self.titles = {node: entry["_meta"]["title"] for node, entry in prompt.items()}
+        self.node: str | None = None
+        self.bar: tqdm | None = None
+
+    def __call__(self, kind: str, data: Mapping[str, Any]) -> None:
+        if kind == "executing" or kind.startswith("execution_"):
+            self.close()
+        elif kind == "progress":
+            if self.bar is None or data["node"] != self.node:
+                self.close()
+                self.node = data["node"]
+                self.bar = tqdm(total=data["max"], desc=self.titles.get(self.node, self.node))
+            self.bar.update(data["value"] - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def device_arguments() -> list[str]:
+    """`--cpu` where this torch sees no accelerator that ComfyUI uses."""
+    return [] if torch.cuda.is_available() or torch.backends.mps.is_available() else ["--cpu"]
+
+
+def pick(files: list[Path], prefix: str) -> Path:
+    """The one video whose name starts with `prefix`."""
+    (found,) = (file for file in files if file.name.startswith(prefix) and file.suffix == ".mp4")
+    return found
+
+
+def contact_sheet(comparison: Path, path: Path) -> Path:
+    """Cut the panels of a side-by-side video apart and lay them out, one row each."""
+    frames, _ = read_clip(comparison)
+    write_contact_sheet(path, frames.chunk(len(PANELS), dim=-1), PANELS, columns=8)
+    return path
+
+
+def run(comfyui: Path, output: Path) -> tuple[Path, Path]:
+    """Run the workflow; the paths of the video and of the contact sheet in `output`."""
+    with tempfile.TemporaryDirectory(prefix="s2dm-demo-", ignore_cleanup_errors=True) as folder:
+        base = prepare_base(Path(folder))
+        arguments = device_arguments()
+        print(f"Starting ComfyUI{' on the CPU' if arguments else ''} ...", flush=True)
+        with ComfyServer(comfyui, base, arguments, threads=os.cpu_count() or 1) as server:
+            prompt = to_prompt(json.loads(WORKFLOW.read_text("utf-8")), server.object_info())
+            print(f"Running {WORKFLOW.name} ...", flush=True)
+            outputs = server.run(prompt, timeout=1800, on_event=Progress(prompt))
+            files = server.files(outputs)
+        output.mkdir(parents=True, exist_ok=True)
+        video = Path(shutil.copy(pick(files, RESULT), output / "video.mp4"))
+        sheet = contact_sheet(pick(files, COMPARISON), output / "contact_sheet.png")
+    return video, sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("comfyui", type=Path, help="folder of ComfyUI")
+    parser.add_argument("--output", type=Path, default=PACK / "output" / "demo")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    video, sheet = run(arguments.comfyui, arguments.output)
+    print(f"\nDone in {time.monotonic() - started:.0f} s.")
+    print(f"Video:         {video.resolve()}")
+    print(f"Contact sheet: {sheet.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
