@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.append(str(PACK))
 
-from s2dm.video import read_clip, write_contact_sheet  # noqa: E402
+from s2dm.video import read_clip, write_contact_sheet
 
 WORKFLOW = PACK / "workflows" / "flow_to_video.json"
 RESULT, COMPARISON = "flow_to_video", "side_by_side"  # file name prefixes in the workflow
