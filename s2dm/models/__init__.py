@@ -4,6 +4,7 @@
 """
 
 from .adapter import FlowAdapter, fuse_attention
+from .checkpoint import PARTS, CheckpointError, load_checkpoint, read_config, save_checkpoint
 from .config import (
     FORMAT_VERSION,
     FUSIONS,
@@ -16,12 +17,15 @@ from .config import (
     VAEConfig,
 )
 from .presets import PUPPETS, SD15
+from .tokenizer import train_tokenizer, with_tokenizer, write_tokenizer
 
 __all__ = [
     "FORMAT_VERSION",
     "FUSIONS",
+    "PARTS",
     "PUPPETS",
     "SD15",
+    "CheckpointError",
     "ConfigError",
     "FlowAdapter",
     "FlowAdapterConfig",
@@ -31,4 +35,10 @@ __all__ = [
     "UNetConfig",
     "VAEConfig",
     "fuse_attention",
+    "load_checkpoint",
+    "read_config",
+    "save_checkpoint",
+    "train_tokenizer",
+    "with_tokenizer",
+    "write_tokenizer",
 ]

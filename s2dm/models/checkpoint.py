@@ -1,0 +1,304 @@
+"""The checkpoint format: one safetensors file whose metadata describe what is inside.
+
+U-Net, text encoder and VAE lie under the usual keys of Stable Diffusion 1.x, so that a
+full-size file opens as plain Stable Diffusion anywhere; our own parts have prefixes of their
+own. The metadata entry ``s2dm`` is the JSON of an ``S2DMConfig``. An adapter alone is the
+same file without the Stable Diffusion parts.
+
+Reading checks format version, keys, shapes and types from the file's header before a weight
+is read, and that all weights are finite before anything is built from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import FORMAT_VERSION, ConfigError, S2DMConfig
+from .keys import Key, Shape, flow_adapter_keys, text_encoder_keys, unet_keys, vae_keys
+
+METADATA_KEY = "s2dm"
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used: the message has its name, what was expected and a remedy."""
+
+
+class Part(NamedTuple):
+    """One part of the file: the prefix of its keys, and the table of them for a config."""
+
+    prefix: str
+    keys: Callable[[Any], tuple[Key, ...]]
+
+
+# A part has the name of its entry in S2DMConfig. A new part is one more row.
+PARTS: dict[str, Part] = {
+    "unet": Part("model.diffusion_model.", unet_keys),
+    "text_encoder": Part("cond_stage_model.transformer.", text_encoder_keys),
+    "vae": Part("first_stage_model.", vae_keys),
+    "flow_adapter": Part("s2dm.flow_adapter.", flow_adapter_keys),
+}
+
+# A buffer that older tools save with the text encoder; it holds 0, 1, 2, ...
+_IGNORED = {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+_HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own limit
+
+State = dict[str, Tensor]
+
+
+def load_checkpoint(
+    path: str | Path, parts: Iterable[str] | None = None
+) -> tuple[S2DMConfig, dict[str, State]]:
+    """Read a checkpoint.
+
+    Args:
+        path: the file.
+        parts: names among ``PARTS`` to read; the others' weights are not touched.
+            All parts of the file by default.
+
+    Returns:
+        The config of the whole file, and for each part its weights as stored, under the ldm
+        keys without the part's prefix.
+
+    Raises:
+        CheckpointError: if the file cannot be used or lacks one of ``parts``.
+    """
+    path = Path(path)
+    config = read_config(path)
+    there = _parts_of(config)
+    wanted = there if parts is None else list(parts)
+    lacking = [part for part in wanted if part not in there]
+    if lacking:
+        raise CheckpointError(
+            f"{path.name}: expected a file with {_listed(lacking)}, got one with "
+            f"{_listed(there)} alone. Choose a checkpoint that holds all of them."
+        )
+    states: dict[str, State] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for part in wanted:
+                prefix = PARTS[part].prefix
+                states[part] = {
+                    name: file.get_tensor(prefix + name) for name in _shapes(config, part)
+                }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name}: could not be read ({error}). Copy it again."
+        ) from error
+    for part, state in states.items():
+        _check_finite(state, f"{path.name}: expected finite weights", PARTS[part].prefix)
+    return config, states
+
+
+def read_config(path: str | Path) -> S2DMConfig:
+    """Read what a checkpoint says about itself, and check that its header agrees.
+
+    Raises:
+        CheckpointError: for all that ``load_checkpoint`` refuses, apart from weights that
+            are not finite.
+    """
+    path = Path(path)
+    header = _read_header(path)
+    metadata = header.pop("__metadata__", None) or {}
+    config = _parse_config(path.name, metadata, header)
+    expected = {
+        PARTS[part].prefix + name: shape
+        for part in _parts_of(config)
+        for name, shape in _shapes(config, part).items()
+    }
+    got = {name: tuple(entry["shape"]) for name, entry in header.items() if name not in _IGNORED}
+    _check_keys(path.name, expected, got)
+    for name in expected:
+        kind = header[name]["dtype"]
+        if kind not in _FLOATS:
+            raise CheckpointError(
+                f"{path.name}: expected floating-point weights, got {kind} in '{name}'. "
+                "Quantised files are not supported: use the original."
+            )
+    return config
+
+
+def save_checkpoint(
+    path: str | Path,
+    config: S2DMConfig,
+    states: Mapping[str, Mapping[str, Tensor]],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        path: the file; its folder is created. A file that is there is replaced.
+        config: what the file holds. ``config.adapter_only()`` for a flow adapter alone.
+        states: for each part of the config its weights, as ``load_checkpoint`` returns them.
+        dtype: store the weights as this type, for example ``torch.float16``.
+
+    Raises:
+        CheckpointError: if the states are not those that the config describes.
+    """
+    path = Path(path)
+    there = _parts_of(config)
+    if set(states) != set(there):
+        raise CheckpointError(
+            f"{path.name}: expected weights for {_listed(there)}, as the config says, "
+            f"got {_listed(states)}."
+        )
+    tensors: State = {}
+    for part, state in states.items():
+        prefix = PARTS[part].prefix
+        expected = {prefix + name: shape for name, shape in _shapes(config, part).items()}
+        got = {prefix + name: tuple(tensor.shape) for name, tensor in state.items()}
+        _check_keys(path.name, expected, {n: s for n, s in got.items() if n not in _IGNORED})
+        for name in _shapes(config, part):
+            tensors[prefix + name] = state[name].detach().to("cpu", dtype).contiguous()
+    _check_finite(tensors, f"{path.name}: not saved: expected finite weights")
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(config.to_dict())}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parts_of(config: S2DMConfig) -> list[str]:
+    return [part for part in PARTS if getattr(config, part) is not None]
+
+
+def _shapes(config: S2DMConfig, part: str) -> dict[str, Shape]:
+    return {key.ldm: key.ldm_shape for key in PARTS[part].keys(getattr(config, part))}
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Read the JSON header of a safetensors file, and tell what else the file may be."""
+    again = "Download or copy it again."
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(9)
+            length = int.from_bytes(start[:8], "little")
+            if start[8:] != b"{" or length > _HEADER_LIMIT:
+                raise _not_safetensors(path.name, start)
+            if 8 + length > size:
+                raise CheckpointError(
+                    f"{path.name}: truncated: expected at least {8 + length} bytes, got {size}. "
+                    f"{again}"
+                )
+            text = start[8:] + file.read(length - 1)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name}: could not be read ({error.strerror}): {path}"
+        ) from error
+    try:
+        header = json.loads(text)
+        end = max(
+            (e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0
+        )
+        well_formed = all(
+            isinstance(entry["shape"], list) and isinstance(entry["dtype"], str)
+            for name, entry in header.items()
+            if name != "__metadata__"
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        well_formed = False
+    if not well_formed:
+        raise CheckpointError(
+            f"{path.name}: expected a safetensors header, got one that is damaged. {again}"
+        )
+    if 8 + length + end > size:
+        raise CheckpointError(
+            f"{path.name}: truncated: expected {8 + length + end} bytes, got {size}. {again}"
+        )
+    return header
+
+
+def _not_safetensors(name: str, start: bytes) -> CheckpointError:
+    # Files of torch.save are zip archives, older ones pickles of protocol 2 and up.
+    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+        return CheckpointError(
+            f"{name}: expected a safetensors file, got a pickle, which can run code when it is "
+            "opened and is never loaded. Convert it first: s2dm convert."
+        )
+    return CheckpointError(
+        f"{name}: expected a safetensors file, got something else. "
+        "Choose an S2DM checkpoint, or download it again."
+    )
+
+
+def _parse_config(name: str, metadata: Mapping[str, str], header: Iterable[str]) -> S2DMConfig:
+    if METADATA_KEY not in metadata:
+        if any(key.startswith(PARTS["unet"].prefix) for key in header):
+            raise CheckpointError(
+                f"{name}: expected an S2DM checkpoint, got a Stable Diffusion one without S2DM "
+                "metadata. Load it with the ordinary checkpoint loader and apply a flow adapter."
+            )
+        raise CheckpointError(
+            f"{name}: expected S2DM metadata in the file, got none. It is no S2DM checkpoint, or "
+            "a tool has dropped the metadata: use the original file."
+        )
+    remedy = "The metadata are damaged or of another version of S2DM: use the original, or update."
+    try:
+        values = json.loads(metadata[METADATA_KEY])
+    except ValueError as error:
+        raise CheckpointError(f"{name}: expected JSON metadata, got {error}. {remedy}") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{name}: expected a format version, got {version!r}. {remedy}")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{name}: expected format version {FORMAT_VERSION} or older, got {version}. "
+            "Update S2DM to read this file."
+        )
+    try:
+        config = S2DMConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error} {remedy}") from error
+    if not _parts_of(config):
+        raise CheckpointError(f"{name}: expected at least one of {list(PARTS)}, got none. {remedy}")
+    return config
+
+
+def _check_keys(name: str, expected: Mapping[str, Shape], got: Mapping[str, Shape]) -> None:
+    remedy = "The file is damaged or was changed by another tool: use the original."
+    missing = [key for key in expected if key not in got]
+    if missing:
+        raise CheckpointError(
+            f"{name}: expected {len(expected)} weights, missing {_some(missing)}. {remedy}"
+        )
+    unexpected = [key for key in got if key not in expected]
+    if unexpected:
+        raise CheckpointError(
+            f"{name}: expected {len(expected)} weights, got also {_some(unexpected)}. {remedy}"
+        )
+    for key, shape in expected.items():
+        if got[key] != shape:
+            raise CheckpointError(
+                f"{name}: expected shape {shape} for '{key}', got {got[key]}. {remedy}"
+            )
+
+
+def _check_finite(state: Mapping[str, Tensor], expected: str, prefix: str = "") -> None:
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{expected}, got NaN or infinity in '{prefix}{name}'. "
+                "The training that made them diverged: use an earlier checkpoint."
+            )
+
+
+def _some(keys: list[str]) -> str:
+    rest = len(keys) - 1
+    return f"'{keys[0]}'" + (f" and {rest} more" if rest else "")
+
+
+def _listed(parts: Iterable[str]) -> str:
+    return ", ".join(parts) or "nothing"
