@@ -42,6 +42,8 @@ class Wardrobe:
         self._density, self._light = density, light
         self._turn = np.sin(np.radians(turn))
         self._top = TOP_COLOURS[person.top_colour]
+        self._sleeve = _shaded(self._top, 0.86)
+        self._trim = _mix(self._top, _DARK if sum(self._top) > 1.7 else (1, 1, 1), 0.5)
         self._trousers = TROUSER_COLOURS[person.trousers_colour]
 
     def paint(self, name: str, matrix: Array) -> Canvas:
@@ -177,6 +179,9 @@ class Wardrobe:
     def _band(self, canvas: Canvas, shape: Array, start: float, end: float, colour: Colour) -> None:
         canvas.fill(np.maximum(shape, start - canvas.y), colour, inside=True)
 
+    def _stripe(self, canvas: Canvas, shape: Array, y: float, half: float) -> None:
+        canvas.fill(np.maximum(shape, np.abs(canvas.y - y) - half), self._trim, inside=True)
+
     def _pelvis(self, canvas: Canvas, side: float) -> None:
         b = self._body
         width = b.hip + 4.9 * b.girth
@@ -189,7 +194,7 @@ class Wardrobe:
 
     def _upper_arm(self, canvas: Canvas, side: float) -> None:
         b, who = self._body, self._who
-        radius = 4.9 * b.girth
+        radius = 5.3 * b.girth
         shape = capsule(canvas, 0, 0, 0, b.upper_arm, radius, radius * 0.88)
         if who.short_sleeves:
             canvas.fill(
@@ -198,16 +203,18 @@ class Wardrobe:
             )  # fmt: skip
             sleeve = capsule(canvas, 0, 0, 0, b.upper_arm, radius * 1.05, radius * 1.15)
             sleeve = np.maximum(sleeve, canvas.y - b.upper_arm * 0.62)
-            canvas.fill(sleeve, self._top, round=radius)
-            self._band(canvas, sleeve, b.upper_arm * 0.62 - 1.4, 0, _shadow(self._top))
+            canvas.fill(sleeve, self._sleeve, round=radius)
+            self._band(canvas, sleeve, b.upper_arm * 0.62 - 1.8, 0, self._trim)
         else:
-            canvas.fill(shape, self._top, round=radius)
+            canvas.fill(shape, self._sleeve, round=radius)
             self._pattern(canvas, shape)
-        self._weave(canvas, 0.035)
+            if who.pattern == "plain":
+                self._stripe(canvas, shape, b.upper_arm * 0.55, 1.5)
+        self._weave(canvas, 0.05)
 
     def _forearm(self, canvas: Canvas, side: float) -> None:
         b, who = self._body, self._who
-        radius = 4.4 * b.girth
+        radius = 4.8 * b.girth
         if who.short_sleeves:
             shape = capsule(canvas, 0, 0, 0, b.forearm, radius * 0.82, radius * 0.68)
             canvas.fill(shape, who.skin, round=radius)
@@ -217,10 +224,12 @@ class Wardrobe:
             return
         shape = capsule(canvas, 0, 0, 0, b.forearm, radius, radius * 0.90)
         shape = np.maximum(shape, canvas.y - b.forearm - 0.6)
-        canvas.fill(shape, self._top, round=radius)
+        canvas.fill(shape, self._sleeve, round=radius)
         self._pattern(canvas, shape)
-        self._band(canvas, shape, b.forearm - 2.4, b.forearm, _shadow(self._top))
-        self._weave(canvas, 0.035)
+        if who.pattern == "plain":
+            self._stripe(canvas, shape, b.forearm * 0.30, 1.1)
+        self._band(canvas, shape, b.forearm - 2.6, b.forearm, self._trim)
+        self._weave(canvas, 0.05)
 
     def _hand(self, canvas: Canvas, side: float) -> None:
         skin = self._who.skin
@@ -347,14 +356,14 @@ class Wardrobe:
             brow = _mix(who.hair_colour, _DARK, 0.45)
             self._stroke(
                 canvas,
-                [(x - 2.0 * narrow, cy - 3.2 + 0.3 * s), (x + 2.0 * narrow, cy - 3.2 - 0.3 * s)],
+                [(x - 2.0 * narrow, cy - 3.4 - 0.25 * s), (x + 2.0 * narrow, cy - 3.4 + 0.25 * s)],
                 brow, 0.65 if who.gender == "man" else 0.45,
             )  # fmt: skip
             if who.gender == "woman":
                 self._stroke(canvas, [(x, cy - 1.8), (x + s * 2.3, cy - 1.2)], _DARK, 0.45)
         canvas.fill(ellipse(canvas, shift * 1.15, cy + 3.4, 1.2, 1.0), deep, inside=True)
-        mouth = ellipse(canvas, shift, cy + 5.4, 3.0 * narrow, 2.3)
-        mouth = np.maximum(mouth, cy + 5.8 - canvas.y)
+        mouth = ellipse(canvas, shift, cy + 5.2, 3.4 * narrow, 2.9)
+        mouth = np.maximum(mouth, cy + 5.7 - canvas.y)
         lips = (0.80, 0.25, 0.28) if who.gender == "woman" else (0.55, 0.20, 0.18)
         canvas.fill(mouth, lips, inside=True)
 
@@ -422,9 +431,13 @@ def _mix(a: Colour, b: Colour, share: float) -> Colour:
 
 def _shadow(colour: Colour) -> Colour:
     """A visibly different shade of the same cloth: darker, or lighter if it is nearly black."""
+    return _shaded(colour, 0.72)
+
+
+def _shaded(colour: Colour, factor: float) -> Colour:
     if sum(colour) < 0.7:
-        return _mix(colour, (1, 1, 1), 0.25)
-    return tuple(0.72 * c for c in colour)
+        return _mix(colour, (1, 1, 1), 0.9 * (1 - factor))
+    return tuple(factor * c for c in colour)
 
 
 def _ease(t: Array) -> Array:

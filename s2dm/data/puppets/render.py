@@ -65,10 +65,10 @@ def render_clip(person: int, action: int, take: int, size: int = 128, frames: in
         )
     rng = np.random.default_rng((2403, person, action, take))
     who, what = PERSONS[person], ACTIONS[action]
-    scale = size / 128 * rng.uniform(0.93, 1.03)
+    scale = size / 128 * rng.uniform(1.06, 1.17)
     view = View(
         x=(size - 1) / 2 + size * rng.uniform(-0.055, 0.055),
-        y=size * rng.uniform(0.895, 0.925),
+        y=size * rng.uniform(0.93, 0.95),
         scale=scale,
         turn=what.turn,
     )
