@@ -1,0 +1,28 @@
+"""The nodes, one family a file."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .conditioning import EncodeFlow
+from .flow import EstimateFlow, VisualizeFlow
+from .loaders import ApplyFlowAdapter, CheckpointLoader
+from .native.files import register_folder
+from .sampling import SharedNoise, SharedNoiseKSampler, SharedNoiseSampler
+
+NODES: list[type[io.ComfyNode]] = [
+    CheckpointLoader,
+    ApplyFlowAdapter,
+    EstimateFlow,
+    EncodeFlow,
+    SharedNoiseKSampler,
+    SharedNoise,
+    SharedNoiseSampler,
+    VisualizeFlow,
+]
+
+
+class S2DMExtension(ComfyExtension):
+    """What ComfyUI asks the pack for."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        register_folder()
+        return NODES

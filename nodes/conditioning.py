@@ -1,0 +1,179 @@
+"""The node that puts flow into CONDITIONING."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import node_helpers
+import torch
+from comfy_api.latest import io
+
+from ..s2dm.flow import FlowField
+from .native.labels import LABEL, FlowLabel
+from .schema import known, named_errors, schema
+from .types import Flow
+
+_STEP = 8
+"""Pixels along each side of one latent."""
+
+
+class EncodeFlow(io.ComfyNode):
+    """The flow label beside the prompt."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMEncodeFlow",
+            display_name="Encode Flow (S2DM)",
+            category="s2dm/conditioning",
+            description=(
+                "Adds flow to the prompts, and makes an empty latent for each of its frames. "
+                "Frame by frame, the sampled clip then moves as the flow says."
+            ),
+            search_aliases=["s2dm", "flow conditioning", "motion control", "optical flow"],
+            inputs=[
+                io.Conditioning.Input(
+                    "positive", tooltip="What the clip shows, from CLIP Text Encode."
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip=(
+                        "What it must not show. The model was trained with an empty prompt here."
+                    ),
+                ),
+                Flow.Input(
+                    "flow",
+                    tooltip="The motion of each frame. One frame of flow is one frame of the clip.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip=(
+                        "0: no flow, the model moves as it likes; 1: the flow as it is. To move "
+                        "less far, change the flow itself."
+                    ),
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="From which part of the sampling steps on the flow acts.",
+                    **known(io.Float.Input, advanced=True),
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Up to which part of the sampling steps the flow acts.",
+                    **known(io.Float.Input, advanced=True),
+                ),
+                io.Boolean.Input(
+                    "guide_flow",
+                    default=True,
+                    tooltip=(
+                        "On: guidance (cfg) strengthens prompt and flow, as in the paper. Off: "
+                        "the negative prompt sees the flow too, so guidance strengthens the "
+                        "prompt alone."
+                    ),
+                    **known(io.Boolean.Input, advanced=True),
+                ),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=_STEP,
+                    tooltip="Width of the clip in pixels; the flow is resized. 0: as the flow.",
+                    **known(io.Int.Input, advanced=True),
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=_STEP,
+                    tooltip="Height of the clip in pixels; the flow is resized. 0: as the flow.",
+                    **known(io.Int.Input, advanced=True),
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "Where the picture sees the flow; elsewhere it moves as it likes. One "
+                        "mask for all frames, or one a frame."
+                    ),
+                ),
+            ],
+            outputs=[
+                # Inputs and outputs have different ids: older versions insist.
+                io.Conditioning.Output(
+                    "positive_with_flow",
+                    display_name="positive",
+                    tooltip="The prompt with the flow.",
+                ),
+                io.Conditioning.Output(
+                    "negative_with_flow",
+                    display_name="negative",
+                    tooltip="The negative prompt, without flow unless guide_flow is off.",
+                ),
+                io.Latent.Output(
+                    "latent",
+                    display_name="latent",
+                    tooltip="An empty latent for each frame, in the size of the clip.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        positive: Any,
+        negative: Any,
+        flow: FlowField,
+        strength: float = 1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        guide_flow: bool = True,
+        width: int = 0,
+        height: int = 0,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            _check(flow, start_percent, end_percent, mask)
+        label = FlowLabel(flow, strength, start_percent, end_percent, mask)
+        size = (_latents(height or flow.height), _latents(width or flow.width))
+        samples = torch.zeros(
+            flow.frames, 4, *size, device=comfy.model_management.intermediate_device()
+        )
+        return io.NodeOutput(
+            node_helpers.conditioning_set_values(positive, {LABEL: label}),
+            node_helpers.conditioning_set_values(negative, {LABEL: None if guide_flow else label}),
+            {"samples": samples},
+        )
+
+
+def _latents(pixels: int) -> int:
+    """Latents along a side of this many pixels, at least one."""
+    return max(1, round(pixels / _STEP))
+
+
+def _check(flow: FlowField, start: float, end: float, mask: torch.Tensor | None) -> None:
+    if start > end:
+        raise ValueError(
+            f"expected a start_percent of at most end_percent, got {start} and {end}. Swap them."
+        )
+    if mask is None:
+        return
+    if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] not in (1, flow.frames)):
+        raise ValueError(
+            f"expected one mask, or one for each of the {flow.frames} frames, got "
+            f"{tuple(mask.shape)}. Repeat or pick masks to match the flow."
+        )

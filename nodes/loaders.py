@@ -1,0 +1,151 @@
+"""Nodes that load: a whole S2DM checkpoint, or a flow adapter for a MODEL that is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from .native.adapter import apply_adapter
+from .native.files import find_file, list_files
+from .native.loading import load_adapter, load_all
+from .schema import known, named_errors, schema
+
+FlowGenerator = io.Custom("S2DM_FLOW_GENERATOR")
+"""Stage 1: a network that makes flow from a prompt and a reference frame."""
+
+_FILES = "in models/s2dm, or bundled with the pack"
+
+
+def _frames_at_once() -> io.Input:
+    return io.Int.Input(
+        "frames_at_once",
+        default=0,
+        min=0,
+        max=4096,
+        tooltip=(
+            "How many frames the U-Net sees at a time. The result is the same, fewer frames "
+            "need less memory. 0: chosen from free memory."
+        ),
+        **known(io.Int.Input, advanced=True),
+    )
+
+
+class NoFlowGenerator:
+    """What a checkpoint without stage 1 gives in place of a flow generator. It is false."""
+
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = checkpoint
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"no flow generator: {self.checkpoint} holds stage 2 alone"
+
+
+class CheckpointLoader(io.ComfyNode):
+    """A checkpoint with all its parts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMCheckpointLoader",
+            display_name="Load Checkpoint (S2DM)",
+            category="s2dm/loaders",
+            description=(
+                "Loads an S2DM checkpoint. The MODEL follows flow already; MODEL, CLIP and VAE "
+                "work with every other node."
+            ),
+            search_aliases=["s2dm", "load model", "flow to video", "sector-shaped diffusion"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint", options=list_files(), tooltip=f"An S2DM checkpoint {_FILES}."
+                ),
+                _frames_at_once(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "model",
+                    display_name="model",
+                    tooltip="The U-Net with the flow adapter on it.",
+                ),
+                io.Clip.Output(
+                    "clip",
+                    display_name="clip",
+                    tooltip="The text encoder, for CLIP Text Encode.",
+                ),
+                io.Vae.Output("vae", display_name="vae", tooltip="For VAE Decode."),
+                FlowGenerator.Output(
+                    "flow_generator",
+                    display_name="flow_generator",
+                    tooltip=(
+                        "Stage 1, which makes flow from a prompt. Empty if the checkpoint holds "
+                        "stage 2 alone."
+                    ),
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, checkpoint: str, frames_at_once: int = 0) -> io.NodeOutput:
+        with named_errors(cls):
+            loaded = load_all(find_file(checkpoint), frames_at_once)
+            return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, NoFlowGenerator(checkpoint))
+
+
+class ApplyFlowAdapter(io.ComfyNode):
+    """Flow for a model of one's own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMApplyFlowAdapter",
+            display_name="Apply Flow Adapter (S2DM)",
+            category="s2dm/loaders",
+            description=(
+                "Lets a MODEL with the U-Net of Stable Diffusion 1.x follow flow. LoRA, "
+                "ControlNet and the like go on working, before it and after it."
+            ),
+            search_aliases=["s2dm", "motion adapter", "optical flow adapter", "flow lora"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "A Stable Diffusion 1.5 model, with or without LoRA. A flow adapter that "
+                        "it holds already is replaced."
+                    ),
+                ),
+                io.Combo.Input(
+                    "adapter",
+                    options=list_files(),
+                    tooltip=f"A flow adapter, or a checkpoint that holds one, {_FILES}.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="How strongly flow acts. 0: the model as it was.",
+                ),
+                _frames_at_once(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "patched_model",
+                    display_name="model",
+                    tooltip="A copy of the model that follows the flow of Encode Flow.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, adapter: str, strength: float = 1.0, frames_at_once: int = 0
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            config, state = load_adapter(find_file(adapter))
+            return io.NodeOutput(
+                apply_adapter(model, config.flow_adapter, state, strength, frames_at_once)
+            )

@@ -1,0 +1,233 @@
+"""The flow adapter on a MODEL: checks, wrappers and the adapter's weights under core's care."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.conds
+import comfy.context_windows
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...s2dm.models import FlowAdapter, FlowAdapterConfig
+from .attention import cross_attention_layers, with_flow
+from .chunks import LEAST_FRAMES, frames_at_once, in_chunks
+from .labels import MASK, TOKENS, WINDOW, attach_labels, encode_labels
+
+KEY = "s2dm_flow_adapter"
+"""Under this key a patched MODEL holds the adapter's weights and our wrappers."""
+
+
+class AdapterError(ValueError):
+    """An adapter and a model that don't fit each other, or a model that can't be used so."""
+
+
+def apply_adapter(
+    model: comfy.model_patcher.ModelPatcher,
+    config: FlowAdapterConfig,
+    state: dict[str, Tensor],
+    strength: float = 1.0,
+    frames: int = 0,
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a MODEL that follows flow. The model itself stays as it is.
+
+    Args:
+        model: any MODEL with the U-Net of Stable Diffusion 1.x. An adapter that it may hold
+            already is replaced.
+        config, state: the adapter, as `load_checkpoint` gives it.
+        strength: multiplies the flow's keys and values; 0 is the model without flow.
+        frames: frames that the U-Net sees at a time; 0 chooses from free memory.
+
+    Raises:
+        AdapterError: the model isn't built as the adapter needs it.
+    """
+    _check_layers(model.get_model_object("diffusion_model"), config)
+    patched = model.clone()
+    # Layers of the adapter cast their weights at use, like those of the model.
+    dtype = patched.model.manual_cast_dtype or patched.model.get_dtype()
+    place = (config, state, dtype, patched.load_device, patched.offload_device)
+    weights = _weights(*place)
+    # Newer versions of core make copies for further GPUs in this way.
+    weights.cached_patcher_init = (_weights, place)
+    patched.set_additional_models(KEY, [weights])
+    wrappers = _Wrappers(strength, frames)
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, wrappers.outer_sample),
+        (WrappersMP.PREPARE_SAMPLING, wrappers.prepare_sampling),
+        (WrappersMP.SAMPLER_SAMPLE, wrappers.sampler_sample),
+        (WrappersMP.APPLY_MODEL, wrappers.apply_model),
+    ):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    return patched
+
+
+def _weights(
+    config: FlowAdapterConfig,
+    state: dict[str, Tensor],
+    dtype: torch.dtype,
+    load_device: torch.device,
+    offload_device: torch.device,
+    disable_dynamic: bool = True,
+) -> comfy.model_patcher.ModelPatcher:
+    adapter = FlowAdapter(config, comfy.ops.manual_cast, offload_device, dtype)
+    adapter.load_state_dict(state)
+    adapter.eval().requires_grad_(False)
+    return comfy.model_patcher.ModelPatcher(adapter, load_device, offload_device)
+
+
+def _check_layers(unet: torch.nn.Module, config: FlowAdapterConfig) -> None:
+    there = cross_attention_layers(unet)
+    if not there:
+        raise AdapterError(
+            "expected a MODEL with the U-Net of Stable Diffusion 1.x, got "
+            f"{type(unet).__name__}, which has no such cross-attention layers. Load a Stable "
+            "Diffusion 1.5 checkpoint."
+        )
+    wanted = dict(config.layers)
+    wrong = [
+        f"{name} is {there.get(name, 'missing')} (expected {width})"
+        for name, width in wanted.items()
+        if there.get(name) != width
+    ]
+    if wrong:
+        raise AdapterError(
+            f"the adapter was made for another U-Net: of its {len(wanted)} cross-attention "
+            f"layers, {len(wrong)} don't fit the MODEL, which has {len(there)}; "
+            f"{', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}. Use the adapter with the "
+            "kind of model that it was trained for (Stable Diffusion 1.5 has widths 320, 640 "
+            "and 1280)."
+        )
+
+
+class _Wrappers:
+    """What happens around the stages of core's sampling, in the order of its methods."""
+
+    def __init__(self, strength: float, frames: int) -> None:
+        self.strength = strength
+        self.frames = frames
+
+    def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Before anything is loaded: move the flow labels to where core batches conditions."""
+        guider = executor.class_obj
+        attach_labels(guider.conds, noise.shape[0])
+        _check_context_windows(guider.model_options, noise)
+        return executor(noise, *args, **kwargs)
+
+    def prepare_sampling(
+        self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Ask core for the memory of one chunk, not of the whole clip."""
+        shape = list(noise_shape)
+        shape[0] = min(shape[0], self.frames or LEAST_FRAMES)
+        return executor(model, shape, *args, **kwargs)
+
+    def sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any) -> Tensor:
+        """The weights are loaded and the conditions final: encode the flow, once a run."""
+        patcher = guider.model_patcher
+        noise = args[2]
+        model = patcher.model
+        place = {
+            "device": noise.device,
+            "dtype": model.manual_cast_dtype or model.get_dtype(),
+        }
+        encode_labels(
+            guider.conds, _adapter(patcher), model.model_sampling, noise.shape[-2:], 8, place
+        )
+        return executor(guider, sigmas, *args)
+
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Each call of the U-Net: show it the flow, a few frames at a time."""
+        options = transformer_options or {}
+        model = executor.class_obj
+        adapter = _adapter(model.current_patcher)
+        conditions = max(1, len(options.get("cond_or_uncond", ())))
+        if x.shape[0] % conditions:
+            conditions = 1
+        size = self.frames or frames_at_once(model, x, conditions, model.memory_required)
+
+        def call(
+            x: Tensor,
+            t: Tensor,
+            c_concat: Tensor | None,
+            c_crossattn: Tensor | None,
+            control: dict[str, Any] | None,
+            kwargs: dict[str, Any],
+        ) -> Tensor:
+            kwargs = dict(kwargs)
+            tokens, mask = _tokens_now(adapter, x, t, kwargs)
+            flow = with_flow(options, adapter, self.strength, tokens, mask)
+            flow["sigmas"] = t[: len(t) // conditions]
+            return executor(x, t, c_concat, c_crossattn, control, flow, **kwargs)
+
+        arguments = {
+            "t": t,
+            "c_concat": c_concat,
+            "c_crossattn": c_crossattn,
+            "control": control,
+            "kwargs": kwargs,
+        }
+        return in_chunks(call, size, conditions, x, arguments)
+
+
+def _adapter(patcher: comfy.model_patcher.ModelPatcher) -> FlowAdapter:
+    return patcher.get_additional_models_with_key(KEY)[0].model
+
+
+def _tokens_now(
+    adapter: FlowAdapter, x: Tensor, t: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Take our conditions out of the call's: tokens at this sigma, (B, tokens, width), and mask."""
+    tokens, window, mask = (kwargs.pop(name, None) for name in (TOKENS, WINDOW, MASK))
+    null = adapter.null_tokens(len(x))
+    if tokens is None:
+        return null.to(x.device), None
+    inside = (t <= window[:, 0]) & (t >= window[:, 1])
+    return torch.where(inside.view(-1, 1, 1), tokens, null.to(tokens)), mask
+
+
+def _check_context_windows(model_options: dict[str, Any], noise: Tensor) -> None:
+    """Refuse context windows over frames where core doesn't cut conditions to the window.
+
+    Older versions of core fail on them, or would give each window the flow of the first one.
+    """
+    handler = model_options.get("context_handler")
+    if handler is None or getattr(handler, "dim", None) != 0:
+        return
+    if noise.shape[0] <= handler.context_length:
+        return
+    probe = [{"model_conds": {TOKENS: comfy.conds.CONDRegular(torch.zeros(3, 1, 1))}}]
+    window = _probe_window()
+    try:
+        cut = handler.get_resized_cond(probe, torch.zeros(3, 4, 1, 1), window)
+        works = cut[0]["model_conds"][TOKENS].cond.shape[0] == 2
+    except (AttributeError, TypeError, RuntimeError, IndexError):
+        works = False
+    if not works:
+        raise AdapterError(
+            "S2DM: this version of ComfyUI doesn't cut the flow of each frame to its context "
+            "windows. Frames of S2DM don't need windows, they are sampled in chunks of any "
+            "length: remove the Context Windows node, or update ComfyUI."
+        )
+
+
+def _probe_window() -> comfy.context_windows.IndexListContextWindow:
+    kind = comfy.context_windows.IndexListContextWindow
+    try:
+        return kind([0, 1], dim=0, total_frames=3)
+    except TypeError:  # before windows knew the number of frames
+        return kind([0, 1], dim=0)

@@ -1,0 +1,125 @@
+"""Flow in the cross-attention of ComfyUI's U-Net, by the same fusion as in the other engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.utils
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor, nn
+
+from ...s2dm.models import FlowAdapter, fuse_attention
+
+Block = tuple[str, int, int]
+Patch = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
+
+
+def block_of(layer: str) -> Block:
+    """The key under which core looks up a patch of a layer: "input_4_0" to ("input", 4, 0)."""
+    part, number, index = layer.rsplit("_", 2)
+    return part, int(number), int(index)
+
+
+def cross_attention_layers(unet: nn.Module) -> dict[str, int]:
+    """Name and inner width of each cross-attention layer of core's U-Net.
+
+    Empty for anything that is not built like Stable Diffusion's U-Net.
+    """
+    parts = {
+        "input": getattr(unet, "input_blocks", ()),
+        "middle": (getattr(unet, "middle_block", ()),),
+        "output": getattr(unet, "output_blocks", ()),
+    }
+    layers = {}
+    for part, blocks in parts.items():
+        for number, block in enumerate(blocks):
+            for module in block or ():
+                for index, transformer in enumerate(getattr(module, "transformer_blocks", ())):
+                    attention = getattr(transformer, "attn2", None)
+                    if attention is not None:
+                        layers[f"{part}_{number}_{index}"] = attention.heads * attention.dim_head
+    return layers
+
+
+def with_flow(
+    transformer_options: dict[str, Any],
+    adapter: FlowAdapter,
+    strength: float,
+    tokens: Tensor,
+    mask: Tensor | None,
+) -> dict[str, Any]:
+    """A copy of core's transformer options in which each layer of the adapter sees the flow.
+
+    Patches that other nodes have put there still run: they get our keys and values.
+
+    Args:
+        transformer_options: of the call; not changed.
+        adapter, strength: the strength multiplies the flow's keys and values.
+        tokens: (B, tokens, width), for the B samples of the call.
+        mask: (B, 1, h, w), 1 where a place of the picture sees these tokens, 0 where it sees
+            the null tokens; None for everywhere.
+    """
+    replace = transformer_options.get("patches_replace", {})
+    patches = dict(replace.get("attn2", {}))
+    for layer, _ in adapter.config.layers:
+        block = block_of(layer)
+        # A patch may be meant for one transformer of a block or, as core allows, for all.
+        previous = patches.get(block, patches.get(block[:2]))
+        patches[block] = _FlowPatch(adapter, layer, strength, tokens, mask, previous)
+    return {**transformer_options, "patches_replace": {**replace, "attn2": patches}}
+
+
+class _FlowPatch:
+    """Replaces the attention of one layer in one call of the U-Net."""
+
+    def __init__(
+        self,
+        adapter: FlowAdapter,
+        layer: str,
+        strength: float,
+        tokens: Tensor,
+        mask: Tensor | None,
+        previous: Patch | None,
+    ) -> None:
+        self.adapter = adapter
+        self.layer = layer
+        self.strength = strength
+        self.tokens = tokens
+        self.mask = mask
+        self.previous = previous
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        out = self._attend(q, k, v, self.tokens, extra_options)
+        if self.mask is None:
+            return out
+        null = self.adapter.null_tokens(len(q)).to(self.tokens)
+        share = self._mask_of_queries(q, extra_options)
+        return share * out + (1 - share) * self._attend(q, k, v, null, extra_options)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, extra_options: dict[str, Any]
+    ) -> Tensor:
+        flow_k, flow_v = (
+            self.strength * part.to(k) for part in self.adapter.keys_values(self.layer, tokens)
+        )
+
+        def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # Another node's patch adds something of its own, so it runs once: on the prompt.
+            if self.previous is not None and key is not flow_k:
+                return self.previous(query, key, value, extra_options)
+            return optimized_attention(
+                query,
+                key,
+                value,
+                extra_options["n_heads"],
+                attn_precision=extra_options.get("attn_precision"),
+                transformer_options=extra_options,
+            )
+
+        return fuse_attention(q, k, v, flow_k, flow_v, self.adapter.config.fusion, attention)
+
+    def _mask_of_queries(self, q: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        height, width = extra_options["activations_shape"][-2:]
+        mask = comfy.utils.common_upscale(self.mask, width, height, "area", "disabled")
+        return mask.flatten(2).transpose(1, 2).to(q)

@@ -1,0 +1,44 @@
+"""Where checkpoints lie: `models/s2dm`, and the ones that come with the pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+FOLDER = "s2dm"
+_BUNDLED = " (bundled)"
+_ASSETS = Path(__file__).resolve().parents[2] / "s2dm" / "assets"
+
+
+def register_folder() -> None:
+    """Make `models/s2dm` known. Folders that the user has set for it stay."""
+    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    # Without extensions of its own a folder lists every file.
+    folders, extensions = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (folders, extensions or {".safetensors"})
+
+
+def list_files() -> list[str]:
+    """What the loaders offer: the bundled checkpoints first, then the user's."""
+    bundled = sorted(path.name + _BUNDLED for path in _ASSETS.glob("*.safetensors"))
+    return bundled + folder_paths.get_filename_list(FOLDER)
+
+
+def find_file(name: str) -> str:
+    """The path of an entry of `list_files`.
+
+    Raises:
+        ValueError: there is no such file any more.
+    """
+    if name.endswith(_BUNDLED):
+        path = _ASSETS / Path(name.removesuffix(_BUNDLED)).name
+        found = str(path) if path.is_file() else None
+    else:
+        found = folder_paths.get_full_path(FOLDER, name)
+    if found is None:
+        raise ValueError(
+            f"expected a file among {list_files()}, got '{name}'. Put it into the folder "
+            f"{folder_paths.get_folder_paths(FOLDER)[0]} and refresh the page."
+        )
+    return found

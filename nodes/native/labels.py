@@ -1,0 +1,170 @@
+"""Flow in CONDITIONING: how the flow of a clip travels to the sampler and becomes a condition.
+
+A label rides in the dictionary of a conditioning entry. When sampling starts it moves, as a
+placeholder, among the conditions that core passes to the model; when the areas of all entries
+are known it is encoded, once a run, into flow tokens. From there core batches, repeats and
+slices it with the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.conds
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...s2dm.flow import FlowField
+from ...s2dm.models import FlowAdapter
+
+LABEL = "s2dm_flow"
+"""Key of a `FlowLabel`, or of None for the null label, in a conditioning entry."""
+TOKENS = "s2dm_tokens"
+WINDOW = "s2dm_window"
+MASK = "s2dm_mask"
+
+_ENCODED_AT_ONCE = 16
+_ALWAYS = (float("inf"), float("-inf"))
+
+
+class FlowLabelError(ValueError):
+    """Flow and latents that don't fit each other."""
+
+
+@dataclass(frozen=True, eq=False)
+class FlowLabel:
+    """The flow label y of one conditioning entry (paper, section 3.3).
+
+    flow: of N frames and any size; it is resized to the latents.
+    strength: 0 is the null label, 1 the flow as it is; tokens = null + strength * (flow - null).
+    start, end: part of the sampling steps, 0 to 1, that sees the flow; the null label elsewhere.
+    mask: (1 or N, H, W) in [0, 1], where the picture sees the flow; None for everywhere.
+    """
+
+    flow: FlowField
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: Tensor | None = None
+
+
+class _LabelCondition:
+    """A label among the model conditions of an entry, until the areas of all entries are known.
+
+    Core copies the model conditions of an entry to the ones that it makes up, for instance to
+    pair each area with its opposite, so the label goes where it belongs.
+    """
+
+    def __init__(self, label: FlowLabel | None) -> None:
+        self.label = label
+
+
+def attach_labels(conditions: dict[str, list[dict[str, Any]]], frames: int) -> None:
+    """Put the labels among the model conditions of each entry; null where there is none.
+
+    Raises:
+        FlowLabelError: a flow of another number of frames than the latents have.
+    """
+    for entries in conditions.values():
+        for entry in entries:
+            label = entry.get(LABEL)
+            if label is not None and label.flow.frames != frames:
+                raise FlowLabelError(
+                    f"S2DM flow: expected a flow of {frames} frames, one for each latent, got "
+                    f"{label.flow.frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
+                    "retime the flow."
+                )
+            model_conditions = {**entry.get("model_conds", {}), TOKENS: _LabelCondition(label)}
+            entry["model_conds"] = model_conditions
+
+
+def encode_labels(
+    conditions: dict[str, list[dict[str, Any]]],
+    adapter: FlowAdapter,
+    sampling: Any,
+    size: tuple[int, int],
+    factor: int,
+    place: dict[str, Any],
+) -> None:
+    """Replace every label by tokens (N, tokens, width), its window of sigmas and its mask.
+
+    Args:
+        conditions: of the sampler, their areas resolved; changed in place.
+        adapter: encodes the flow.
+        sampling: core's model_sampling, which turns parts of the run into sigmas.
+        size: (h, w) of the latents.
+        factor: pixels along each side of one latent.
+        place: `device` and `dtype` of the tokens.
+    """
+    entries = list(_labelled(conditions))
+    masked = any(
+        entry[TOKENS].label and entry[TOKENS].label.mask is not None for _, entry in entries
+    )
+    encoded: dict[tuple[int, Any], Tensor] = {}
+    for area, entry in entries:
+        label = entry[TOKENS].label
+        key = (id(label), area)
+        if key not in encoded:
+            encoded[key] = _tokens(label, adapter, area or (*size, 0, 0), size, factor, place)
+        entry[TOKENS] = comfy.conds.CONDRegular(encoded[key])
+        entry[WINDOW] = comfy.conds.CONDRegular(_window(label, sampling, place["device"]))
+        if masked:
+            entry[MASK] = comfy.conds.CONDNoiseShape(_mask(label, size, place))
+
+
+def _labelled(
+    conditions: dict[str, list[dict[str, Any]]],
+) -> Iterator[tuple[tuple[int, ...] | None, dict[str, Any]]]:
+    for entries in conditions.values():
+        for entry in entries:
+            model_conditions = entry.get("model_conds", {})
+            if isinstance(model_conditions.get(TOKENS), _LabelCondition):
+                area = entry.get("area")
+                yield (tuple(area) if area is not None else None), model_conditions
+
+
+def _tokens(
+    label: FlowLabel | None,
+    adapter: FlowAdapter,
+    area: tuple[int, ...],
+    size: tuple[int, int],
+    factor: int,
+    place: dict[str, Any],
+) -> Tensor:
+    """Tokens of a label as an area (height, width, top, left) of the latents sees it."""
+    null = adapter.null_tokens(1).to(**place)
+    if label is None:
+        return null
+    condition = label.flow.condition(size[0] * factor, size[1] * factor)
+    top, left = area[2], area[3]
+    height, width = min(area[0], size[0] - top), min(area[1], size[1] - left)
+    if (height, width) != size:
+        rows = slice(top * factor, (top + height) * factor)
+        columns = slice(left * factor, (left + width) * factor)
+        # Displacement is in half-frames, and the frame is the area now.
+        grow = condition.new_tensor([size[1] / width, size[0] / height, 1.0]).view(1, 3, 1, 1)
+        condition = condition[:, :, rows, columns] * grow
+    tokens = torch.cat(
+        [adapter.encode(part.to(**place)) for part in condition.split(_ENCODED_AT_ONCE)]
+    )
+    return tokens if label.strength == 1.0 else null + label.strength * (tokens - null)
+
+
+def _window(label: FlowLabel | None, sampling: Any, device: torch.device) -> Tensor:
+    """(1, 2): the highest and the lowest sigma at which the label holds."""
+    high, low = _ALWAYS
+    if label is not None and label.start > 0:
+        high = float(sampling.percent_to_sigma(label.start))
+    if label is not None and label.end < 1:
+        low = float(sampling.percent_to_sigma(label.end))
+    return torch.tensor([[high, low]], device=device)
+
+
+def _mask(label: FlowLabel | None, size: tuple[int, int], place: dict[str, Any]) -> Tensor:
+    if label is None or label.mask is None:
+        return torch.ones(1, 1, *size, **place)
+    mask = label.mask.reshape(-1, 1, *label.mask.shape[-2:]).to(**place)
+    return comfy.utils.common_upscale(mask, size[1], size[0], "bilinear", "disabled")

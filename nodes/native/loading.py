@@ -1,0 +1,280 @@
+"""A checkpoint of any size as ComfyUI's own MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from typing import Any, NamedTuple
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import comfy.utils
+import folder_paths
+import torch
+from comfy.model_base import ModelType
+from torch import Tensor
+
+from ...s2dm.models import S2DMConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from ...s2dm.models.checkpoint import CheckpointError, load_checkpoint
+from ...s2dm.models.tokenizer import write_tokenizer
+from .adapter import apply_adapter
+
+State = dict[str, Tensor]
+
+_PARTS = ("unet", "text_encoder", "vae", "flow_adapter")
+_LATENT_FACTOR = 8
+_MODEL_TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
+# Core calls by "linear" what others call "scaled_linear": linear in the root of beta.
+_BETA_SCHEDULES = {"scaled_linear": "linear"}
+
+
+class Checkpoint(NamedTuple):
+    """What `load_all` gives: core's objects, the adapter on the model."""
+
+    config: S2DMConfig
+    model: comfy.model_patcher.ModelPatcher
+    clip: comfy.sd.CLIP
+    vae: comfy.sd.VAE
+
+
+def load_all(path: str, frames: int = 0) -> Checkpoint:
+    """Load a checkpoint with all parts.
+
+    Args:
+        path: of the file.
+        frames: frames that the U-Net sees at a time; 0 chooses from free memory.
+
+    Raises:
+        CheckpointError: the file is broken, or a part is missing or not for ComfyUI.
+    """
+    config, state = load_checkpoint(path, parts=_PARTS)
+    if config.vae.factor != _LATENT_FACTOR or config.vae.latent_channels != config.unet.in_channels:
+        raise CheckpointError(
+            f"vae: expected {config.unet.in_channels} latent channels of {_LATENT_FACTOR} pixels "
+            f"a side, got {config.vae.latent_channels} of {config.vae.factor}. ComfyUI can't "
+            "sample such latents."
+        )
+    model = load_model(config, state["unet"])
+    # Newer versions of core reload the model in this way, for hooks and for further GPUs.
+    model.cached_patcher_init = (_reload_model, (path,))
+    return Checkpoint(
+        config,
+        apply_adapter(model, config.flow_adapter, state["flow_adapter"], frames=frames),
+        load_clip(config.text_encoder, config.tokenizer, state["text_encoder"]),
+        load_vae(config.vae, state["vae"]),
+    )
+
+
+def load_adapter(path: str) -> tuple[S2DMConfig, State]:
+    """The config and the weights of a flow adapter, from any S2DM file that holds one."""
+    config, state = load_checkpoint(path, parts=("flow_adapter",))
+    return config, state["flow_adapter"]
+
+
+def load_model(
+    config: S2DMConfig, state: State, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """The U-Net as a MODEL in the types and on the devices that core chooses.
+
+    Args:
+        config: with U-Net, VAE (for the scale of the latents) and schedule.
+        state: weights of the U-Net in ldm keys.
+        disable_dynamic: use core's plain patcher even where there is a dynamic one.
+    """
+    management = comfy.model_management
+    model_config = _ModelConfig(config)
+    parameters = comfy.utils.calculate_parameters(state)
+    weight_dtype = comfy.utils.weight_dtype(state)
+    load_device = management.get_torch_device()
+    supported = model_config.supported_inference_dtypes
+    dtype = management.unet_dtype(
+        model_params=parameters, supported_dtypes=supported, weight_dtype=weight_dtype
+    )
+    model_config.set_inference_dtype(
+        dtype, management.unet_manual_cast(dtype, load_device, supported)
+    )
+    model = model_config.get_model(
+        state, device=management.unet_inital_load_device(parameters, dtype)
+    )
+    patcher_class = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:
+        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
+    patcher = patcher_class(
+        model, load_device=load_device, offload_device=management.unet_offload_device()
+    )
+    dynamic = {}
+    if "assign" in inspect.signature(model.load_model_weights).parameters:
+        dynamic["assign"] = patcher.is_dynamic()
+    model.load_model_weights(dict(state), **dynamic)
+    return patcher
+
+
+def _reload_model(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    config, state = load_checkpoint(path, parts=("unet", "vae"))
+    return load_model(config, state["unet"], disable_dynamic)
+
+
+class _ModelConfig(comfy.supported_models.SD15):
+    """Core's Stable Diffusion 1.5 in the sizes and with the schedule of a checkpoint."""
+
+    def __init__(self, config: S2DMConfig) -> None:
+        super().__init__(_unet_config(config.unet))
+        self.unet_config["num_heads"] = config.unet.num_heads
+        schedule = config.schedule
+        self.prediction_type = schedule.prediction_type
+        self.latent_format = comfy.latent_formats.SD15(config.vae.scaling_factor)
+        if schedule.beta_schedule not in _BETA_SCHEDULES:
+            raise CheckpointError(
+                f"schedule: expected {' or '.join(_BETA_SCHEDULES)}, got "
+                f"'{schedule.beta_schedule}', which ComfyUI doesn't have."
+            )
+        self.sampling_settings = {
+            "beta_schedule": _BETA_SCHEDULES[schedule.beta_schedule],
+            "linear_start": schedule.beta_start,
+            "linear_end": schedule.beta_end,
+            "timesteps": schedule.steps,
+        }
+
+    def model_type(self, state_dict: State, prefix: str = "") -> ModelType:
+        return _MODEL_TYPES[self.prediction_type]
+
+
+def _unet_config(config: UNetConfig) -> dict[str, Any]:
+    """The arguments of core's UNetModel, as core finds them in a file of Stable Diffusion."""
+    levels, count = config.attention_levels, config.num_res_blocks
+    return {
+        "use_checkpoint": False,
+        "image_size": 32,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "adm_in_channels": None,
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
+        "model_channels": config.model_channels,
+        "num_res_blocks": [count] * len(levels),
+        "channel_mult": list(config.channel_mult),
+        "transformer_depth": [int(level) for level in levels for _ in range(count)],
+        "transformer_depth_output": [int(level) for level in levels for _ in range(count + 1)],
+        "transformer_depth_middle": 1,
+        "use_linear_in_transformer": False,
+        "context_dim": config.context_dim,
+        "use_temporal_resblock": False,
+        "use_temporal_attention": False,
+    }
+
+
+def load_clip(config: TextEncoderConfig, tokenizer: dict[str, Any], state: State) -> comfy.sd.CLIP:
+    """The text encoder with its tokenizer as a CLIP."""
+    target = comfy.supported_models_base.ClipTarget(
+        _tokenizer_class(config, tokenizer), comfy.sd1_clip.SD1ClipModel
+    )
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.max_length,
+        "eos_token_id": config.eos_token_id,
+    }
+    weights = {f"clip_l.transformer.{name}": weight for name, weight in state.items()}
+    # Stable Diffusion 1.x doesn't use the projection; core has one and would leave it empty.
+    projection = "clip_l.transformer.text_projection.weight"
+    weights[projection] = torch.eye(config.hidden_size)
+    arguments = {
+        "embedding_directory": folder_paths.get_folder_paths("embeddings"),
+        "parameters": comfy.utils.calculate_parameters(weights),
+        "model_options": {"clip_l_model_config": sizes, "clip_l_class": _clip_class(config)},
+    }
+    if "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters:
+        return comfy.sd.CLIP(target, state_dict=weights, **arguments)
+    clip = comfy.sd.CLIP(target, **arguments)
+    clip.load_sd(weights, full_model=True)
+    return clip
+
+
+def _clip_class(config: TextEncoderConfig) -> type[comfy.sd1_clip.SDClipModel]:
+    class FlowClipModel(comfy.sd1_clip.SDClipModel):
+        """Core's CLIP text model with a vocabulary of any size."""
+
+        def __init__(
+            self,
+            device: str | torch.device = "cpu",
+            dtype: torch.dtype | None = None,
+            model_options: dict[str, Any] | None = None,
+        ) -> None:
+            end = config.eos_token_id
+            super().__init__(
+                device=device,
+                max_length=config.max_length,
+                dtype=dtype,
+                special_tokens={"start": config.bos_token_id, "end": end, "pad": end},
+                return_projected_pooled=False,
+                model_options=model_options or {},
+            )
+            embeddings = self.transformer.text_model.embeddings
+            embeddings.token_embedding = self.operations.Embedding(
+                config.vocab_size, config.hidden_size, dtype=dtype, device=device
+            )
+            self.freeze()
+
+    return FlowClipModel
+
+
+def _tokenizer_class(config: TextEncoderConfig, tokenizer: dict[str, Any]) -> type:
+    if tokenizer["kind"] == "clip":
+        return comfy.sd1_clip.SD1Tokenizer
+
+    class FlowSDTokenizer(comfy.sd1_clip.SDTokenizer):
+        """Core's tokenizer with the words of the checkpoint."""
+
+        def __init__(
+            self,
+            embedding_directory: list[str] | None = None,
+            tokenizer_data: dict[str, Any] | None = None,
+        ) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                write_tokenizer(tokenizer, folder)
+                super().__init__(
+                    folder,
+                    max_length=config.max_length,
+                    embedding_directory=embedding_directory,
+                    embedding_size=config.hidden_size,
+                    tokenizer_data=tokenizer_data or {},
+                )
+
+    class FlowTokenizer(comfy.sd1_clip.SD1Tokenizer):
+        def __init__(
+            self,
+            embedding_directory: list[str] | None = None,
+            tokenizer_data: dict[str, Any] | None = None,
+        ) -> None:
+            super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=FlowSDTokenizer)
+
+    return FlowTokenizer
+
+
+def load_vae(config: VAEConfig, state: State) -> comfy.sd.VAE:
+    """The autoencoder as a VAE."""
+    details = {
+        "double_z": True,
+        "z_channels": config.latent_channels,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": config.channels,
+        "ch_mult": list(config.channel_mult),
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    params = {"ddconfig": details, "embed_dim": config.latent_channels}
+    vae = comfy.sd.VAE(sd=dict(state), config={"params": params})
+    # Core knows these only of the autoencoders that it recognises by their weights.
+    vae.latent_channels = config.latent_channels
+    vae.downscale_ratio = vae.upscale_ratio = config.factor
+    return vae

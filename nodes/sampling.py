@@ -1,0 +1,223 @@
+"""Nodes that sample frames from one noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+from comfy_api.latest import io
+
+from ..s2dm.sector import NOISE_SHARING
+from .native import noise as native
+from .schema import known, named_errors, schema
+
+_LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+def _sharing_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "noise_sharing",
+            options=list(NOISE_SHARING),
+            default="shared",
+            tooltip=(
+                "shared: one noise for all frames, as in the paper; what the prompt doesn't "
+                "say stays still. independent: each frame its own. mixed: some of both."
+            ),
+        ),
+        io.Float.Input(
+            "share",
+            default=0.5,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How much of the noise all frames have in common, for mixed alone.",
+            **known(io.Float.Input, advanced=True),
+        ),
+    ]
+
+
+def _seed_input() -> io.Input:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=_LARGEST_SEED,
+        control_after_generate=True,
+        tooltip="Seed of all noise. One frame with the same seed and size starts as the clip.",
+    )
+
+
+class SharedNoiseKSampler(io.ComfyNode):
+    """KSampler with noise that the frames share, at the start and at every step."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMSharedNoiseKSampler",
+            display_name="KSampler with Shared Noise (S2DM)",
+            category="s2dm/sampling",
+            description=(
+                "Samples all frames from the same noise, in any sampler, so that only what the "
+                "flow moves changes from frame to frame."
+            ),
+            search_aliases=["s2dm", "ksampler", "fixed noise", "consistent noise", "video sampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model, with a flow adapter to follow flow."),
+                _seed_input(),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=10000,
+                    tooltip="Steps of the sampler (20 in the paper).",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=7.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Guidance scale (7.5 in the paper): how closely to keep to the labels.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="ddim",
+                    tooltip="The sampler (ddim in the paper). Each of them shares its noise.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="ddim_uniform",
+                    tooltip="How noise is taken away over the steps.",
+                ),
+                io.Conditioning.Input("positive", tooltip="From Encode Flow."),
+                io.Conditioning.Input("negative", tooltip="From Encode Flow."),
+                io.Latent.Input("latent_image", tooltip="The frames to sample, from Encode Flow."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="1: from noise alone. Less keeps some of the latents that come in.",
+                ),
+                *_sharing_inputs(),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "latent", display_name="latent", tooltip="The clip, for VAE Decode."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        denoise: float = 1.0,
+        noise_sharing: str = "shared",
+        share: float = 0.5,
+    ) -> io.NodeOutput:
+        samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
+        out = {**latent_image, "samples": samples}
+        with named_errors(cls):
+            noise = native.SharedNoise(seed, noise_sharing, share).generate_noise(out)
+            sampler = native.SharedNoiseSampler(
+                comfy.samplers.sampler_object(sampler_name), noise_sharing, share
+            )
+            # Core's own, so that the sigmas are those of its KSampler for each name.
+            sigmas = comfy.samplers.KSampler(
+                model, steps, model.load_device, sampler_name, scheduler, denoise
+            ).sigmas
+            out["samples"] = comfy.sample.sample_custom(
+                model,
+                noise,
+                cfg,
+                sampler,
+                sigmas,
+                positive,
+                negative,
+                samples,
+                noise_mask=latent_image.get("noise_mask"),
+                callback=latent_preview.prepare_callback(model, steps),
+                disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+                seed=seed,
+            )
+        return io.NodeOutput(out)
+
+
+class SharedNoise(io.ComfyNode):
+    """The initial noise, for core's custom samplers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMSharedNoise",
+            display_name="Shared Noise (S2DM)",
+            category="s2dm/sampling",
+            description=(
+                "Noise for SamplerCustomAdvanced that all frames share. Put Shared-Noise Sampler "
+                "on the sampler too if it draws noise at its steps."
+            ),
+            search_aliases=["s2dm", "random noise", "fixed noise", "consistent noise"],
+            inputs=[_seed_input(), *_sharing_inputs()],
+            outputs=[
+                io.Noise.Output("noise", display_name="noise", tooltip="For SamplerCustomAdvanced.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, seed: int, noise_sharing: str = "shared", share: float = 0.5) -> io.NodeOutput:
+        with named_errors(cls):
+            return io.NodeOutput(native.SharedNoise(seed, noise_sharing, share))
+
+
+class SharedNoiseSampler(io.ComfyNode):
+    """The noise of the steps, for core's custom samplers."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMSharedNoiseSampler",
+            display_name="Shared-Noise Sampler (S2DM)",
+            category="s2dm/sampling",
+            description=(
+                "Makes any sampler share among all frames the noise that it draws at its steps, "
+                "as ancestral and SDE samplers do."
+            ),
+            search_aliases=["s2dm", "sampler", "ancestral", "sde", "fixed noise"],
+            inputs=[
+                io.Sampler.Input(
+                    "sampler", tooltip="Any sampler, for instance from KSamplerSelect."
+                ),
+                *_sharing_inputs(),
+            ],
+            outputs=[
+                io.Sampler.Output(
+                    "shared_sampler",
+                    display_name="sampler",
+                    tooltip="The same sampler with shared noise, for SamplerCustomAdvanced.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, sampler: Any, noise_sharing: str = "shared", share: float = 0.5
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            return io.NodeOutput(native.SharedNoiseSampler(sampler, noise_sharing, share))
