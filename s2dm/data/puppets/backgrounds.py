@@ -74,7 +74,8 @@ def paint_room(
 def _furniture(canvas: Canvas, rng: np.random.Generator, wall: Array, horizon: float) -> None:
     sides = [rng.uniform(14, 30), rng.uniform(98, 114)]
     rng.shuffle(sides)
-    for x, thing in zip(sides, rng.choice(5, 2, replace=False), strict=True):
+    things = rng.choice(5, rng.choice(3, p=(0.15, 0.50, 0.35)), replace=False)
+    for x, thing in zip(sides, things, strict=False):
         if thing == 0:  # a window
             y, a, b = rng.uniform(34, 44), rng.uniform(10, 14), rng.uniform(14, 18)
             canvas.fill(box(canvas, x, y, a + 2, b + 2, 1), (0.97, 0.97, 0.95))
