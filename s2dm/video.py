@@ -62,10 +62,11 @@ def iter_frames(path: str | os.PathLike[str]) -> Iterator[Tensor]:
         VideoError: the path is missing, is not a video, or holds no frames.
     """
     path = Path(path)
-    count = 0
-    for count, pixels in enumerate(_iter_pixels(path), start=1):
+    empty = True
+    for pixels in _iter_pixels(path):
+        empty = False
         yield _to_tensor(pixels)
-    if count == 0:
+    if empty:
         raise VideoError(f"{path} holds no frames.")
 
 

@@ -1,0 +1,378 @@
+"""The command line: `s2dm generate | render | train | convert`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from .flow import FlowField
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "assets" / "s2dm-puppets-v1.safetensors"
+
+
+class CommandError(ValueError):
+    """Arguments that don't fit together; the message says what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 stopped."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    for chatty in ("httpx", "libav", "matplotlib", "PIL"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        print(
+            f"s2dm {options.command}: the package {error.name} is missing. Install what the "
+            "command line needs, in the folder of ComfyUI-S2DM: pip install '.[standalone]'",
+            file=sys.stderr,
+        )
+        return 1
+    except (ValueError, OSError) as error:
+        # The library's own errors are ValueErrors whose message is meant for people.
+        print(f"s2dm {options.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="s2dm", description="Video from a prompt and the motion of a clip (arXiv 2403.13408)."
+    )
+    parser.add_argument("--version", action="version", version=f"s2dm {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_render(commands)
+    _add_train(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("s2dm-video")
+    except metadata.PackageNotFoundError:
+        return "(not installed, run from its folder)"
+
+
+# -------------------------------------------------------------------------------- generate
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="make a clip from a prompt and the motion of another clip",
+        description="Make a clip that shows the prompt and moves like a given clip or flow.",
+    )
+    parser.add_argument("prompt", help='such as "A man wearing a red coat and blue jeans is squat"')
+    motion = parser.add_mutually_exclusive_group(required=True)
+    motion.add_argument("--clip", type=Path, help="video or folder of images to take motion from")
+    motion.add_argument(
+        "--flow", type=Path, help="flow to follow: .npz, or a folder of numbered .flo files"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("s2dm.mp4"),
+        help=".mp4, .gif, or a name without ending for a folder of PNG frames (%(default)s)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=DEFAULT_CHECKPOINT,
+        help="S2DM checkpoint, or a folder of save_pretrained (the bundled one)",
+    )
+    parser.add_argument("--negative", default="", metavar="PROMPT", help="negative prompt")
+    parser.add_argument("--steps", type=_positive, default=20, help="sampling steps (%(default)s)")
+    parser.add_argument(
+        "--guidance", type=float, default=7.5, help="guidance scale, 1 = off (%(default)s)"
+    )
+    parser.add_argument(
+        "--flow-guidance", type=float, help="guidance scale of the flow (that of the prompt)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
+    parser.add_argument(
+        "--sharing",
+        choices=("shared", "independent", "mixed"),
+        default="shared",
+        help="how frames share their noise (%(default)s)",
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.5, help='common part in "mixed" (%(default)s)'
+    )
+    parser.add_argument(
+        "--frames",
+        type=_positive,
+        help="frames of the clip (those of the flow; of a clip, as many as the checkpoint was "
+        "trained with, spread over it)",
+    )
+    parser.add_argument(
+        "--size", type=_size, metavar="WxH", help="size in pixels (the checkpoint's)"
+    )
+    parser.add_argument("--method", default="dis", help="flow estimator: dis or farneback")
+    parser.add_argument("--save-flow", type=Path, metavar="FILE", help="keep the flow as .npz")
+    parser.add_argument("--fps", type=float, help="frames a second (those of the clip, or 8)")
+    parser.add_argument(
+        "--chunk", type=_positive, default=8, help="frames computed at a time (%(default)s)"
+    )
+    parser.add_argument("--device", help="cpu, cuda or mps (the best there is)")
+    parser.add_argument(
+        "--half", action="store_true", help="compute in float16: half the memory, for GPUs"
+    )
+    parser.set_defaults(run=_generate)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from .video import DEFAULT_FPS, WRITABLE_SUFFIXES, write_clip
+
+    suffix = options.output.suffix.lower()
+    if suffix and suffix not in WRITABLE_SUFFIXES:
+        raise CommandError(
+            f"Can't write {options.output}. Give a name that ends in "
+            f"{', '.join(WRITABLE_SUFFIXES)}, or one without an ending for a folder of frames."
+        )
+    pipeline = _load_pipeline(options.checkpoint, options.half)
+    pipeline.to(options.device or _best_device())
+    settings = pipeline.config.s2dm_config or {}
+
+    if options.flow is not None:
+        from .flow import load_flow
+
+        flow, fps = load_flow(options.flow), DEFAULT_FPS
+        if options.frames is not None:
+            flow = flow.retime(options.frames)
+        width, height = options.size or (flow.width, flow.height)
+    else:
+        height, width = settings.get("resolution", (512, 512))
+        width, height = options.size or (width, height)
+        frames = options.frames or settings.get("frames", 16)
+        flow, fps = _flow_of_clip(options.clip, frames, (height, width), options.method)
+    if options.save_flow is not None:
+        from .flow import save_flow
+
+        save_flow(options.save_flow, flow)
+
+    result = pipeline(
+        options.prompt,
+        flow,
+        negative_prompt=options.negative,
+        height=height,
+        width=width,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance,
+        flow_guidance_scale=options.flow_guidance,
+        seed=options.seed,
+        noise_sharing=options.sharing,
+        noise_share=options.share,
+        chunk_size=options.chunk,
+    )
+    print(write_clip(options.output, result.frames, options.fps or fps))
+
+
+def _load_pipeline(checkpoint: Path, half: bool):
+    import torch
+
+    if not checkpoint.exists():
+        if checkpoint == DEFAULT_CHECKPOINT:
+            raise CommandError(
+                f"The bundled checkpoint is missing at {checkpoint}. Get the complete package, "
+                "or give another one with --checkpoint."
+            )
+        raise CommandError(f"There is no checkpoint at {checkpoint}.")
+    from .pipelines import FlowToVideoPipeline
+
+    dtype = torch.float16 if half else torch.float32
+    if checkpoint.is_dir():
+        return FlowToVideoPipeline.from_pretrained(checkpoint, torch_dtype=dtype)
+    return FlowToVideoPipeline.from_single_file(checkpoint, torch_dtype=dtype)
+
+
+def _best_device() -> torch.device:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def _flow_of_clip(
+    clip: Path, frames: int, size: tuple[int, int], method: str
+) -> tuple[FlowField, float]:
+    from .flow import estimate_flow
+    from .video import read_clip
+
+    pictures, fps = read_clip(clip, frames=frames, size=size)
+    return estimate_flow(pictures, method), fps
+
+
+# ---------------------------------------------------------------------------------- render
+
+
+def _add_render(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "render",
+        help="render clips of the puppets with their exact flow and captions",
+        description="Render puppets: each clip as a video, its exact flow (.npz) and its caption.",
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("puppets"), help="folder")
+    parser.add_argument(
+        "--split", choices=("train", "test"), default="test", help="which clips (%(default)s)"
+    )
+    parser.add_argument("--clips", type=_positive, default=8, help="how many (%(default)s)")
+    parser.add_argument("--person", type=int, help="number of the person, with --action")
+    parser.add_argument("--action", help="name or number of the action, with --person")
+    parser.add_argument("--take", type=int, default=0, help="variation (%(default)s)")
+    parser.add_argument("--frames", type=_positive, default=16, help="frames (%(default)s)")
+    parser.add_argument(
+        "--pixels", type=_positive, default=128, help="height and width (%(default)s)"
+    )
+    parser.add_argument("--format", choices=("mp4", "gif", "png"), default="mp4")
+    parser.add_argument("--fps", type=float, default=8.0, help="frames a second (%(default)s)")
+    parser.add_argument("--sheet", type=Path, help="also write a contact sheet to this image")
+    parser.set_defaults(run=_render)
+
+
+def _render(options: argparse.Namespace) -> None:
+    from .data.puppets import render_clip
+    from .flow import save_flow
+    from .video import write_clip, write_contact_sheet
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    rows, labels = [], []
+    for person, action in _puppets(options):
+        clip = render_clip(person, action, options.take, size=options.pixels, frames=options.frames)
+        name = options.output / f"person{person:02d}_action{action:02d}_take{options.take}"
+        frames = _as_float(clip.frames)
+        ending = "" if options.format == "png" else f".{options.format}"
+        print(write_clip(name.with_name(name.name + ending), frames, options.fps))
+        save_flow(name.with_name(name.name + ".npz"), clip.flow)
+        name.with_name(name.name + ".txt").write_text(clip.caption + "\n", encoding="utf-8")
+        if options.sheet is not None:
+            rows.append(frames)
+            labels.append(clip.caption)
+    if options.sheet is not None:
+        print(write_contact_sheet(options.sheet, rows, labels, columns=8))
+
+
+def _puppets(options: argparse.Namespace) -> list[tuple[int, int]]:
+    """The (person, action) pairs that the options ask for."""
+    from .data.puppets import ACTIONS, PERSONS, split
+
+    if (options.person is None) != (options.action is None):
+        raise CommandError("--person and --action belong together: give both or neither.")
+    if options.person is None:
+        pairs = split(options.split)
+        # Spread over the split, so that a few clips already show many persons and actions.
+        count = min(options.clips, len(pairs))
+        return [pairs[i * len(pairs) // count] for i in range(count)]
+    if not 0 <= options.person < len(PERSONS):
+        raise CommandError(f"--person must be from 0 to {len(PERSONS) - 1}, got {options.person}.")
+    names = list(ACTIONS)
+    if options.action in names:
+        return [(options.person, names.index(options.action))]
+    if options.action.isdigit() and int(options.action) < len(names):
+        return [(options.person, int(options.action))]
+    raise CommandError(
+        f"There is no action {options.action!r}. Expected a number from 0 to {len(names) - 1} or "
+        f"one of: {', '.join(names)}."
+    )
+
+
+def _as_float(frames: torch.Tensor) -> torch.Tensor:
+    return frames if frames.is_floating_point() else frames.float() / 255
+
+
+# ----------------------------------------------------------------------------------- train
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    from .training.config import add_arguments
+
+    parser = commands.add_parser(
+        "train",
+        help="train a network, or go on with a training run",
+        description="Train one network. A run whose folder exists goes on where it stopped.",
+    )
+    networks = parser.add_subparsers(dest="network", required=True, metavar="NETWORK")
+    for name, text in (
+        ("vae", "the autoencoder"),
+        ("stage2", "the U-Net with its flow adapter and text encoder"),
+    ):
+        network = networks.add_parser(name, help=text, description=f"Train {text}.")
+        add_arguments(network)
+        network.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from .training.config import config_from_arguments
+
+    if options.network == "vae":
+        from .training.vae import VAETrainingConfig, train_vae
+
+        train_vae(config_from_arguments(VAETrainingConfig, options))
+    else:
+        from .training.stage2 import Stage2TrainingConfig, train_stage2
+
+        train_stage2(config_from_arguments(Stage2TrainingConfig, options))
+
+
+# --------------------------------------------------------------------------------- convert
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert between a checkpoint file, a diffusers folder and pickled weights",
+        description="Convert a diffusers folder to one .safetensors file or back, or pickled "
+        "weights (.ckpt, .pt, .pth, .bin) to .safetensors. Pickles are read as plain weights: "
+        "code in them is never run.",
+    )
+    parser.add_argument("input", type=Path, help="file or folder to read")
+    parser.add_argument("output", type=Path, help=".safetensors file, or folder, to write")
+    parser.add_argument("--half", action="store_true", help="store the weights as float16")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .convert import convert
+
+    convert(options.input, options.output, half=options.half)
+    print(options.output)
+
+
+# ----------------------------------------------------------------------------------- types
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT or one number for both."""
+    parts = text.lower().split("x")
+    if len(parts) == 1:
+        parts *= 2
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 128x128, got {text!r}")
+    return _positive(parts[0]), _positive(parts[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The flow adapter as a diffusers model, so that pipelines can save, load and move it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from ..models import FlowAdapter, FlowAdapterConfig
+
+
+class FlowAdapterModel(ModelMixin, ConfigMixin):
+    """A `FlowAdapter` with `save_pretrained` and `from_pretrained`.
+
+    The adapter itself must not depend on diffusers, because the ComfyUI nodes use it too; hence
+    this thin wrapper.
+
+    Args:
+        settings: a `FlowAdapterConfig` as a dictionary.
+    """
+
+    @register_to_config
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.adapter = FlowAdapter(FlowAdapterConfig.from_dict(settings))
+
+    @classmethod
+    def wrap(cls, adapter: FlowAdapter) -> FlowAdapterModel:
+        """Wrap an adapter that exists; its weights are shared, not copied."""
+        model = cls(adapter.config.to_dict())
+        model.adapter = adapter
+        return model
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """Encode a flow condition (N, 3, h, w) to tokens (N, tokens, width)."""
+        return self.adapter.encode(condition)

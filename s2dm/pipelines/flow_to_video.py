@@ -1,0 +1,368 @@
+"""Stage 2 of S2DM (paper, sections 3.3 and 3.4): a prompt and a flow field make a clip."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import BaseOutput
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..flow import FlowField
+from ..models import S2DMConfig, ScheduleConfig
+from ..models import build as models
+from ..models.checkpoint import PARTS, load_checkpoint, save_checkpoint
+from ..sector import draw_noise, guide, sample
+from .flow_adapter import FlowAdapterModel
+
+OUTPUT_TYPES = ("pt", "pil", "latent")
+
+
+@dataclass
+class FlowToVideoOutput(BaseOutput):
+    """What the pipeline returns.
+
+    frames: (N, 3, H, W) float32 in [0, 1] for "pt", a list of PIL images for "pil", latents
+        (N, 4, h, w) for "latent".
+    """
+
+    frames: Tensor | list[Any]
+
+
+def ddim_scheduler(schedule: ScheduleConfig) -> DDIMScheduler:
+    """The paper's sampler, with the timesteps that ComfyUI's "ddim" and "ddim_uniform" take."""
+    return DDIMScheduler(
+        num_train_timesteps=schedule.steps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        beta_schedule=schedule.beta_schedule,
+        prediction_type=schedule.prediction_type,
+        timestep_spacing="leading",
+        steps_offset=1,
+        set_alpha_to_one=True,
+        clip_sample=False,
+    )
+
+
+class FlowToVideoPipeline(DiffusionPipeline):
+    """Text and optical flow to video, frames denoised side by side from one noise.
+
+    Works with any Stable Diffusion 1.x U-Net, text encoder and VAE whose sizes fit the adapter,
+    and with any diffusers scheduler.
+
+    Args:
+        vae, text_encoder, tokenizer, unet: as in `StableDiffusionPipeline`.
+        scheduler: DDIM in the checkpoints of this project.
+        flow_adapter: encodes the flow and holds its keys and values for each layer.
+        s2dm_config: an `S2DMConfig` as a dictionary; needed only by `save_single_file`.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    # The adapter works inside the U-Net's forward, so it can't leave the device by itself.
+    _exclude_from_cpu_offload = ["flow_adapter"]  # noqa: RUF012 (diffusers' name and type)
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: Any,
+        flow_adapter: FlowAdapterModel,
+        s2dm_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            flow_adapter=flow_adapter,
+        )
+        self.register_to_config(s2dm_config=s2dm_config)
+        models.attach_adapter(unet, flow_adapter.adapter)
+
+    # ------------------------------------------------------------------ files
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | os.PathLike[str], torch_dtype: torch.dtype = torch.float32
+    ) -> FlowToVideoPipeline:
+        """Build the pipeline from an S2DM checkpoint, the file that the ComfyUI nodes read.
+
+        Args:
+            path: a `.safetensors` file with all parts.
+            torch_dtype: type of the weights in memory.
+
+        Raises:
+            CheckpointError: the file is broken, or one of the parts is missing.
+        """
+        config, state = load_checkpoint(path, parts=PARTS)
+        adapter = models.build_flow_adapter(config.flow_adapter, state["flow_adapter"])
+        pipeline = cls(
+            vae=models.build_vae(config.vae, state["vae"]),
+            text_encoder=models.build_text_encoder(config.text_encoder, state["text_encoder"]),
+            tokenizer=models.build_tokenizer(config),
+            unet=models.build_unet(config.unet, state["unet"]),
+            scheduler=ddim_scheduler(config.schedule),
+            flow_adapter=FlowAdapterModel.wrap(adapter),
+            s2dm_config=config.to_dict(),
+        )
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet, pipeline.flow_adapter):
+            part.eval()
+        return pipeline.to(torch_dtype)
+
+    def save_single_file(
+        self, path: str | os.PathLike[str], dtype: torch.dtype | None = None
+    ) -> None:
+        """Write all parts to one S2DM checkpoint.
+
+        Args:
+            path: the `.safetensors` file to write; replaced only when the new one is complete.
+            dtype: type of the weights in the file; as they are if None.
+
+        Raises:
+            ValueError: the pipeline was built without an `s2dm_config`.
+            CheckpointError: the config is not that of the networks.
+        """
+        settings = self.config.get("s2dm_config")
+        if settings is None:
+            raise ValueError(
+                "The pipeline has no s2dm_config, which a checkpoint needs. Pass "
+                "s2dm_config=S2DMConfig(...).to_dict() when you build it."
+            )
+        config = S2DMConfig.from_dict(settings)
+        states = {
+            "unet": models.unet_state(self.unet, config.unet),
+            "vae": models.vae_state(self.vae, config.vae),
+            "text_encoder": models.text_encoder_state(self.text_encoder, config.text_encoder),
+            "flow_adapter": self.flow_adapter.adapter.state_dict(),
+        }
+        save_checkpoint(path, config, states, dtype)
+
+    # --------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        flow: FlowField,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 7.5,
+        flow_guidance_scale: float | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        noise_sharing: str = "shared",
+        noise_share: float = 0.5,
+        chunk_size: int = 8,
+        output_type: str = "pt",
+        callback_on_step_end: Callable[[int, Tensor], None] | None = None,
+    ) -> FlowToVideoOutput:
+        """Generate a clip that follows `flow`.
+
+        Args:
+            prompt: what the clip shows. Longer prompts than CLIP's 77 tokens are encoded in
+                pieces, as ComfyUI does.
+            flow: backward flow of every frame to the first one; its length is the clip's.
+            negative_prompt: the text's null label is the empty prompt.
+            height, width: pixels of the clip; the flow's own if None. The flow is resized.
+                The model works in steps of 8 pixels: other sizes are generated one step
+                larger and cropped.
+            num_inference_steps: steps of the scheduler (20 in the paper).
+            guidance_scale: s of classifier-free guidance (7.5 in the paper), between null text
+                with null flow and prompt with flow. 1 turns it off.
+            flow_guidance_scale: a scale of its own for the flow, see `s2dm.sector.guide`; the
+                text keeps `guidance_scale`.
+            seed: seed of the initial noise and of the step noise; random if neither this nor
+                `generator` is given.
+            generator: a CPU generator instead of a seed.
+            noise_sharing, noise_share: "shared" (paper), "independent" or "mixed", see
+                `s2dm.sector.draw_noise`; for the initial noise and for every step.
+            chunk_size: how many frames the networks see at a time. Frames do not see one
+                another, so the result is the same to rounding, and memory does not grow with
+                the length of the clip.
+            output_type: "pt", "pil" or "latent".
+            callback_on_step_end: called after each step with its number from 0 and the latents
+                (N, 4, h, w); may raise to stop.
+
+        Returns:
+            `FlowToVideoOutput`
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        if not isinstance(prompt, str):
+            raise ValueError(f"Expected one prompt as text, got {type(prompt).__name__}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}.")
+        if chunk_size < 1 or num_inference_steps < 1:
+            raise ValueError(
+                "Expected chunk_size and num_inference_steps of at least 1, got "
+                f"{chunk_size} and {num_inference_steps}."
+            )
+        if seed is not None and generator is not None:
+            raise ValueError("Give a seed or a generator, not both.")
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed() if seed is None else generator.manual_seed(seed)
+        height, width = height or flow.height, width or flow.width
+        flow = flow.resize(height, width)
+
+        device = self._execution_device
+        factor = self.vae_factor
+        shape = (self.vae.config.latent_channels, -(-height // factor), -(-width // factor))
+        flow = _pad(flow, shape[1] * factor, shape[2] * factor)
+        labels = self._labels(prompt, negative_prompt, flow, guidance_scale, flow_guidance_scale)
+        noise = draw_noise(len(flow), shape, generator, noise_sharing, noise_share).to(device)
+
+        def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
+            prediction = torch.empty_like(latents)
+            for frames in torch.arange(len(latents)).split(chunk_size):
+                parts = self._predict(latents[frames], timestep, labels, frames)
+                if len(parts) == 1:
+                    prediction[frames] = parts[0]
+                elif len(parts) == 2:
+                    prediction[frames] = guide(*parts, guidance_scale)
+                else:
+                    prediction[frames] = guide(
+                        parts[0], parts[2], guidance_scale, parts[1], flow_guidance_scale
+                    )
+            return prediction
+
+        with self.progress_bar(total=num_inference_steps) as progress:
+
+            def on_step(number: int, latents: Tensor) -> None:
+                progress.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(number, latents)
+
+            latents = sample(
+                denoise,
+                self.scheduler,
+                noise,
+                num_inference_steps,
+                generator,
+                noise_sharing,
+                noise_share,
+                on_step,
+            )
+        if output_type == "latent":
+            result: Any = latents
+        else:
+            result = self.decode_latents(latents, chunk_size)[..., :height, :width]
+        if output_type == "pil":
+            result = _to_pil(result)
+        self.maybe_free_model_hooks()
+        return FlowToVideoOutput(frames=result)
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels along each side of one latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Encode a prompt to (1, 77 k, d), k pieces of 75 tokens between start and end tokens."""
+        tokenizer, length = self.tokenizer, self.tokenizer.model_max_length
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        room = length - 2
+        pieces = [ids[start : start + room] for start in range(0, len(ids), room)] or [[]]
+        rows = [
+            [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id]
+            + [tokenizer.pad_token_id] * (room - len(piece))
+            for piece in pieces
+        ]
+        rows = torch.tensor(rows, device=self._execution_device)
+        return self.text_encoder(rows).last_hidden_state.flatten(0, 1)[None]
+
+    @torch.no_grad()
+    def encode_flow(self, flow: FlowField) -> Tensor:
+        """Encode a flow field to tokens (N, tokens, width)."""
+        condition = flow.condition(flow.height, flow.width)
+        weights = next(self.flow_adapter.parameters())
+        return torch.cat([self.flow_adapter(part.to(weights)) for part in condition.split(16)])
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, chunk_size: int = 8) -> Tensor:
+        """Decode (N, 4, h, w) to frames (N, 3, 8 h, 8 w), float32 in [0, 1] on the CPU."""
+        scaled = latents / self.vae.config.scaling_factor
+        frames = [
+            self.vae.decode(part.to(self.vae.dtype)).sample.float().cpu().add_(1).div_(2)
+            for part in scaled.split(chunk_size)
+        ]
+        return torch.cat(frames).clamp_(0, 1)
+
+    def _labels(
+        self,
+        prompt: str,
+        negative_prompt: str,
+        flow: FlowField,
+        guidance_scale: float,
+        flow_guidance_scale: float | None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Text (1, L, d) and flow tokens (N, tokens, width) of each prediction that is needed."""
+        conditional = (self.encode_prompt(prompt), self.encode_flow(flow))
+        if flow_guidance_scale is None and guidance_scale == 1:
+            return [conditional]
+        negative, null = self.encode_prompt(negative_prompt), self.flow_adapter.adapter.null_tokens
+        texts = _same_length([conditional[0], negative])
+        conditional, negative = (texts[0], conditional[1]), texts[1]
+        unconditional = (negative, null(len(flow)).detach())
+        if flow_guidance_scale is None:
+            return [unconditional, conditional]
+        return [unconditional, (negative, conditional[1]), conditional]
+
+    def _predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        labels: list[tuple[Tensor, Tensor]],
+        frames: Tensor,
+    ) -> list[Tensor]:
+        """ε_θ of the same frames under each of the labels, as one batch, in float32."""
+        text = torch.cat([text.expand(len(frames), -1, -1) for text, _ in labels])
+        tokens = torch.cat([tokens[frames] for _, tokens in labels])
+        prediction = self.unet(
+            latents.to(self.unet.dtype).repeat(len(labels), 1, 1, 1),
+            timestep,
+            encoder_hidden_states=text,
+            cross_attention_kwargs={"flow_tokens": tokens},
+        ).sample
+        return list(prediction.to(latents.dtype).chunk(len(labels)))
+
+
+def _pad(flow: FlowField, height: int, width: int) -> FlowField:
+    """Extend a field to the right and below; what is added moves as its border does."""
+    if (height, width) == (flow.height, flow.width):
+        return flow
+    margin = (0, width - flow.width, 0, height - flow.height)
+    return FlowField(
+        F.pad(flow.displacement, margin, mode="replicate"),
+        F.pad(flow.occlusion, margin, mode="replicate"),
+    )
+
+
+def _same_length(texts: list[Tensor]) -> list[Tensor]:
+    """Repeat shorter prompts whole; attention over repeated tokens is what it was before."""
+    import math
+
+    length = math.lcm(*(text.shape[1] for text in texts))
+    return [text.repeat(1, length // text.shape[1], 1) for text in texts]
+
+
+def _to_pil(frames: Tensor) -> list[Any]:
+    from PIL import Image
+
+    from ..video import to_uint8
+
+    return [Image.fromarray(to_uint8(frame)) for frame in frames]

@@ -1,0 +1,303 @@
+"""The diffusers pipeline: its contracts on a tiny model with random weights."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from s2dm.flow import FlowField
+from s2dm.models import (
+    FlowAdapterConfig,
+    S2DMConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+    build,
+)
+from s2dm.models.tokenizer import train_tokenizer, with_tokenizer
+from s2dm.pipelines import FlowAdapterModel, FlowToVideoPipeline
+from s2dm.pipelines.flow_to_video import ddim_scheduler
+from s2dm.sector import draw_noise
+
+PROMPT = "A man wearing a red coat and blue jeans is squat"
+
+
+def tiny_config(fusion: str = "channel") -> S2DMConfig:
+    unet = UNetConfig(
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_levels=(True, True),
+        num_heads=2,
+        context_dim=32,
+    )
+    config = S2DMConfig(
+        unet=unet,
+        vae=VAEConfig(channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1),
+        text_encoder=TextEncoderConfig(
+            hidden_size=32,
+            layers=2,
+            heads=2,
+            intermediate_size=64,
+            vocab_size=600,
+            bos_token_id=598,
+            eos_token_id=599,
+        ),
+        flow_adapter=FlowAdapterConfig.for_unet(unet, fusion=fusion, width=32, hidden=32),
+        resolution=(64, 48),
+        frames=4,
+    )
+    return with_tokenizer(config, train_tokenizer([PROMPT], 600))
+
+
+def tiny_pipeline(config: S2DMConfig) -> FlowToVideoPipeline:
+    torch.manual_seed(0)
+    adapter = build.build_flow_adapter(config.flow_adapter)
+    for layer in adapter.layers.values():  # an untrained adapter has no effect at all
+        for projection in layer.values():
+            torch.nn.init.normal_(projection.weight, std=0.2)
+    pipeline = FlowToVideoPipeline(
+        vae=build.build_vae(config.vae),
+        text_encoder=build.build_text_encoder(config.text_encoder),
+        tokenizer=build.build_tokenizer(config),
+        unet=build.build_unet(config.unet),
+        scheduler=ddim_scheduler(config.schedule),
+        flow_adapter=FlowAdapterModel.wrap(adapter),
+        s2dm_config=config.to_dict(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> FlowToVideoPipeline:
+    torch.set_num_threads(1)
+    return tiny_pipeline(tiny_config())
+
+
+def sliding_flow(frames: int, height: int, width: int) -> FlowField:
+    """A clip whose left half slides to the right, a little further in every frame."""
+    displacement = torch.zeros(frames, 2, height, width)
+    displacement[:, 0, :, : width // 2] = -torch.arange(frames).view(-1, 1, 1) * 1.5
+    return FlowField(displacement, torch.zeros(frames, 1, height, width))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+SHORT = dict(num_inference_steps=3, seed=1, output_type="latent")
+
+
+def test_frames_have_the_shape_and_range_of_a_clip(pipeline):
+    flow = sliding_flow(5, 64, 48)
+    frames = pipeline(PROMPT, flow, num_inference_steps=2, seed=0).frames
+    assert frames.shape == (5, 3, 64, 48)
+    assert frames.dtype == torch.float32
+    assert 0 <= frames.min() and frames.max() <= 1
+    pictures = pipeline(PROMPT, flow, num_inference_steps=2, seed=0, output_type="pil").frames
+    assert [picture.size for picture in pictures] == [(48, 64)] * 5
+    latents = pipeline(PROMPT, flow, **SHORT).frames
+    assert latents.shape == (5, 4, 8, 6)
+
+
+def test_a_seed_fixes_the_result_and_another_changes_it(pipeline):
+    flow = sliding_flow(2, 32, 32)
+    options = dict(num_inference_steps=2, output_type="latent")
+    first = pipeline(PROMPT, flow, seed=7, **options).frames
+    generator = torch.Generator().manual_seed(7)
+    assert torch.equal(first, pipeline(PROMPT, flow, generator=generator, **options).frames)
+    assert difference(pipeline(PROMPT, flow, seed=8, **options).frames, first) > 0.1
+    assert difference(pipeline(PROMPT, flow, **options).frames, first) > 0.1
+
+
+def test_prompt_flow_and_guidance_all_matter(pipeline):
+    flow = sliding_flow(3, 32, 32)
+    base = pipeline(PROMPT, flow, **SHORT).frames
+    changed = {
+        "prompt": pipeline("A woman", flow, **SHORT).frames,
+        "flow": pipeline(PROMPT, flow.scale(3), **SHORT).frames,
+        "guidance": pipeline(PROMPT, flow, guidance_scale=1.0, **SHORT).frames,
+        "negative": pipeline(PROMPT, flow, negative_prompt="red coat", **SHORT).frames,
+    }
+    for name, latents in changed.items():
+        assert difference(latents, base) > 1e-4, name
+
+
+@pytest.mark.parametrize(
+    "scheduler", ["DDIM", "EulerAncestralDiscrete", "DPMSolverMultistep", "LCM", "DDPM"]
+)
+def test_equal_conditions_give_equal_frames_with_shared_noise(pipeline, scheduler):
+    still = FlowField.zeros(3, 32, 32)
+    before = pipeline.scheduler
+    try:
+        pipeline.scheduler = getattr(diffusers, f"{scheduler}Scheduler").from_config(before.config)
+        shared = pipeline(PROMPT, still, **SHORT).frames
+        own = pipeline(PROMPT, still, noise_sharing="independent", **SHORT).frames
+    finally:
+        pipeline.scheduler = before
+    assert (shared - shared[:1]).abs().max() < 1e-4 * shared.std()
+    assert difference(own[1], own[0]) > 0.1  # the control: the test can fail
+
+
+def test_first_frame_does_not_depend_on_the_rest_of_the_clip(pipeline):
+    """The reference frame of stage 1 and frame 1 of the clip are one picture."""
+    one = pipeline(PROMPT, FlowField.zeros(1, 32, 32), **SHORT).frames
+    clip = pipeline(PROMPT, sliding_flow(6, 32, 32), **SHORT).frames
+    assert difference(clip[:1], one) < 1e-5
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 16])
+def test_chunks_change_nothing(pipeline, chunk_size):
+    flow = sliding_flow(7, 32, 32)
+    whole = pipeline(PROMPT, flow, chunk_size=7, **SHORT).frames
+    assert difference(pipeline(PROMPT, flow, chunk_size=chunk_size, **SHORT).frames, whole) < 1e-5
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    frames=st.integers(1, 4),
+    height=st.integers(9, 70),
+    width=st.integers(9, 70),
+    chunk=st.integers(1, 5),
+)
+def test_any_size_and_any_number_of_frames(pipeline, frames, height, width, chunk):
+    flow = sliding_flow(frames, height, width)
+    clip = pipeline(PROMPT, flow, num_inference_steps=1, seed=0, chunk_size=chunk).frames
+    assert clip.shape == (frames, 3, height, width)
+    assert torch.isfinite(clip).all()
+
+
+@pytest.mark.parametrize("frames", [1, 17])
+def test_sizes_of_the_contract(pipeline, frames):
+    clip = pipeline(PROMPT, sliding_flow(frames, 96, 120), num_inference_steps=1, seed=0).frames
+    assert clip.shape == (frames, 3, 96, 120)
+
+
+def test_size_follows_the_arguments_and_resizes_the_flow(pipeline):
+    flow = sliding_flow(3, 64, 64)
+    small = pipeline(PROMPT, flow, height=32, width=32, **SHORT).frames
+    assert small.shape == (3, 4, 4, 4)
+    assert difference(small, pipeline(PROMPT, flow.resize(32, 32), **SHORT).frames) < 1e-6
+
+
+def test_long_prompts_are_encoded_in_pieces(pipeline):
+    short = pipeline.encode_prompt(PROMPT)
+    long = pipeline.encode_prompt(" ".join([PROMPT] * 12))
+    assert short.shape == (1, 77, 32)
+    assert long.shape[1] % 77 == 0 and long.shape[1] > 77
+    clip = pipeline(" ".join([PROMPT] * 12), sliding_flow(2, 32, 32), **SHORT).frames
+    assert torch.isfinite(clip).all()
+    assert pipeline.encode_prompt("").shape == (1, 77, 32)
+
+
+def test_prompt_is_encoded_as_the_tokenizer_pads_it(pipeline):
+    ids = pipeline.tokenizer(
+        PROMPT, padding="max_length", max_length=77, return_tensors="pt"
+    ).input_ids
+    expected = pipeline.text_encoder(ids).last_hidden_state
+    assert torch.equal(pipeline.encode_prompt(PROMPT), expected)
+
+
+def test_a_prompt_that_is_repeated_whole_means_the_same(pipeline):
+    """Positive and negative prompts of different lengths are evaluated in one batch."""
+    flow = sliding_flow(2, 32, 32)
+    tokens = pipeline.encode_flow(flow)
+    text = pipeline.encode_prompt(PROMPT)
+    noise = draw_noise(2, (4, 4, 4), torch.Generator().manual_seed(0)).contiguous()
+    frames, step = torch.arange(2), torch.tensor(500)
+    once = pipeline._predict(noise, step, [(text, tokens)], frames)[0]
+    twice = pipeline._predict(noise, step, [(text.repeat(1, 2, 1), tokens)], frames)[0]
+    assert difference(twice, once) < 1e-5
+
+
+def test_flow_guidance_of_its_own_reduces_to_the_common_one(pipeline):
+    flow = sliding_flow(2, 32, 32)
+    common = pipeline(PROMPT, flow, guidance_scale=4.0, **SHORT).frames
+    same = pipeline(PROMPT, flow, guidance_scale=4.0, flow_guidance_scale=4.0, **SHORT).frames
+    other = pipeline(PROMPT, flow, guidance_scale=4.0, flow_guidance_scale=1.0, **SHORT).frames
+    assert difference(same, common) < 1e-4
+    assert difference(other, common) > 1e-3
+
+
+def test_progress_is_reported_and_can_stop_the_run(pipeline):
+    seen = []
+
+    def stop(number, latents):
+        seen.append((number, tuple(latents.shape)))
+        if number == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(PROMPT, sliding_flow(2, 32, 32), callback_on_step_end=stop, **SHORT)
+    assert seen == [(0, (2, 4, 4, 4)), (1, (2, 4, 4, 4))]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"output_type": "np"}, "output_type"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"seed": 1, "generator": torch.Generator()}, "not both"),
+        ({"noise_sharing": "some"}, "shared, independent, mixed"),
+        ({"prompt": ["one", "two"]}, "one prompt"),
+    ],
+)
+def test_wrong_arguments_are_refused(pipeline, arguments, message):
+    arguments = {"prompt": PROMPT, "flow": FlowField.zeros(2, 32, 32), **arguments}
+    with pytest.raises(ValueError, match=message):
+        pipeline(**arguments)
+
+
+def test_folder_round_trip(pipeline, tmp_path):
+    flow = sliding_flow(2, 32, 32)
+    pipeline.save_pretrained(tmp_path / "folder")
+    again = FlowToVideoPipeline.from_pretrained(tmp_path / "folder")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(PROMPT, flow, **SHORT).frames, pipeline(PROMPT, flow, **SHORT).frames)
+    assert again.config.s2dm_config["resolution"] == [64, 48]
+
+
+@pytest.mark.parametrize("fusion", ["channel", "token"])
+def test_single_file_round_trip(tmp_path, fusion):
+    flow = sliding_flow(2, 32, 32)
+    pipeline = tiny_pipeline(tiny_config(fusion))
+    pipeline.save_single_file(tmp_path / "model.safetensors")
+    again = FlowToVideoPipeline.from_single_file(tmp_path / "model.safetensors")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(PROMPT, flow, **SHORT).frames, pipeline(PROMPT, flow, **SHORT).frames)
+    half = tmp_path / "half.safetensors"
+    again.save_single_file(half, dtype=torch.float16)
+    assert half.stat().st_size < 0.6 * (tmp_path / "model.safetensors").stat().st_size
+    FlowToVideoPipeline.from_single_file(half)
+
+
+def test_folder_and_file_hold_the_same(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "folder")
+    from_folder = FlowToVideoPipeline.from_pretrained(tmp_path / "folder")
+    from_folder.save_single_file(tmp_path / "a.safetensors")
+    pipeline.save_single_file(tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_a_pipeline_without_config_says_why_it_cannot_write_a_file(pipeline, tmp_path):
+    bare = FlowToVideoPipeline(**pipeline.components)
+    with pytest.raises(ValueError, match="s2dm_config"):
+        bare.save_single_file(tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    clip = bare(PROMPT, FlowField.zeros(1, 32, 32), num_inference_steps=1, seed=0).frames
+    assert clip.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(pipeline, dtype):
+    flow = sliding_flow(2, 32, 32)
+    whole = pipeline(PROMPT, flow, guidance_scale=2.0, **SHORT).frames
+    half = tiny_pipeline(tiny_config()).to(dtype)
+    latents = half(PROMPT, flow, guidance_scale=2.0, **SHORT).frames
+    assert latents.dtype == torch.float32
+    assert difference(latents, whole) < 0.1
