@@ -1,0 +1,8 @@
+"""Trainers, on accelerate: the autoencoder (``vae``) and stage 2 (``stage2``).
+
+The trainers import diffusers and transformers and are imported by name.
+"""
+
+from .config import DataConfig, TrainingConfig, TrainingConfigError, read_config
+
+__all__ = ["DataConfig", "TrainingConfig", "TrainingConfigError", "read_config"]

@@ -1,0 +1,153 @@
+"""Prepared clips on disk, so that a training step touches only small arrays.
+
+A cache folder holds, for every clip of a data set: the frames (uint8), the flow condition
+(float16, at the flow adapter's own size) and the caption; and, for each VAE, the latents
+(float16). Filling is resumable: a ``done`` array says which clips are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from .config import DataConfig, config_to_dict
+from .datasets import ClipDataset, build_dataset, pixels
+
+logger = logging.getLogger(__name__)
+
+CONDITION_SIZE = (88, 56)
+
+
+class _Prepared(Dataset):
+    """The clips of a data set as the arrays that the cache stores."""
+
+    def __init__(self, clips: ClipDataset) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray, np.ndarray, str]:
+        clip = self.clips[index]
+        frames = (pixels(clip.frames) * 255).round().to(torch.uint8).numpy()
+        condition = clip.flow.condition(*CONDITION_SIZE).half().numpy()
+        return index, frames, condition, clip.caption
+
+
+class ClipCache:
+    """Frames (C,N,3,H,W) uint8, conditions (C,N,3,88,56) float16 and captions of C clips."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.frames = np.load(folder / "frames.npy", mmap_mode="r")
+        self.conditions = np.load(folder / "conditions.npy", mmap_mode="r")
+        self.captions: list[str] = json.loads((folder / "captions.json").read_text("utf-8"))
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def pixels(self, clip: int, frames: Any = slice(None)) -> Tensor:
+        """Frames of a clip, float32 in [0,1]."""
+        return torch.from_numpy(self.frames[clip, frames].copy()).float() / 255
+
+
+def cache_folder(root: str | Path, data: DataConfig, split: str) -> Path:
+    """Where the clips of a split are cached; another data config gets another folder."""
+    values = config_to_dict(data)
+    values.pop("validation_split")
+    values["split"] = split
+    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(root) / f"{data.name}-{split}-{key}"
+
+
+def build_clip_cache(
+    root: str | Path, data: DataConfig, split: str | None = None, workers: int = 0
+) -> ClipCache:
+    """Render or read every clip of the split once, with ``workers`` processes, and cache it."""
+    split = split or data.split
+    folder = cache_folder(root, data, split)
+    if (folder / "captions.json").exists():
+        return ClipCache(folder)
+    clips = build_dataset(data, split)
+    folder.mkdir(parents=True, exist_ok=True)
+    prepared = _Prepared(clips)
+    _, frames, condition, _ = prepared[0]
+    count = len(prepared)
+    frame_store = _open(folder / "frames.npy", (count, *frames.shape), np.uint8)
+    condition_store = _open(folder / "conditions.npy", (count, *condition.shape), np.float16)
+    done = _open(folder / "done.npy", (count,), np.bool_)
+    lines = folder / "captions.part.jsonl"
+    todo = np.flatnonzero(~done).tolist()
+    loader = DataLoader(
+        Subset(prepared, todo), batch_size=None, num_workers=workers, worker_init_fn=_one_thread
+    )
+    with lines.open("a", encoding="utf-8") as file:
+        for index, frames, condition, caption in _bar(loader, len(todo), f"caching {split} clips"):
+            frame_store[index], condition_store[index] = frames, condition
+            file.write(json.dumps([index, caption]) + "\n")
+            file.flush()
+            done[index] = True
+    captions = dict(json.loads(line) for line in lines.read_text("utf-8").splitlines())
+    for store in (frame_store, condition_store, done):
+        store.flush()
+    temporary = folder / ".captions.json"
+    temporary.write_text(json.dumps([captions[i] for i in range(count)]), encoding="utf-8")
+    temporary.replace(folder / "captions.json")
+    return ClipCache(folder)
+
+
+def build_latent_cache(
+    cache: ClipCache,
+    vae: nn.Module,
+    encode: Callable[[Tensor], Tensor],
+    device: torch.device,
+) -> np.ndarray:
+    """Latents (C,N,c,h,w) float16 of every cached frame; ``encode`` maps (N,3,H,W) in [0,1].
+
+    Keyed by the weights of ``vae``: a retrained VAE gets latents of its own.
+    """
+    path = cache.folder / f"latents-{weights_hash(vae)}.npy"
+    first = encode(cache.pixels(0).to(device))
+    store = _open(path, (len(cache), *first.shape), np.float16)
+    done = _open(path.with_suffix(".done.npy"), (len(cache),), np.bool_)
+    todo = np.flatnonzero(~done).tolist()
+    for index in _bar(todo, len(todo), "encoding clips"):
+        store[index] = encode(cache.pixels(index).to(device)).half().cpu().numpy()
+        done[index] = True
+    store.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A short hash of a model's weights."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Open an array file for writing, or start one of zeros."""
+    if path.exists():
+        return np.lib.format.open_memmap(path, mode="r+")
+    return np.lib.format.open_memmap(path, mode="w+", shape=shape, dtype=dtype)
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _bar(items: Any, total: int, title: str) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(items, total=total, desc=title, mininterval=5.0)

@@ -1,0 +1,55 @@
+"""Data sets by name. A data set is a sequence of clips; trainers know nothing else about it.
+
+A clip has ``frames`` (N,3,H,W), uint8 or float in [0,1]; ``flow``, a
+:class:`~s2dm.flow.FlowField` from each frame back to the first; and ``caption``, a string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .config import DataConfig, TrainingConfigError
+
+
+class ClipDataset(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+Factory = Callable[[DataConfig, str], ClipDataset]
+_FACTORIES: dict[str, Factory] = {}
+
+
+def register_dataset(name: str, factory: Factory) -> None:
+    """Make ``factory(config, split)`` available to the trainers as ``data.name = name``."""
+    _FACTORIES[name] = factory
+
+
+def build_dataset(config: DataConfig, split: str | None = None) -> ClipDataset:
+    """The data set that ``config`` names, in ``split`` (default: ``config.split``)."""
+    if config.name not in _FACTORIES:
+        known = ", ".join(sorted(_FACTORIES))
+        raise TrainingConfigError(f"unknown data set {config.name!r}; known data sets: {known}.")
+    return _FACTORIES[config.name](config, split or config.split)
+
+
+def pixels(frames: Tensor) -> Tensor:
+    """A clip's frames as float32 in [0,1], whether they came as bytes or floats."""
+    if frames.is_floating_point():
+        return frames.float()
+    return frames.float() / 255
+
+
+def _puppets(config: DataConfig, split: str) -> ClipDataset:
+    from ..data.puppets import PuppetClips
+
+    return PuppetClips(
+        split, size=config.size, frames=config.frames, takes=config.takes, **config.options
+    )
+
+
+register_dataset("puppets", _puppets)

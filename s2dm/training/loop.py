@@ -1,0 +1,375 @@
+"""The training loop that all trainers share: run folder, resuming, EMA, logs, sheets, export.
+
+A trainer supplies a :class:`Task` (a model, a loss, a sample sheet, an export); the loop does
+the rest. The randomness of a step comes from a generator seeded by (seed, step, process), never
+from what ran before it, so a resumed run repeats the uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import TrainingConfig, config_to_dict
+from .sheets import save_curves
+
+logger = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """What a trainer gives to the loop. ``model(batch)`` returns a dict of scalar losses.
+
+    The entry ``"loss"`` is minimised; the others are logged.
+    """
+
+    model: nn.Module
+
+    def compile(self) -> None:
+        """Compile, in place, the parts of the model that gain from it."""
+
+    def batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]: ...
+
+    def sample(self, model: nn.Module, path: Path) -> dict[str, float]:
+        """Write a sample sheet to ``path`` (PNG) and return figures to log."""
+
+    def export(self, model: nn.Module, path: Path) -> None:
+        """Write the trained weights to ``path`` (without a suffix) in their final format."""
+
+
+class EMA:
+    """Exponential moving average of a model's trainable parameters, in float32.
+
+    The decay starts low and grows with the number of updates, (1 + n) / (10 + n), up to
+    ``decay``, so that the average is of use after a few steps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self._live = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        self.average = {k: p.detach().float().clone() for k, p in self._live.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        live = [p.detach().float() for p in self._live.values()]
+        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the model holds the averaged weights."""
+        kept = {k: p.detach().clone() for k, p in self._live.items()}
+        try:
+            self._copy(self.average)
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, values: dict[str, Tensor]) -> None:
+        for key, parameter in self._live.items():
+            parameter.copy_(values[key])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = int(state["updates"])
+        for key, value in state["average"].items():
+            self.average[key].copy_(value)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: optimiser steps made and seconds trained, over all its sessions."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+    def fraction(self, config: TrainingConfig) -> float:
+        """Share of the run that is done, in [0,1], by steps or by time, whichever is further."""
+        done = self.step / config.steps
+        if config.max_minutes > 0:
+            done = max(done, self.seconds / (60 * config.max_minutes))
+        return min(done, 1.0)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+
+def learning_rate(config: TrainingConfig, progress: Progress) -> float:
+    """Linear warm-up, then constant or a cosine from the peak to ``final_learning_rate``."""
+    warm = min(1.0, (progress.step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "constant":
+        return config.learning_rate * warm
+    cosine = 0.5 * (1 + math.cos(math.pi * progress.fraction(config)))
+    span = config.learning_rate - config.final_learning_rate
+    return warm * (config.final_learning_rate + span * cosine)
+
+
+def step_generator(seed: int, *where: int) -> torch.Generator:
+    """A CPU generator that depends only on the seed and the place (step, micro-step, process)."""
+    state = np.random.SeedSequence([seed, *where]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) & (2**63 - 1))
+
+
+class RunFolder:
+    """The files of one run: ``config.json``, ``log.jsonl``, ``curves.png``, ``state/``,
+    ``samples/`` and exports. Everything is written under a temporary name and renamed."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.samples = self.path / "samples"
+        self.state = self.path / "state"
+        self.log = self.path / "log.jsonl"
+        self.samples.mkdir(parents=True, exist_ok=True)
+
+    def write_json(self, name: str, value: Any) -> None:
+        temporary = self.path / ("." + name)
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    def records(self) -> list[dict[str, float]]:
+        if not self.log.exists():
+            return []
+        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
+
+    def append(self, record: dict[str, float]) -> None:
+        with self.log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the log entries past ``step``, which a resumed run is about to make again."""
+        kept = [r for r in self.records() if r["step"] <= step]
+        temporary = self.log.with_name(".log.jsonl")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        temporary.replace(self.log)
+
+    def newest_state(self) -> Path | None:
+        """The state to resume from. A crash while renaming leaves the one before it."""
+        for candidate in (self.state, self.path / "state.old"):
+            if candidate.exists():
+                return candidate
+        return None
+
+
+def make_accelerator(config: TrainingConfig) -> Any:
+    """An :class:`accelerate.Accelerator` for ``config``; also sets threads and seeds."""
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    set_seed(config.seed)
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation,
+    )
+
+
+class TrainingLoop:
+    """Train ``task`` as ``config`` says; an existing run in the folder is resumed."""
+
+    def __init__(self, config: TrainingConfig, task: Task, accelerator: Any = None) -> None:
+        self.config = config
+        self.task = task
+        self.accelerator = accelerator or make_accelerator(config)
+        self.folder = RunFolder(config.output)
+        self.progress = Progress()
+        self.interrupted = False
+        self._unsaved_log: dict[str, Tensor] = {}
+        self._logged_steps = 0
+
+        if config.compile:
+            task.compile()
+        trainable = [p for p in task.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable,
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
+        self.ema = EMA(self.accelerator.unwrap_model(self.model), config.ema_decay)
+        self.accelerator.register_for_checkpointing(self.ema, self.progress)
+
+    def run(self) -> Progress:
+        """Train to the end or to a SIGINT or SIGTERM; the state is saved in either case."""
+        from tqdm.auto import tqdm
+
+        self._resume()
+        if self.config.export_only:
+            self.export()
+            return self.progress
+        self.folder.write_json("config.json", config_to_dict(self.config))
+        saved = sampled = time.monotonic()
+        bar = tqdm(
+            total=self.config.steps,
+            initial=self.progress.step,
+            desc=type(self.task).__name__,
+            mininterval=5.0,
+            disable=not self.accelerator.is_local_main_process,
+        )
+        with bar, self._signals():
+            while self.progress.fraction(self.config) < 1 and not self.interrupted:
+                began = time.monotonic()
+                losses = self._step()
+                self.progress.step += 1
+                self.progress.seconds += time.monotonic() - began
+                bar.update()
+                self._collect(losses)
+                if self.progress.step % self.config.log_every == 0:
+                    bar.set_postfix(loss=f"{self._write_log()['loss']:.4f}")
+                if time.monotonic() - sampled > 60 * self.config.sample_every_minutes:
+                    self.sample()
+                    sampled = time.monotonic()
+                if time.monotonic() - saved > 60 * self.config.save_every_minutes:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+        if not self.interrupted:
+            self.sample()
+        return self.progress
+
+    def _step(self) -> dict[str, Tensor]:
+        config = self.config
+        rate = learning_rate(config, self.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        for micro in range(config.gradient_accumulation):
+            generator = step_generator(
+                config.seed, self.progress.step, micro, self.accelerator.process_index
+            )
+            batch = self.task.batch(generator, self.accelerator.device)
+            with self.accelerator.accumulate(self.model):
+                losses = self.model(batch)
+                self.accelerator.backward(losses["loss"])
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(
+                        self.model.parameters(), config.gradient_clip
+                    )
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        return {**losses, "gradient_norm": torch.as_tensor(norm)}
+
+    def _collect(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            total = self._unsaved_log.get(name, 0.0)
+            self._unsaved_log[name] = total + value.detach().float()
+        self._logged_steps += 1
+
+    def _write_log(self) -> dict[str, float]:
+        record: dict[str, float] = {
+            "step": self.progress.step,
+            "minutes": round(self.progress.seconds / 60, 3),
+            "learning_rate": learning_rate(self.config, self.progress),
+        }
+        for name, total in self._unsaved_log.items():
+            record[name] = float(total) / self._logged_steps
+        self._unsaved_log, self._logged_steps = {}, 0
+        if self.accelerator.is_main_process:
+            self.folder.append(record)
+        if not math.isfinite(record["loss"]):
+            raise FloatingPointError(
+                f"the loss is {record['loss']} at step {self.progress.step}; lower the learning "
+                f"rate and resume from the state in {self.folder.path}."
+            )
+        return record
+
+    def sample(self) -> dict[str, float]:
+        """Write a sample sheet with the averaged weights, log its figures, export the weights."""
+        if not self.accelerator.is_main_process:
+            return {}
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        with self._averaged():
+            figures = self.task.sample(
+                model, self.folder.samples / f"step_{self.progress.step:07d}.png"
+            )
+            self.task.export(model, self.folder.path / "export")
+        minutes = round(self.progress.seconds / 60, 3)
+        self.folder.append({"step": self.progress.step, "minutes": minutes, **figures})
+        save_curves(self.folder.path / "curves.png", self.folder.records())
+        logger.info("step %d: %s", self.progress.step, figures)
+        return figures
+
+    def save(self) -> None:
+        """Save all that is needed to go on from this very step."""
+        temporary, old = self.folder.path / "state.new", self.folder.path / "state.old"
+        if self.accelerator.is_main_process and temporary.exists():
+            shutil.rmtree(temporary)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if self.folder.state.exists():
+                if old.exists():
+                    shutil.rmtree(old)
+                self.folder.state.rename(old)
+            temporary.rename(self.folder.state)
+            if old.exists():
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        state = self.folder.newest_state()
+        if state is None:
+            return
+        self.accelerator.load_state(str(state))
+        self.folder.forget_after(self.progress.step)
+        logger.info("resumed %s at step %d", self.folder.path, self.progress.step)
+
+    def export(self) -> None:
+        """Write the averaged weights to ``export`` in the run folder, in their final format."""
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            model.eval()
+            with self._averaged():
+                self.task.export(model, self.folder.path / "export")
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        # Sheets see other shapes than training does: not worth compiling for.
+        eager = torch.compiler.set_stance("force_eager")
+        with self.ema.applied(), torch.no_grad(), eager:
+            yield
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM end the run after the step under way."""
+
+        def stop(number: int, frame: Any) -> None:
+            logger.warning("signal %d: saving the state and leaving", number)
+            self.interrupted = True
+
+        previous = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, stop)
+        except ValueError:  # not the main thread: the caller handles signals
+            logger.debug("not in the main thread: signals are left alone")
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -1,0 +1,60 @@
+"""Checkpoints for the trainers: presets, starting weights, and what a run writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import presets
+from ..models.build import text_encoder_state, unet_state, vae_state
+from ..models.checkpoint import load_checkpoint, save_checkpoint
+from ..models.config import S2DMConfig
+from ..models.keys import to_ldm, vae_keys
+from .config import TrainingConfigError
+
+
+def preset(name: str) -> S2DMConfig:
+    """The configuration that ``s2dm.models.presets`` calls ``NAME``."""
+    config = getattr(presets, name.upper(), None)
+    if not isinstance(config, S2DMConfig):
+        known = [
+            key.lower() for key, value in vars(presets).items() if isinstance(value, S2DMConfig)
+        ]
+        raise TrainingConfigError(f"unknown preset {name!r}; known: {', '.join(known)}.")
+    return config
+
+
+def load_model(path: str | Path) -> tuple[S2DMConfig, dict[str, dict[str, Tensor]]]:
+    """Config and float32 weights, by part, of a checkpoint to go on from."""
+    config, states = load_checkpoint(path)
+    return config, {part: _float(state) for part, state in states.items()}
+
+
+def load_vae(path: str | Path) -> tuple[Any, dict[str, Tensor]]:
+    """Config and float32 weights of the VAE in a checkpoint."""
+    config, states = load_checkpoint(path, ["vae"])
+    return config.vae, _float(states["vae"])
+
+
+def save_vae(path: Path, config: Any, state: Mapping[str, Tensor]) -> None:
+    """Write a VAE alone, float32; ``state`` is in diffusers' keys."""
+    save_checkpoint(path, S2DMConfig(vae=config), {"vae": to_ldm(state, vae_keys(config))})
+
+
+def save_model(path: Path, config: S2DMConfig, parts: Mapping[str, nn.Module]) -> None:
+    """Write a whole checkpoint in half precision."""
+    states = {
+        "unet": unet_state(parts["unet"], config.unet),
+        "text_encoder": text_encoder_state(parts["text_encoder"], config.text_encoder),
+        "vae": vae_state(parts["vae"], config.vae),
+        "flow_adapter": parts["flow_adapter"].state_dict(),
+    }
+    save_checkpoint(path, config, states, torch.float16)
+
+
+def _float(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.float() for key, value in state.items()}

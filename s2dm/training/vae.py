@@ -1,0 +1,277 @@
+"""Train the autoencoder (the VAE of Stable Diffusion 1.x, at any size) on the frames of a data
+set.
+
+Most of it is convolutions, which do not care where a patch comes from, so most steps train on
+crops around what moves; the others train on whole frames, for the attention in the middle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.build import build_vae
+from ..models.config import VAEConfig
+from .cache import ClipCache, build_clip_cache
+from .config import TrainingConfig, TrainingConfigError
+from .loop import Progress, TrainingLoop, make_accelerator
+from .models import load_vae, preset, save_vae
+from .sheets import save_sheet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETrainingConfig(TrainingConfig):
+    """Settings of the VAE trainer.
+
+    ``preset`` names the architecture (``s2dm.models.presets``); ``checkpoint`` is a file to start
+    from instead of random weights. ``batch_size`` counts crops of ``crop`` pixels; in a share
+    ``whole_frames`` of the steps it counts as many pixels in whole frames. A share
+    ``motion_share`` of the crops is centred where something moves.
+    """
+
+    output: str = "runs/vae"
+    preset: str = "puppets"
+    checkpoint: str = ""
+    batch_size: int = 24
+    crop: int = 64
+    whole_frames: float = 0.15
+    motion_share: float = 0.8
+    kl_weight: float = 1e-5
+    edge_weight: float = 1.0
+    validation_clips: int = 12
+
+
+class PyramidLoss(nn.Module):
+    """Mean absolute error plus that of the image gradients at three scales.
+
+    The gradients keep outlines crisp, which the mean alone lets blur.
+    """
+
+    def __init__(self, edge_weight: float = 1.0, scales: int = 3) -> None:
+        super().__init__()
+        self.edge_weight = edge_weight
+        self.scales = scales
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """(N,3,H,W) in [-1,1] each; a scalar in the units of the pictures."""
+        error = output.float() - target.float()
+        loss = error.abs().mean()
+        # The gradient is linear: the gradient of the error is the error of the gradient.
+        for scale in range(self.scales):
+            if scale:
+                error = F.avg_pool2d(error, 2)
+            edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+            loss = loss + self.edge_weight * edges / self.scales
+        return loss
+
+
+class VAEModel(nn.Module):
+    """The autoencoder with its loss, as the loop wants it."""
+
+    def __init__(self, vae: nn.Module, config: VAETrainingConfig) -> None:
+        super().__init__()
+        self.vae = vae
+        self.reconstruction = PyramidLoss(config.edge_weight)
+        self.kl_weight = config.kl_weight
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``pixels`` (N,3,H,W) in [0,1] and ``noise`` (N,4,H/8,W/8) for the posterior."""
+        pixels = batch["pixels"] * 2 - 1
+        posterior = self.vae.encode(pixels).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        latents = mean + (0.5 * logvar).exp() * batch["noise"]
+        output = self.vae.decode(latents).sample
+        reconstruction = self.reconstruction(output, pixels)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return {
+            "loss": reconstruction + self.kl_weight * kl,
+            "loss_reconstruction": reconstruction.detach(),
+            "kl": kl.detach(),
+        }
+
+
+class VAETask:
+    """What the loop needs to train a VAE."""
+
+    def __init__(
+        self,
+        config: VAETrainingConfig,
+        vae_config: VAEConfig,
+        vae: nn.Module,
+        clips: ClipCache,
+        validation: Tensor,
+    ) -> None:
+        self.config = config
+        self.vae_config = vae_config
+        self.model = VAEModel(vae, config).to(memory_format=torch.channels_last)
+        self.clips = clips
+        self.validation = validation
+
+    def compile(self) -> None:
+        self.model.vae.encoder.compile(dynamic=False)
+        self.model.vae.decoder.compile(dynamic=False)
+
+    def batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+        config = self.config
+        height, width = self.clips.frames.shape[-2:]
+        crop = (min(config.crop, height), min(config.crop, width))
+        count = config.batch_size
+        if torch.rand((), generator=generator) < config.whole_frames:
+            count = max(1, round(count * crop[0] * crop[1] / (height * width)))
+            crop = (height, width)
+        pictures = torch.stack([self._crop(crop, generator) for _ in range(count)])
+        factor = self.vae_config.factor
+        shape = (count, self.vae_config.latent_channels, crop[0] // factor, crop[1] // factor)
+        noise = torch.randn(shape, generator=generator)
+        pictures = pictures.to(device).contiguous(memory_format=torch.channels_last)
+        return {"pixels": pictures, "noise": noise.to(device)}
+
+    def _crop(self, size: tuple[int, int], generator: torch.Generator) -> Tensor:
+        clip = int(torch.randint(len(self.clips), (), generator=generator))
+        frame = int(torch.randint(self.clips.frames.shape[1], (), generator=generator))
+        picture = self.clips.pixels(clip, frame)
+        height, width = picture.shape[-2:]
+        tall, wide = height - size[0], width - size[1]
+        top = int(torch.randint(tall + 1, (), generator=generator))
+        left = int(torch.randint(wide + 1, (), generator=generator))
+        if tall or wide:
+            jitter = torch.randint(-size[0] // 4, size[0] // 4 + 1, (2,), generator=generator)
+            if torch.rand((), generator=generator) < self.config.motion_share:
+                centre = self._moving_pixel(clip, generator)
+                top = min(max(int(centre[0] + jitter[0]) - size[0] // 2, 0), tall)
+                left = min(max(int(centre[1] + jitter[1]) - size[1] // 2, 0), wide)
+        return picture[:, top : top + size[0], left : left + size[1]]
+
+    def _moving_pixel(self, clip: int, generator: torch.Generator) -> tuple[int, int]:
+        """A pixel (row, column) drawn from where the clip's flow is largest over time."""
+        height, width = self.clips.frames.shape[-2:]
+        motion = torch.from_numpy(self.clips.conditions[clip].copy())[:, :2].float()
+        motion = motion.square().sum(1).amax(0)
+        if motion.amax() <= 0:
+            return height // 2, width // 2
+        weights = (motion > 0.01 * motion.amax()).flatten().float()
+        cell = int(torch.multinomial(weights, 1, generator=generator))
+        row, column = divmod(cell, motion.shape[1])
+        return row * height // motion.shape[0], column * width // motion.shape[1]
+
+    def sample(self, model: nn.Module, path: Path) -> dict[str, float]:
+        """Held-out frames above their reconstructions; PSNR in dB over all of them."""
+        device = next(model.parameters()).device
+        outputs = reconstruct(model.vae, self.validation.to(device)).cpu()
+        error = (outputs - self.validation).square().mean((1, 2, 3))
+        half = min(8, len(outputs))
+        rows = []
+        for start in range(0, min(len(outputs), 3 * half), half):
+            part = slice(start, start + half)
+            rows += [self.validation[part], outputs[part]]
+        save_sheet(path, rows)
+        return {
+            "psnr": float(-10 * error.clamp_min(1e-10).log10().mean()),
+            "psnr_worst": float(-10 * error.clamp_min(1e-10).log10().amax()),
+        }
+
+    def export(self, model: nn.Module, path: Path) -> None:
+        """Write the VAE with latents normalised, and the scale of its latents in its config."""
+        state = {k: v.detach().clone() for k, v in model.vae.state_dict().items()}
+        mean, std = self.latent_statistics(model.vae)
+        normalise_latents(state, mean, std)
+        config = dataclasses.replace(self.vae_config, scaling_factor=1.0)
+        save_vae(path.with_suffix(".safetensors"), config, state)
+
+    def latent_statistics(self, vae: nn.Module, clips: int = 64) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each latent channel over the training data, (4,) each."""
+        device = next(vae.parameters()).device
+        step = max(1, len(self.clips) // clips)
+        frames = range(0, self.clips.frames.shape[1], 5)
+        pictures = torch.cat(
+            [self.clips.pixels(i, list(frames)) for i in range(0, len(self.clips), step)]
+        )
+        latents = torch.cat(
+            [vae.encode(part.to(device) * 2 - 1).latent_dist.mode() for part in pictures.split(16)]
+        ).float()
+        return latents.mean((0, 2, 3)).cpu(), latents.std((0, 2, 3)).cpu()
+
+
+def normalise_latents(state: dict[str, Tensor], mean: Tensor, std: Tensor) -> None:
+    """Fold the normalisation (z - mean) / std into the 1×1 convolutions around the latents.
+
+    The autoencoder stays the same function of a picture, and its latents get mean 0 and
+    standard deviation 1 in every channel, so that the one scaling factor of Stable Diffusion
+    (here 1) fits all of them. ``state`` is in diffusers' keys and is changed in place.
+    """
+    channels = len(mean)
+    for key in ("quant_conv.weight", "quant_conv.bias"):
+        value = state[key].float()
+        if key.endswith("bias"):
+            value[:channels] -= mean.to(value)
+        shape = (-1,) + (1,) * (value.ndim - 1)
+        value[:channels] /= std.to(value).reshape(shape)
+        if key.endswith("bias"):
+            value[channels:] -= 2 * std.to(value).log()
+        state[key] = value
+    weight = state["post_quant_conv.weight"].float()
+    shift = weight[:, :, 0, 0] @ mean.to(weight)
+    state["post_quant_conv.bias"] = state["post_quant_conv.bias"].float() + shift
+    state["post_quant_conv.weight"] = weight * std.to(weight).reshape(1, -1, 1, 1)
+
+
+@torch.no_grad()
+def reconstruct(vae: nn.Module, pictures: Tensor) -> Tensor:
+    """(N,3,H,W) in [0,1] through the autoencoder and back, without posterior noise."""
+    outputs = []
+    for part in pictures.split(8):
+        latents = vae.encode(part * 2 - 1).latent_dist.mode()
+        outputs.append((vae.decode(latents).sample.float() + 1) / 2)
+    return torch.cat(outputs).clamp(0, 1)
+
+
+def build_vae_task(config: VAETrainingConfig) -> VAETask:
+    """Prepare data and model for ``config``."""
+    data = build_clip_cache(cache_root(config), config.data, workers=config.workers)
+    held_out = held_out_frames(config, config.validation_clips)
+    if config.checkpoint:
+        vae_config, state = load_vae(config.checkpoint)
+        vae = build_vae(vae_config, state)
+    else:
+        vae_config = preset(config.preset).vae
+        vae = build_vae(vae_config)
+    if config.crop % vae_config.factor:
+        raise TrainingConfigError(
+            f"crop must be a multiple of the VAE's factor {vae_config.factor}, got {config.crop}."
+        )
+    return VAETask(config, vae_config, vae, data, held_out)
+
+
+def cache_root(config: TrainingConfig) -> Path:
+    return Path(config.cache) if config.cache else Path(config.output) / "cache"
+
+
+def held_out_frames(config: TrainingConfig, clips: int) -> Tensor:
+    """First and middle frame of ``clips`` clips spread over the validation split, (2n,3,H,W)."""
+    from .datasets import build_dataset, pixels
+
+    data = build_dataset(config.data, config.data.validation_split)
+    chosen = torch.linspace(0, len(data) - 1, min(clips, len(data))).long().tolist()
+    frames = []
+    for index in chosen:
+        clip = pixels(data[index].frames)
+        frames += [clip[0], clip[len(clip) // 2]]
+    return torch.stack(frames)
+
+
+def train_vae(config: VAETrainingConfig) -> Progress:
+    """Train a VAE as ``config`` says, or go on with the run in its folder.
+
+    The folder's ``export.safetensors`` holds the averaged weights whenever a sheet was written.
+    """
+    accelerator = make_accelerator(config)
+    task = build_vae_task(config)
+    return TrainingLoop(config, task, accelerator).run()
