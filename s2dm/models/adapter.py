@@ -46,7 +46,8 @@ class FlowAdapter(nn.Module):
         placed = {"device": device, "dtype": dtype}
         width = config.width
         self.encoder = FlowEncoder(config, operations, device, dtype)
-        self.null = nn.Parameter(torch.randn(1, config.tokens, width, **placed))
+        self.null = nn.Parameter(torch.empty(1, config.tokens, width, **placed))
+        nn.init.uniform_(self.null, -1.7, 1.7)  # as large as normalised tokens
         self.layers = nn.ModuleDict()
         for name, inner in config.layers:
             layer = nn.ModuleDict(
@@ -132,7 +133,8 @@ class FlowEncoder(nn.Module):
             ]
         self.blocks = nn.Sequential(*blocks)
         width = config.width
-        self.position = nn.Parameter(0.5 * torch.randn(1, config.tokens, width, **placed))
+        self.position = nn.Parameter(torch.empty(1, config.tokens, width, **placed))
+        nn.init.uniform_(self.position, -0.9, 0.9)
         self.mlp = nn.Sequential(
             operations.LayerNorm(width, **placed),
             operations.Linear(width, 2 * width, **placed),

@@ -74,6 +74,11 @@ class _Config:
         good = isinstance(value, tuple) and len(value) > 0 and all(map(_is_count, value))
         self._expect(good, name, "a list of whole numbers of at least 1")
 
+    def _expect_levels(self) -> None:
+        self._expect_multipliers("channel_mult")
+        # ldm and diffusers agree on the width of the first convolution only then.
+        self._expect(self.channel_mult[0] == 1, "channel_mult", "a list that starts with 1")
+
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -109,7 +114,7 @@ class UNetConfig(_Config):
         self._expect_positive(
             "in_channels", "model_channels", "num_res_blocks", "num_heads", "context_dim"
         )
-        self._expect_multipliers("channel_mult")
+        self._expect_levels()
         levels = self.attention_levels
         self._expect(
             isinstance(levels, tuple)
@@ -171,7 +176,7 @@ class VAEConfig(_Config):
 
     def __post_init__(self) -> None:
         self._expect_positive("channels", "num_res_blocks", "latent_channels")
-        self._expect_multipliers("channel_mult")
+        self._expect_levels()
         self._expect(self.channels % NORM_GROUPS == 0, "channels", f"a multiple of {NORM_GROUPS}")
         self._expect(
             isinstance(self.scaling_factor, (int, float)) and self.scaling_factor > 0,
