@@ -1,0 +1,277 @@
+"""Flow from frames: OpenCV's DIS and Farneback, or any RAFT-like model.
+
+The yardstick for generated clips as well as the source of conditions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+from types import ModuleType
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .field import FlowError, FlowField
+from .geometry import pixel_grid, resample, sample_at
+
+METHODS = ("dis", "farneback")
+
+Progress = Callable[[int, int], None]
+FlowModel = Callable[[Tensor, Tensor], "Tensor | list[Tensor]"]
+
+
+_OPENCV_SIDE = 256  # pixels: smaller pictures are enlarged, because thin limbs get lost
+_MODEL_SIDE = 128
+_WINDOW = 9  # pixels over which candidates are compared
+_STILL = 4 / 255
+_STILL_BONUS = 0.5 / 255  # how much worse "no motion" may match and still be taken
+
+
+class _Estimator(Protocol):
+    """Estimates the frames of one clip, in order."""
+
+    def __call__(self, first: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        """Backward flow (frame to first) and forward flow (first to frame), each (2,H,W)."""
+
+    def still(self, frame: Tensor) -> None:
+        """Told instead of asked about a frame that equals the first."""
+
+
+def estimate_flow(
+    frames: Tensor, method: str | FlowModel = "dis", progress: Progress | None = None
+) -> FlowField:
+    """Backward flow from every frame to the first one, as S2DM conditions on it (section 3.3).
+
+    frames: (N,3,H,W) in [0,1], any N >= 1 and any size.
+    method: "dis", "farneback" (both need OpenCV), or a RAFT-like model: called with two image
+        batches (B,3,h,w) in [-1,1], what torchvision's `raft_large` wants, with h and w at
+        least 128 and multiples of 8; returns the flow from the first to the second image,
+        (B,2,h,w), or a list of refinements of which the last counts. Modules get images on
+        their device and in their dtype.
+    progress: called with (frames done, N).
+
+    Occlusion comes from the forward-backward check. A frame that equals the first up to noise
+    gets exactly zero flow. Frames are taken pair by pair, so memory doesn't grow with N beyond
+    the result. Raises FlowError for bad frames, a missing OpenCV or a model that returns
+    something else.
+    """
+    _check_frames(frames)
+    estimator = _make_estimator(method)
+    count, _, height, width = frames.shape
+    displacement = torch.zeros(count, 2, height, width)
+    occlusion = torch.zeros(count, 1, height, width)
+    first = frames[0].detach().float().cpu()
+    if progress is not None:
+        progress(1, count)
+    for index in range(1, count):
+        frame = frames[index].detach().float().cpu()
+        if _is_still(first, frame):
+            estimator.still(frame)
+        else:
+            backward, forward = estimator(first, frame)
+            displacement[index] = backward
+            occlusion[index] = _occluded(backward, forward)
+        if progress is not None:
+            progress(index + 1, count)
+    return FlowField(displacement, occlusion)
+
+
+class _OpenCVTracker:
+    """DIS or Farneback from OpenCV, followed from frame to frame.
+
+    OpenCV alone loses a limb that moves further than it is wide. So the flow of frame i starts
+    from that of frame i-1, carried on by the small step between the two, and each pixel then
+    takes the best of three by colour: this chain, OpenCV's own refinement of it against frame 1,
+    and no motion (a still background doesn't drift).
+    """
+
+    def __init__(self, method: str) -> None:
+        self._cv2 = _import_cv2()
+        self._method = method
+        self._previous: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def __call__(self, first: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = first.shape[1:]
+        scale = max(1, ceil(_OPENCV_SIDE / min(height, width)))
+        first, frame = (_enlarged(image, height * scale, width * scale) for image in (first, frame))
+        if self._previous is None:
+            still = torch.zeros_like(first[:2])
+            self._previous = (first, still, still)
+        last, backward, forward = self._previous
+        grid = pixel_grid(*first.shape[1:], first)
+
+        step = self._flow(frame, last)
+        chain = step + sample_at(backward, grid + step)
+        backward = self._best(frame, first, chain, grid)
+
+        step = self._flow(last, frame)
+        chain = forward + sample_at(step, grid + forward)
+        forward = self._best(first, frame, chain, grid)
+
+        self._previous = (frame, backward, forward)
+        return tuple(_shrunk(flow, height, width) for flow in (backward, forward))
+
+    def still(self, frame: Tensor) -> None:
+        """Frame equals the first one: the chain starts anew."""
+        self._previous = None
+
+    def _best(self, source: Tensor, target: Tensor, chain: Tensor, grid: Tensor) -> Tensor:
+        """For each pixel of `source`, the candidate whose surroundings match `target` best."""
+        chain = _kept_inside(chain, grid)
+        refined = _kept_inside(self._flow(source, target, chain), grid)
+        candidates = torch.stack([torch.zeros_like(chain), chain, refined])
+        seen = sample_at(target.expand(3, -1, -1, -1), grid + candidates)
+        cost = (seen - source).abs().mean(dim=1, keepdim=True)
+        cost = F.avg_pool2d(cost, _WINDOW, 1, _WINDOW // 2, count_include_pad=False)
+        cost[0] -= _STILL_BONUS
+        return candidates.gather(0, cost.argmin(dim=0, keepdim=True).expand(1, 2, -1, -1))[0]
+
+    def _flow(self, source: Tensor, target: Tensor, start: Tensor | None = None) -> Tensor:
+        """Flow from source to target, (2,h,w), begun at `start`."""
+        grey = [_grey(image) for image in (source, target)]
+        if start is not None:
+            start = np.ascontiguousarray(start.permute(1, 2, 0).numpy())
+        if self._method == "dis":
+            dis = self._cv2.DISOpticalFlow_create(self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+            dis.setFinestScale(0 if min(grey[0].shape) < 2 * _OPENCV_SIDE else 1)
+            flow = dis.calc(*grey, start)
+        else:
+            flags = self._cv2.OPTFLOW_FARNEBACK_GAUSSIAN
+            if start is not None:
+                flags |= self._cv2.OPTFLOW_USE_INITIAL_FLOW
+            flow = self._cv2.calcOpticalFlowFarneback(*grey, start, 0.5, 4, 15, 5, 7, 1.5, flags)
+        return torch.from_numpy(np.nan_to_num(flow)).permute(2, 0, 1)
+
+
+class _ModelEstimator:
+    """A RAFT-like model, pair by pair: frame i against frame 1."""
+
+    def __init__(self, model: FlowModel) -> None:
+        self._model = model
+
+    def __call__(self, first: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = first.shape[1:]
+        # RAFT builds a pyramid of correlations: below 128 pixels it returns NaN.
+        scale = max(1.0, _MODEL_SIDE / min(height, width))
+        size = [ceil(side * scale / 8) * 8 for side in (height, width)]
+        pair = resample(torch.stack([frame, first]), *size) * 2 - 1
+        parameter = next(iter(getattr(self._model, "parameters", tuple)()), None)
+        if parameter is not None:
+            pair = pair.to(parameter)
+        with torch.no_grad():
+            flow = self._model(pair, pair.flip(0))
+        if isinstance(flow, (list, tuple)) and flow:
+            flow = flow[-1]
+        if not isinstance(flow, Tensor) or tuple(flow.shape) != (2, 2, *size):
+            got = tuple(flow.shape) if isinstance(flow, Tensor) else type(flow).__name__
+            raise FlowError(
+                f"the flow model must return (B,2,H,W), here {(2, 2, *size)}, or a list of such, "
+                f"got {got}: use a RAFT-like model"
+            )
+        flow = flow.float().cpu()
+        if not torch.isfinite(flow).all():
+            raise FlowError("the flow model returned NaN or infinite values: try it in float32")
+        backward, forward = (_shrunk(direction, height, width) for direction in flow)
+        return backward, forward
+
+    def still(self, frame: Tensor) -> None:
+        """Nothing to do: pairs don't depend on one another."""
+
+
+def _make_estimator(method: str | FlowModel) -> _Estimator:
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise FlowError(
+                f"method must be one of {', '.join(METHODS)} or a flow model, got {method!r}"
+            )
+        return _OpenCVTracker(method)
+    if not callable(method):
+        raise FlowError(f"a flow model must be callable, got {type(method).__name__}")
+    return _ModelEstimator(method)
+
+
+def _import_cv2() -> ModuleType:
+    try:
+        import cv2
+    except ImportError as error:
+        raise FlowError(
+            "the methods dis and farneback need OpenCV, and it can't be imported "
+            f"({error}): run `pip install opencv-python-headless`, or give a flow model"
+        ) from error
+    return cv2
+
+
+def _check_frames(frames: Tensor) -> None:
+    if not isinstance(frames, Tensor) or not frames.is_floating_point():
+        got = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
+        raise FlowError(f"frames must be a tensor of floats in [0, 1], got {got}")
+    if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape:
+        raise FlowError(
+            f"frames must be (N,3,H,W) with at least one frame and one pixel, "
+            f"got {tuple(frames.shape)}"
+        )
+    if not torch.isfinite(frames).all():
+        raise FlowError("frames hold NaN or infinite values: the clip is broken at its source")
+    low, high = frames.aminmax()
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise FlowError(
+            f"frames must lie in [0, 1], got [{low.item():g}, {high.item():g}]: rescale them"
+        )
+
+
+def _is_still(first: Tensor, frame: Tensor) -> bool:
+    """Whether two frames (3,H,W) are equal up to noise (of about 4/255 a pixel and channel).
+
+    Estimators make up motion where there is only noise. Means over 5x5 pixels quiet the noise,
+    and anything that moves in sight stands out of them.
+    """
+    difference = F.avg_pool2d((frame - first)[None], 5, 1, 2, count_include_pad=False)
+    return bool(difference.abs().max() < _STILL)
+
+
+def _occluded(backward: Tensor, forward: Tensor) -> Tensor:
+    """Forward-backward check, (1,H,W): 1 where frame i's pixel isn't found back from frame 1.
+
+    The bound grows with the motion, as in Sundaram et al., "Dense point trajectories by
+    GPU-accelerated large displacement optical flow" (2010).
+    """
+    _, height, width = backward.shape
+    position = pixel_grid(height, width, backward) + backward
+    returned = sample_at(forward, position)
+    error = (backward + returned).square().sum(dim=0)
+    bound = 0.01 * (backward.square() + returned.square()).sum(dim=0) + 0.5
+    limit = position.new_tensor([width - 1, height - 1]).view(2, 1, 1)
+    outside = ((position < -0.5) | (position > limit + 0.5)).any(dim=0)
+    return ((error > bound) | outside)[None].float()
+
+
+def _grey(image: Tensor) -> np.ndarray:
+    """(3,h,w) in [0,1] to (h,w) uint8 luma, what OpenCV's estimators take."""
+    luma = (image * image.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=0)
+    return (luma * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _enlarged(image: Tensor, height: int, width: int) -> Tensor:
+    if tuple(image.shape[1:]) == (height, width):
+        return image
+    larger = F.interpolate(image[None], size=(height, width), mode="bicubic", align_corners=False)
+    return larger[0].clamp(0, 1)
+
+
+def _shrunk(flow: Tensor, height: int, width: int) -> Tensor:
+    """Flow (2,h,w) at (2,height,width), vectors scaled with it."""
+    factor = flow.new_tensor([width / flow.shape[2], height / flow.shape[1]])
+    return resample(flow[None], height, width)[0] * factor.view(2, 1, 1)
+
+
+def _kept_inside(flow: Tensor, grid: Tensor) -> Tensor:
+    """Flow that doesn't leave the picture by more than an eighth of it.
+
+    Chains would run away, and DIS diverges when it is begun far outside.
+    """
+    size = flow.new_tensor([flow.shape[2], flow.shape[1]]).view(2, 1, 1)
+    return torch.minimum(torch.maximum(grid + flow, -size / 8), size * 9 / 8) - grid

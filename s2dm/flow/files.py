@@ -1,0 +1,187 @@
+"""Flow fields on disk: .npz for a whole field, Middlebury .flo for one frame a file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from .field import FlowError, FlowField
+
+_FLO_MAGIC = b"PIEH"
+_FLO_UNKNOWN = 1e9  # Middlebury writes longer displacements than this where flow is not known
+
+
+def save_flow(
+    path: str | Path, field: FlowField, precision: Literal["float16", "float32"] = "float32"
+) -> None:
+    """Write a field: `name.npz`, `name.flo`, or a folder of numbered .flo files.
+
+    .npz holds displacement and occlusion, compressed; `precision` is for this format
+    (float16 keeps a displacement to one part in 2048). .flo holds displacement alone: a single
+    file is the second frame of a clip of two, a folder (any other name) has a file for every
+    frame, the first included. Nothing is left half written: the result takes its name last.
+    """
+    path = Path(path)
+    if precision not in ("float16", "float32"):
+        raise FlowError(f"precision must be float16 or float32, got {precision!r}")
+    if path.suffix == ".npz":
+        parts = {
+            "displacement": _to_numpy(field.displacement, precision),
+            "occlusion": _to_numpy(field.occlusion, precision),
+        }
+        with _replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **parts)
+    elif path.suffix == ".flo":
+        if field.frames != 2:
+            raise FlowError(
+                f"a .flo file holds one frame besides the first, got a field of {field.frames} "
+                "frames: give a folder for a clip of another length, or use .npz"
+            )
+        with _replacing(path) as temporary:
+            _write_flo(temporary, field.displacement[1])
+    else:
+        _save_folder(path, field)
+
+
+def load_flow(path: str | Path) -> FlowField:
+    """Read what `save_flow` writes, or .flo files from elsewhere.
+
+    From .flo, occlusion is 0, and 1 where the file says that the flow is unknown. Raises
+    FlowError, with the name of the file, for anything that isn't a whole and finite flow field.
+    Pickled arrays are refused.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.flo"))
+        if not files:
+            raise FlowError(f"{path}: this folder holds no .flo files")
+        return _field_from_flo(path, [_read_flo(file) for file in files])
+    if not path.is_file():
+        raise FlowError(f"{path}: there is no such file or folder")
+    if path.suffix == ".npz":
+        return _load_npz(path)
+    if path.suffix == ".flo":
+        flow = _read_flo(path)
+        return _field_from_flo(path, [np.zeros_like(flow), flow])
+    raise FlowError(
+        f"{path}: a flow field is a .npz file, a .flo file or a folder of .flo files, "
+        f"got a file that ends in {path.suffix or 'nothing'}"
+    )
+
+
+def _load_npz(path: Path) -> FlowField:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = set(archive.files)
+            missing = {"displacement", "occlusion"} - names
+            if missing:
+                raise FlowError(
+                    f"{path}: no flow field, expected the arrays displacement and occlusion, "
+                    f"got {', '.join(sorted(names)) or 'none'}"
+                )
+            arrays = [archive["displacement"], archive["occlusion"]]
+    except FlowError:
+        raise
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise FlowError(f"{path}: truncated, or no .npz file of plain arrays ({error})") from error
+    for name, array in zip(("displacement", "occlusion"), arrays, strict=True):
+        if array.dtype.kind != "f":
+            raise FlowError(f"{path}: {name} must be floating point, got {array.dtype}")
+    tensors = [torch.from_numpy(array.astype(np.float32)) for array in arrays]
+    return _built(path, *tensors)
+
+
+def _save_folder(folder: Path, field: FlowField) -> None:
+    if folder.is_file():
+        raise FlowError(f"{folder}: the name must end in .npz or .flo, or be that of a folder")
+    if folder.is_dir() and any(entry.suffix != ".flo" for entry in folder.iterdir()):
+        raise FlowError(
+            f"{folder}: this folder holds other files than .flo, and a clip replaces its folder; "
+            "give a new name"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for number, displacement in enumerate(field.displacement, start=1):
+            _write_flo(building / f"{number:05d}.flo", displacement)
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        building.chmod(0o755)  # mkdtemp makes folders that only their owner can read
+        os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _write_flo(path: Path, displacement: torch.Tensor) -> None:
+    """One frame, (2,H,W): magic, width and height as int32, then x and y of each pixel."""
+    _, height, width = displacement.shape
+    with open(path, "wb") as file:
+        file.write(_FLO_MAGIC)
+        np.array([width, height], dtype="<i4").tofile(file)
+        _to_numpy(displacement, "<f4").transpose(1, 2, 0).tofile(file)
+
+
+def _read_flo(path: Path) -> np.ndarray:
+    """One frame as (2,H,W) float32; unknown flow is left in."""
+    with open(path, "rb") as file:
+        if file.read(4) != _FLO_MAGIC:
+            raise FlowError(f"{path}: no Middlebury .flo file, it doesn't begin with PIEH")
+        header = np.frombuffer(file.read(8), dtype="<i4")
+        if len(header) != 2 or not (header > 0).all():
+            raise FlowError(f"{path}: the .flo header gives no valid size")
+        width, height = (int(size) for size in header)
+        # The size is checked before anything is read: a broken header may claim terabytes.
+        expected, got = 12 + 8 * width * height, path.stat().st_size
+        if got != expected:
+            raise FlowError(
+                f"{path}: a .flo file of {width}x{height} has {expected} bytes, got {got}: "
+                + ("it is truncated" if got < expected else "something is appended")
+            )
+        data = np.frombuffer(file.read(), dtype="<f4").reshape(height, width, 2)
+    return data.transpose(2, 0, 1).astype(np.float32)
+
+
+def _field_from_flo(path: Path, flows: list[np.ndarray]) -> FlowField:
+    sizes = {flow.shape[1:] for flow in flows}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise FlowError(f"{path}: all frames of a clip have one size, got {listed}")
+    displacement = torch.from_numpy(np.stack(flows))
+    unknown = (displacement.abs() > _FLO_UNKNOWN).any(dim=1, keepdim=True)
+    return _built(path, displacement.masked_fill(unknown, 0.0), unknown.float())
+
+
+def _built(path: Path, displacement: torch.Tensor, occlusion: torch.Tensor) -> FlowField:
+    try:
+        return FlowField(displacement, occlusion)
+    except FlowError as error:
+        raise FlowError(f"{path}: {error}") from error
+
+
+def _to_numpy(tensor: torch.Tensor, dtype: str) -> np.ndarray:
+    array = tensor.detach().cpu().numpy().astype(dtype)
+    if not np.isfinite(array).all():
+        raise FlowError(f"displacements this long don't fit {dtype}: save as float32")
+    return array
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` if the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
