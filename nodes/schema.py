@@ -1,0 +1,40 @@
+"""What every node of the pack shares: one schema for all versions of ComfyUI, named errors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from comfy_api.latest import io
+
+# Fields that newer versions of ComfyUI have and the oldest one we run on (0.3.75) refuses.
+_NEWER_FIELDS = {"search_aliases", "essentials_category", "advanced"}
+
+
+def known(kind: Callable[..., Any], **fields: Any) -> dict[str, Any]:
+    """The fields without those that this version of ComfyUI doesn't know of `kind`.
+
+    Only fields that are known to be newer may be dropped, so that a misspelt one still fails.
+    """
+    parameters = inspect.signature(kind).parameters
+    return {
+        name: value
+        for name, value in fields.items()
+        if name in parameters or name not in _NEWER_FIELDS
+    }
+
+
+def schema(**fields: Any) -> io.Schema:
+    """An `io.Schema`; `search_aliases` and the like are used where the version has them."""
+    return io.Schema(**known(io.Schema, **fields))
+
+
+@contextmanager
+def named_errors(node: type[io.ComfyNode]) -> Iterator[None]:
+    """Put the node's display name before what the library says is wrong (a ValueError)."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{node.GET_SCHEMA().display_name}: {error}") from error
