@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .config import FORMAT_VERSION, ConfigError, S2DMConfig
 from .keys import Key, Shape, flow_adapter_keys, text_encoder_keys, unet_keys, vae_keys
+from .tokenizer import vocabulary
 
 METADATA_KEY = "s2dm"
 
@@ -151,6 +152,10 @@ def save_checkpoint(
             f"{path.name}: expected weights for {_listed(there)}, as the config says, "
             f"got {_listed(states)}."
         )
+    try:
+        _check_tokenizer(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: not saved: {error}") from error
     tensors: State = {}
     for part, state in states.items():
         prefix = PARTS[part].prefix
@@ -260,11 +265,26 @@ def _parse_config(name: str, metadata: Mapping[str, str], header: Iterable[str])
         )
     try:
         config = S2DMConfig.from_dict(values)
-    except ConfigError as error:
+        _check_tokenizer(config)
+    except ValueError as error:
         raise CheckpointError(f"{name}: {error} {remedy}") from error
     if not _parts_of(config):
         raise CheckpointError(f"{name}: expected at least one of {list(PARTS)}, got none. {remedy}")
     return config
+
+
+def _check_tokenizer(config: S2DMConfig) -> None:
+    if config.text_encoder is None:
+        return
+    spec = config.tokenizer or {}
+    if spec.get("kind") == "clip":
+        return
+    size = len(vocabulary(spec))
+    if size != config.text_encoder.vocab_size:
+        raise ConfigError(
+            f"tokenizer: expected {config.text_encoder.vocab_size} tokens, as the text encoder "
+            f"has, got {size}."
+        )
 
 
 def _check_keys(name: str, expected: Mapping[str, Shape], got: Mapping[str, Shape]) -> None:

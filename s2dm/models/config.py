@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from ..sector import NOISE_SHARING
 
 FORMAT_VERSION = 1
 """Version of the checkpoint format that this code writes, and the newest that it reads."""
@@ -82,6 +84,10 @@ class _Config:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _plain(value: Any) -> Any:
@@ -178,11 +184,8 @@ class VAEConfig(_Config):
         self._expect_positive("channels", "num_res_blocks", "latent_channels")
         self._expect_levels()
         self._expect(self.channels % NORM_GROUPS == 0, "channels", f"a multiple of {NORM_GROUPS}")
-        self._expect(
-            isinstance(self.scaling_factor, (int, float)) and self.scaling_factor > 0,
-            "scaling_factor",
-            "a number above 0",
-        )
+        good = _is_number(self.scaling_factor) and self.scaling_factor > 0
+        self._expect(good, "scaling_factor", "a number above 0")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -280,17 +283,15 @@ class ScheduleConfig(_Config):
 
     def __post_init__(self) -> None:
         self._expect_positive("steps")
-        self._expect(0 < self.beta_start <= self.beta_end < 1, "beta_start", "0 < start <= end < 1")
+        for name in ("beta_start", "beta_end"):
+            value = getattr(self, name)
+            self._expect(_is_number(value) and 0 < value < 1, name, "a number between 0 and 1")
         schedules = ("scaled_linear", "linear")
         self._expect(self.beta_schedule in schedules, "beta_schedule", f"one of {schedules}")
         predictions = ("epsilon", "v_prediction")
         self._expect(
             self.prediction_type in predictions, "prediction_type", f"one of {predictions}"
         )
-
-
-def _part(config: type[_Config]) -> Any:
-    return dataclasses.field(default=None, metadata={"config": config})
 
 
 @dataclass(frozen=True)
@@ -302,13 +303,15 @@ class S2DMConfig(_Config):
     """
 
     format_version: int = FORMAT_VERSION
-    unet: UNetConfig | None = _part(UNetConfig)
-    vae: VAEConfig | None = _part(VAEConfig)
-    text_encoder: TextEncoderConfig | None = _part(TextEncoderConfig)
-    flow_adapter: FlowAdapterConfig | None = _part(FlowAdapterConfig)
-    schedule: ScheduleConfig = dataclasses.field(
-        default=ScheduleConfig(), metadata={"config": ScheduleConfig}
+    unet: UNetConfig | None = field(default=None, metadata={"config": UNetConfig})
+    vae: VAEConfig | None = field(default=None, metadata={"config": VAEConfig})
+    text_encoder: TextEncoderConfig | None = field(
+        default=None, metadata={"config": TextEncoderConfig}
     )
+    flow_adapter: FlowAdapterConfig | None = field(
+        default=None, metadata={"config": FlowAdapterConfig}
+    )
+    schedule: ScheduleConfig = field(default=ScheduleConfig(), metadata={"config": ScheduleConfig})
     tokenizer: dict[str, Any] | None = None
     resolution: tuple[int, int] = (128, 128)
     frames: int = 16
@@ -323,6 +326,10 @@ class S2DMConfig(_Config):
         self._expect_positive("frames")
         self._expect_multipliers("resolution")
         self._expect(len(self.resolution) == 2, "resolution", "height and width")
+        sharing = self.noise_sharing
+        self._expect(sharing in NOISE_SHARING, "noise_sharing", f"one of {NOISE_SHARING}")
+        good = _is_number(self.noise_share) and 0 <= self.noise_share <= 1
+        self._expect(good, "noise_share", "a number from 0 to 1")
         if self.tokenizer is not None:
             self._expect(isinstance(self.tokenizer, Mapping), "tokenizer", "a dictionary")
         if self.unet is not None and self.flow_adapter is not None:

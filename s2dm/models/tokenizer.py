@@ -72,8 +72,12 @@ def vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
     Raises:
         ValueError: if the specification is of another kind or malformed.
     """
-    tokens = [*_alphabet(), *("".join(pair) for pair in _merges(spec)), BOS, EOS]
-    return {token: i for i, token in enumerate(tokens)}
+    tokens = dict.fromkeys(_alphabet())
+    for left, right in _merges(spec):
+        if left not in tokens or right not in tokens:
+            raise ValueError(f"tokenizer: expected merges of known symbols, got {left} {right}.")
+        tokens[left + right] = None  # two merges may make the same token
+    return {token: i for i, token in enumerate([*tokens, BOS, EOS])}
 
 
 def with_tokenizer(config: S2DMConfig, spec: Mapping[str, Any]) -> S2DMConfig:

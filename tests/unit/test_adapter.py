@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from s2dm.models import SD15, FlowAdapter, FlowAdapterConfig, fuse_attention
 from torch.nn import functional as F
+
+from s2dm.models import SD15, FlowAdapter, FlowAdapterConfig, fuse_attention
 
 CONFIG = FlowAdapterConfig(width=64, hidden=32, layers=(("input_1_0", 32), ("middle_0_0", 64)))
 
@@ -87,7 +88,7 @@ def test_bad_input_is_refused_in_plain_words():
     adapter = make_adapter()
     with pytest.raises(ValueError, match=r"expected \(frames, 3, height, width\), got \(2, 2,"):
         adapter.encode(torch.zeros(2, 2, 8, 8))
-    with pytest.raises(ValueError, match="input_1_0.*got 'output_9_0'"):
+    with pytest.raises(ValueError, match=r"input_1_0.*got 'output_9_0'"):
         adapter.keys_values("output_9_0", adapter.null_tokens(1))
 
 
@@ -124,9 +125,7 @@ def test_long_prompts_repeat_the_flow():
     torch.manual_seed(0)
     q, k, v, fk, fv = torch.randn(2, 9, 32), *(torch.randn(2, 77, 32) for _ in range(4))
     short = fuse_attention(q, k, v, fk, fv, "channel", attention)
-    long = fuse_attention(
-        q, k.repeat(1, 2, 1), v.repeat(1, 2, 1), fk, fv, "channel", attention
-    )
+    long = fuse_attention(q, k.repeat(1, 2, 1), v.repeat(1, 2, 1), fk, fv, "channel", attention)
     torch.testing.assert_close(long, short, rtol=1e-5, atol=1e-5)
 
 
@@ -134,7 +133,7 @@ def test_fusion_refuses_short_prompts_and_unknown_names():
     x, flow = torch.randn(1, 20, 32), torch.zeros(1, 77, 32)
     with pytest.raises(ValueError, match="at least 77 tokens, got 20"):
         fuse_attention(x, x, x, flow, flow, "channel", attention)
-    with pytest.raises(ValueError, match="one of .* got 'sum'"):
+    with pytest.raises(ValueError, match=r"one of .* got 'sum'"):
         fuse_attention(x, x, x, flow, flow, "sum", attention)
 
 

@@ -1,0 +1,336 @@
+"""The checkpoint format: what is written comes back, and each wrong file has its own error."""
+
+import dataclasses
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from s2dm.models import (
+    PARTS,
+    CheckpointError,
+    FlowAdapterConfig,
+    S2DMConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+    checkpoint,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+    train_tokenizer,
+    with_tokenizer,
+)
+
+UNET = UNetConfig(
+    model_channels=32,
+    channel_mult=(1, 1),
+    num_res_blocks=1,
+    attention_levels=(True, True),
+    num_heads=2,
+    context_dim=32,
+)
+CONFIG = with_tokenizer(
+    S2DMConfig(
+        unet=UNET,
+        vae=VAEConfig(channels=32, channel_mult=(1, 1), num_res_blocks=1),
+        text_encoder=TextEncoderConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64),
+        flow_adapter=FlowAdapterConfig.for_unet(UNET, width=32, hidden=32),
+        data="nothing at all",
+        licence="Apache-2.0",
+    ),
+    train_tokenizer(["a man in a red shirt is jogging"], 520),
+)
+ADAPTER_KEY = "s2dm.flow_adapter.layers.middle_0_0.to_v.weight"
+
+
+@pytest.fixture(scope="module")
+def states():
+    torch.manual_seed(0)
+    return {
+        name: {key.ldm: torch.randn(key.ldm_shape) for key in part.keys(getattr(CONFIG, name))}
+        for name, part in PARTS.items()
+    }
+
+
+@pytest.fixture
+def saved(tmp_path, states):
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, CONFIG, states)
+    return path
+
+
+def rewrite(path, change_tensors=None, change_config=None, metadata=None):
+    """Save the file again with other tensors or metadata, as another tool would."""
+    tensors = load_file(path)
+    if metadata is None:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        values = json.loads(metadata["s2dm"])
+        if change_config:
+            change_config(values)
+        metadata = {"s2dm": json.dumps(values)}
+    if change_tensors:
+        change_tensors(tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+def refused(path):
+    """The message with which the file is refused; it is one line and names the file."""
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path.name}: ")
+    assert "\n" not in message
+    return message
+
+
+def test_what_is_written_comes_back(saved, states):
+    config, loaded = load_checkpoint(saved)
+    assert config == CONFIG
+    assert loaded.keys() == states.keys()
+    for part, state in states.items():
+        assert loaded[part].keys() == state.keys()
+        assert all(torch.equal(loaded[part][name], state[name]) for name in state)
+
+
+def test_the_file_has_stable_diffusions_keys(saved):
+    keys = load_file(saved).keys()
+    assert "model.diffusion_model.input_blocks.0.0.weight" in keys
+    assert "cond_stage_model.transformer.text_model.final_layer_norm.weight" in keys
+    assert "first_stage_model.decoder.conv_out.bias" in keys
+    assert ADAPTER_KEY in keys
+
+
+def test_half_precision_storage(tmp_path, states):
+    path = tmp_path / "half.safetensors"
+    save_checkpoint(path, CONFIG, states, dtype=torch.float16)
+    assert all(tensor.dtype == torch.float16 for tensor in load_file(path).values())
+    _, loaded = load_checkpoint(path)
+    name = "out.2.weight"
+    torch.testing.assert_close(
+        loaded["unet"][name].float(), states["unet"][name], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_an_adapter_alone(tmp_path, states):
+    path = tmp_path / "adapter.safetensors"
+    save_checkpoint(path, CONFIG.adapter_only(), {"flow_adapter": states["flow_adapter"]})
+    config, loaded = load_checkpoint(path)
+    assert config.flow_adapter == CONFIG.flow_adapter
+    assert config.unet is config.vae is config.text_encoder is None
+    assert list(loaded) == ["flow_adapter"]
+    assert all(name.startswith("s2dm.flow_adapter.") for name in load_file(path))
+    with pytest.raises(CheckpointError, match="expected a file with unet, vae, got one with flow"):
+        load_checkpoint(path, ["unet", "vae"])
+
+
+def test_a_part_is_read_without_the_others(saved, monkeypatch):
+    read = []
+
+    class Recorder:
+        def __init__(self, *args, **kwargs):
+            self.file = safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            self.file.__exit__(*error)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(checkpoint, "safe_open", Recorder)
+    _, loaded = load_checkpoint(saved, ["flow_adapter"])
+    assert list(loaded) == ["flow_adapter"]
+    assert read and all(name.startswith("s2dm.flow_adapter.") for name in read)
+    read.clear()
+    read_config(saved)
+    assert read == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.00001, 0.5, 0.999])
+def test_truncated(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: max(9, int(len(content) * share))])
+    assert "truncated: expected" in refused(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"<!DOCTYPE html><html></html>", b"\0" * 99])
+def test_not_safetensors(tmp_path, content):
+    path = tmp_path / "page.safetensors"
+    path.write_bytes(content)
+    assert "expected a safetensors file, got something else" in refused(path)
+
+
+def test_damaged_header(saved):
+    content = bytearray(saved.read_bytes())
+    content[9:12] = b"\xff\xff\xff"
+    saved.write_bytes(content)
+    assert "header, got one that is damaged" in refused(saved)
+
+
+class Trap:
+    """Leaves a mark if anybody unpickles it."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch"])
+def test_a_renamed_pickle_is_never_opened(tmp_path, kind):
+    path, mark = tmp_path / "renamed.safetensors", tmp_path / "mark"
+    if kind == "torch":
+        torch.save({"state_dict": Trap(mark)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Trap(mark)))
+    assert "got a pickle" in refused(path)
+    assert "s2dm convert" in refused(path)
+    assert not mark.exists()
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "could not be read" in refused(tmp_path / "nowhere.safetensors")
+    assert "could not be read" in refused(tmp_path)
+
+
+def test_plain_stable_diffusion(saved):
+    rewrite(saved, metadata={"format": "pt"})
+    message = refused(saved)
+    assert "got a Stable Diffusion one without S2DM metadata" in message
+    assert "apply a flow adapter" in message
+
+
+def test_a_foreign_file(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_down.weight": torch.zeros(2)}, path)
+    assert "expected S2DM metadata" in refused(path)
+
+
+def test_future_format_version(saved):
+    rewrite(saved, change_config=lambda values: values.update(format_version=7, sound="stereo"))
+    message = refused(saved)
+    assert "expected format version 1 or older, got 7" in message
+    assert "Update" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda v: v.pop("format_version"), "expected a format version, got None"),
+        (lambda v: v.update(sound="stereo"), "got ['sound']"),
+        (lambda v: v["unet"].update(num_heads=0), "UNetConfig.num_heads: expected a whole number"),
+        (lambda v: v["unet"].update(channel_mult="wide"), "UNetConfig.channel_mult: expected"),
+        (lambda v: v["vae"].update(scaling_factor="big"), "VAEConfig.scaling_factor: expected"),
+        (lambda v: v["schedule"].update(beta_start="low"), "ScheduleConfig.beta_start: expected"),
+        (lambda v: v.update(noise_sharing="some"), "noise_sharing: expected one of"),
+        (lambda v: v["flow_adapter"].update(fusion="sum"), "fusion: expected one of"),
+        (lambda v: v.update(unet=3), "UNetConfig: expected a dictionary, got int"),
+        (lambda v: v.update(schedule=None), "S2DMConfig.schedule: expected"),
+        (lambda v: v.update(tokenizer={"kind": "bpe", "merges": []}), "expected 520 tokens"),
+        (lambda v: v.update(tokenizer=None), "expected kind 'bpe', got None"),
+        (
+            lambda v: v.update(unet=None, vae=None, text_encoder=None, flow_adapter=None),
+            "got none",
+        ),
+    ],
+)
+def test_damaged_config(saved, change, expected):
+    rewrite(saved, change_config=change)
+    assert expected in refused(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", "null"])
+def test_damaged_metadata(saved, text):
+    rewrite(saved, metadata={"s2dm": text})
+    assert "metadata are damaged" in refused(saved)
+
+
+def test_missing_keys(saved):
+    rewrite(saved, lambda tensors: [tensors.pop(k) for k in list(tensors) if "to_v" in k])
+    message = refused(saved)
+    assert "missing 'model.diffusion_model" in message
+    assert "more" in message
+
+
+def test_unexpected_keys(saved):
+    rewrite(saved, lambda tensors: tensors.update({"lora.weight": torch.zeros(1)}))
+    assert "got also 'lora.weight'" in refused(saved)
+
+
+def test_position_ids_of_older_tools_are_ignored(saved):
+    key = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+    rewrite(saved, lambda tensors: tensors.update({key: torch.arange(77)[None]}))
+    _, states = load_checkpoint(saved)
+    assert not any("position_ids" in name for name in states["text_encoder"])
+
+
+def test_wrong_shapes(saved):
+    rewrite(saved, lambda tensors: tensors.update({ADAPTER_KEY: torch.zeros(32, 31)}))
+    assert f"expected shape (32, 32) for '{ADAPTER_KEY}', got (32, 31)" in refused(saved)
+
+
+def test_wrong_types(saved):
+    rewrite(
+        saved, lambda tensors: tensors.update({ADAPTER_KEY: torch.zeros(32, 32, dtype=torch.int8)})
+    )
+    assert f"expected floating-point weights, got I8 in '{ADAPTER_KEY}'" in refused(saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(saved, value):
+    rewrite(saved, lambda tensors: tensors[ADAPTER_KEY][3].fill_(value))
+    assert f"got NaN or infinity in '{ADAPTER_KEY}'" in refused(saved)
+
+
+def test_the_same_process_reads_on_after_an_error(saved, tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(saved.read_bytes()[:5000])
+    refused(bad)
+    assert load_checkpoint(saved)[0] == CONFIG
+
+
+def test_saving_refuses_what_loading_would_refuse(tmp_path, states):
+    path = tmp_path / "model.safetensors"
+    adapter = states["flow_adapter"]
+
+    def refuses(message, config=None, states=None, **arguments):
+        config = config or CONFIG.adapter_only()
+        with pytest.raises(CheckpointError, match=message):
+            save_checkpoint(path, config, states, **arguments)
+        assert os.listdir(tmp_path) == []
+
+    refuses("expected weights for unet, .*, got flow_adapter", CONFIG, {"flow_adapter": adapter})
+    refuses("missing", states={"flow_adapter": {}})
+    refuses("got also", states={"flow_adapter": {**adapter, "more": torch.zeros(1)}})
+    refuses("expected shape", states={"flow_adapter": {**adapter, "null": torch.zeros(1)}})
+    nan = {**adapter, "null": torch.full_like(adapter["null"], float("nan"))}
+    refuses("not saved: expected finite", states={"flow_adapter": nan})
+    large = {**adapter, "null": torch.full_like(adapter["null"], 1e6)}
+    refuses("not saved: .*infinity", states={"flow_adapter": large}, dtype=torch.float16)
+    wrong = dataclasses.replace(CONFIG, tokenizer={"kind": "bpe", "merges": []})
+    refuses("not saved: tokenizer: expected 520 tokens", wrong, states)
+
+
+def test_a_save_that_fails_leaves_the_old_file(saved, states, monkeypatch):
+    before = saved.read_bytes()
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(saved, CONFIG, states)
+    assert saved.read_bytes() == before
+    assert os.listdir(saved.parent) == [saved.name]

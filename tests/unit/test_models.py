@@ -1,0 +1,235 @@
+"""The networks as diffusers and transformers build them, with the flow adapter attached."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from s2dm.models import (
+    FORMAT_VERSION,
+    PUPPETS,
+    SD15,
+    FlowAdapter,
+    FlowAdapterConfig,
+    S2DMConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+    train_tokenizer,
+    with_tokenizer,
+)
+from s2dm.models.config import ConfigError
+
+build = pytest.importorskip("s2dm.models.build")
+
+UNET = UNetConfig(
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_levels=(False, True),
+    num_heads=2,
+    context_dim=32,
+)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return build.build_unet(UNET).eval()
+
+
+def make_adapter(fusion="channel", trained=False):
+    torch.manual_seed(1)
+    config = FlowAdapterConfig.for_unet(UNET, fusion=fusion, width=32, hidden=32)
+    adapter = FlowAdapter(config)
+    if trained:
+        for projection in adapter.layers.parameters():
+            torch.nn.init.normal_(projection, std=0.3)
+    return adapter
+
+
+def inputs(frames=3, length=77):
+    generator = torch.Generator().manual_seed(2)
+    return (
+        torch.randn(frames, 4, 8, 8, generator=generator),
+        torch.full((frames,), 500),
+        torch.randn(1, length, 32, generator=generator).expand(frames, -1, -1),
+    )
+
+
+def flow(frames=3):
+    return torch.randn(frames, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("fusion", ["channel", "token"])
+@pytest.mark.parametrize("length", [77, 154])
+@torch.no_grad()
+def test_an_untrained_adapter_changes_no_bit(fusion, length):
+    torch.manual_seed(0)
+    unet = build.build_unet(UNET).eval()
+    before = unet(*inputs(length=length)).sample
+    adapter = make_adapter(fusion)
+    build.attach_adapter(unet, adapter)
+    tokens = adapter.encode(flow())
+    after = unet(*inputs(length=length), cross_attention_kwargs={"flow_tokens": tokens}).sample
+    assert torch.equal(before, after)
+    assert torch.equal(before, unet(*inputs(length=length)).sample)
+
+
+@pytest.mark.parametrize("fusion", ["channel", "token"])
+@torch.no_grad()
+def test_a_trained_adapter_acts_on_each_frame_alone(unet, fusion):
+    adapter = make_adapter(fusion, trained=True)
+    build.attach_adapter(unet, adapter)
+    plain = unet(*inputs()).sample
+    tokens = adapter.encode(flow())
+    out = unet(*inputs(), cross_attention_kwargs={"flow_tokens": tokens}).sample
+    assert (out - plain).abs().max() > 1e-3
+    tokens[1] = adapter.null_tokens(1)[0]
+    other = unet(*inputs(), cross_attention_kwargs={"flow_tokens": tokens}).sample
+    torch.testing.assert_close(other[[0, 2]], out[[0, 2]], rtol=1e-4, atol=1e-5)
+    assert (other[1] - out[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_strength_scales_the_effect(unet):
+    adapter = make_adapter(trained=True)
+    build.attach_adapter(unet, adapter)
+    tokens = adapter.encode(flow())
+
+    def run(strength):
+        arguments = {"flow_tokens": tokens, "flow_strength": strength}
+        return unet(*inputs(), cross_attention_kwargs=arguments).sample
+
+    plain = unet(*inputs()).sample
+    assert torch.equal(run(0.0), plain)
+    assert 0 < (run(0.5) - plain).norm() < (run(1.0) - plain).norm()
+
+
+def test_training_moves_adapter_and_unet(unet):
+    adapter = make_adapter()
+    build.attach_adapter(unet, adapter)
+    tokens = adapter.encode(flow())
+    unet(*inputs(), cross_attention_kwargs={"flow_tokens": tokens}).sample.sum().backward()
+    for name, _ in adapter.config.layers:
+        assert adapter.layers[name]["to_v"].weight.grad.abs().sum() > 0
+    assert unet.conv_in.weight.grad.abs().sum() > 0
+    unet.zero_grad()
+
+
+def test_the_unet_does_not_register_the_adapter(unet):
+    build.attach_adapter(unet, make_adapter())
+    assert build.unet_state(unet, UNET).keys() == {k.ldm for k in build.unet_keys(UNET)}
+    assert len(unet.state_dict()) == len(build.unet_keys(UNET))
+
+
+def test_an_adapter_for_another_unet_is_refused(unet):
+    config = FlowAdapterConfig(width=32, hidden=32, layers=(("middle_0_0", 96),))
+    with pytest.raises(ValueError, match="made for another U-Net"):
+        build.attach_adapter(unet, FlowAdapter(config))
+
+
+@pytest.mark.parametrize(
+    ("part", "make", "read"),
+    [
+        (UNET, build.build_unet, build.unet_state),
+        (
+            VAEConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1),
+            build.build_vae,
+            build.vae_state,
+        ),
+        (
+            TextEncoderConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64),
+            build.build_text_encoder,
+            build.text_encoder_state,
+        ),
+    ],
+)
+def test_networks_survive_the_files_keys(part, make, read):
+    first = make(part)
+    second = make(part, read(first, part))
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+
+
+def test_vae_and_text_encoder_have_the_expected_shapes():
+    vae, text = PUPPETS.vae, PUPPETS.text_encoder
+    with torch.no_grad():
+        latents = build.build_vae(vae).encode(torch.zeros(1, 3, 64, 48)).latent_dist.mode()
+        ids = torch.full((2, 77), text.eos_token_id)
+        prompt = build.build_text_encoder(text)(ids).last_hidden_state
+    assert latents.shape == (1, 4, 64 // vae.factor, 48 // vae.factor)
+    assert prompt.shape == (2, 77, PUPPETS.unet.context_dim)
+
+
+def test_tokenizer_of_a_checkpoint():
+    config = with_tokenizer(PUPPETS, train_tokenizer(["a man in a red shirt"], 600))
+    tokenizer = build.build_tokenizer(config)
+    ids = tokenizer("a red man", padding="max_length", truncation=True)["input_ids"]
+    assert len(ids) == 77
+    assert ids[0] == config.text_encoder.bos_token_id
+    assert ids[4:] == [config.text_encoder.eos_token_id] * 73
+    with pytest.raises(ValueError, match="with a text encoder"):
+        build.build_tokenizer(config.adapter_only())
+
+
+@pytest.mark.parametrize("config", [SD15, PUPPETS, SD15.adapter_only()])
+def test_configs_survive_json(config):
+    assert S2DMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.format_version == FORMAT_VERSION
+
+
+def test_configs_refuse_nonsense():
+    with pytest.raises(ConfigError, match=r"UNetConfig.num_heads: expected a divisor"):
+        dataclasses.replace(UNET, num_heads=7)
+    with pytest.raises(ConfigError, match="starts with 1"):
+        VAEConfig(channel_mult=(2, 2))
+    with pytest.raises(ConfigError, match="got \\['depth'\\]"):
+        UNetConfig.from_dict({"depth": 3})
+    with pytest.raises(ConfigError, match="layers among"):
+        dataclasses.replace(PUPPETS, flow_adapter=FlowAdapterConfig())
+    with pytest.raises(ConfigError, match="context_dim, 128"):
+        dataclasses.replace(PUPPETS, text_encoder=TextEncoderConfig())
+
+
+def test_bundled_model_fits_fifty_megabytes():
+    count = 0
+    with torch.device("meta"):
+        for module in (
+            build.build_unet(PUPPETS.unet),
+            build.build_vae(PUPPETS.vae),
+            build.build_text_encoder(PUPPETS.text_encoder),
+            FlowAdapter(PUPPETS.flow_adapter),
+        ):
+            count += sum(weight.numel() for weight in module.parameters())
+    assert 2 * count < 50e6
+
+
+def test_full_size_stable_diffusion_takes_the_adapter():
+    with torch.device("meta"):
+        unet = build.build_unet(SD15.unet)
+    adapter = FlowAdapter(SD15.flow_adapter, device="meta")
+    build.attach_adapter(unet, adapter)
+    tokens = torch.empty(2, 77, 256, device="meta")
+    out = unet(
+        torch.empty(2, 4, 16, 16, device="meta"),
+        torch.zeros(2, device="meta"),
+        torch.empty(2, 77, 768, device="meta"),
+        cross_attention_kwargs={"flow_tokens": tokens},
+    ).sample
+    assert out.shape == (2, 4, 16, 16)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_full_size_untrained_adapter_changes_no_bit():
+    torch.manual_seed(0)
+    unet = build.build_unet(SD15.unet).eval()
+    x, t, prompt = torch.randn(1, 4, 8, 8), torch.tensor([10]), torch.randn(1, 77, 768)
+    before = unet(x, t, prompt).sample
+    adapter = FlowAdapter(SD15.flow_adapter)
+    build.attach_adapter(unet, adapter)
+    tokens = adapter.encode(torch.randn(1, 3, 64, 64))
+    after = unet(x, t, prompt, cross_attention_kwargs={"flow_tokens": tokens}).sample
+    assert torch.equal(before, after)
