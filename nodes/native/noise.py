@@ -157,7 +157,7 @@ def draws_on_its_own(function: Callable[..., Any], options: dict[str, Any]) -> b
     Core's functions are known by their code. Others are believed when they take a noise
     sampler; without one, nothing is known of them.
     """
-    code = getattr(function, "__code__", None)
+    code = getattr(inspect.unwrap(function), "__code__", None)
     if code is None or not function.__module__.startswith("comfy."):
         return "noise_sampler" not in options
     if not {"randn", "randn_like"} & set(code.co_names):
