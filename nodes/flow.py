@@ -51,7 +51,7 @@ class EstimateFlow(io.ComfyNode):
                     "optical_flow",
                     optional=True,
                     tooltip=(
-                        "Only for the method \"model\": RAFT, from core's Load Optical Flow Model "
+                        'Only for the method "model": RAFT, from core\'s Load Optical Flow Model '
                         "(newer versions of ComfyUI)."
                     ),
                 ),
@@ -143,6 +143,6 @@ def _flow_model(connected: object) -> FlowModel:
         return connected
     got = "nothing" if connected is None else type(connected).__name__
     raise ValueError(
-        f"the method \"model\" needs a flow model at optical_flow, got {got}: connect Load "
+        f'the method "model" needs a flow model at optical_flow, got {got}: connect Load '
         "Optical Flow Model, or choose dis or farneback"
     )

@@ -49,9 +49,7 @@ class FlowField:
             )
         low, high = self.occlusion.aminmax()
         if low < 0 or high > 1:
-            raise FlowError(
-                f"occlusion must lie in [0, 1], got [{low.item():g}, {high.item():g}]"
-            )
+            raise FlowError(f"occlusion must lie in [0, 1], got [{low.item():g}, {high.item():g}]")
         if self.displacement[0].any() or self.occlusion[0].any():
             raise FlowError(
                 "frame 1 must be all zeros, because flow is measured from it; "
@@ -155,8 +153,9 @@ class FlowField:
         position = in_first + torch.where(hidden, hidden_layer, visible_layer)
 
         error = position + sample_at(back, position) - in_first
-        for _ in range(4):
-            trial = position - error
+        # Shorter steps converge where the motion stretches the picture; worse ones are dropped.
+        for step in (1, 0.5, 0.25) * 3:
+            trial = position - step * error
             trial_error = trial + sample_at(back, trial) - in_first
             better = trial_error.norm(dim=0) < error.norm(dim=0)
             position = torch.where(better, trial, position)

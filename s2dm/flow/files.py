@@ -136,10 +136,10 @@ def _read_flo(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
         if file.read(4) != _FLO_MAGIC:
             raise FlowError(f"{path}: no Middlebury .flo file, it doesn't begin with PIEH")
-        header = np.frombuffer(file.read(8), dtype="<i4")
-        if len(header) != 2 or not (header > 0).all():
+        header = file.read(8)
+        width, height = np.frombuffer(header, "<i4").tolist() if len(header) == 8 else (0, 0)
+        if width < 1 or height < 1:
             raise FlowError(f"{path}: the .flo header gives no valid size")
-        width, height = (int(size) for size in header)
         # The size is checked before anything is read: a broken header may claim terabytes.
         expected, got = 12 + 8 * width * height, path.stat().st_size
         if got != expected:
@@ -169,7 +169,8 @@ def _built(path: Path, displacement: torch.Tensor, occlusion: torch.Tensor) -> F
 
 
 def _to_numpy(tensor: torch.Tensor, dtype: str) -> np.ndarray:
-    array = tensor.detach().cpu().numpy().astype(dtype)
+    with np.errstate(over="ignore"):  # said below, in plain words
+        array = tensor.detach().cpu().numpy().astype(dtype)
     if not np.isfinite(array).all():
         raise FlowError(f"displacements this long don't fit {dtype}: save as float32")
     return array

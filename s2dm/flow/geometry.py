@@ -93,9 +93,7 @@ def _fill(total: Tensor, weight: Tensor) -> Tensor:
         return mean * known
     # Halve by summing 2x2 blocks of what is known, solve there, and come back.
     odd = (0, width % 2, 0, height % 2)
-    pooled = [
-        F.avg_pool2d(F.pad(part, odd)[None], 2)[0] * 4 for part in (mean * known, known)
-    ]
+    pooled = [F.avg_pool2d(F.pad(part, odd)[None], 2)[0] * 4 for part in (mean * known, known)]
     coarse = _fill(*pooled)
     coarse = F.interpolate(coarse[None], scale_factor=2, mode="bilinear", align_corners=False)
     return mean * known + coarse[0, :, :height, :width] * (1 - known)
