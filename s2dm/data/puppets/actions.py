@@ -45,12 +45,12 @@ _REST: dict[str, Track] = {
 @dataclass(frozen=True)
 class Action:
     """A named action: the figure's constant `turn` in degrees (positive faces image right), whether
-    a stool stands in the room, and its tracks (see the module's table)."""
+    a bench stands in the room, and its tracks (see the module's table)."""
 
     name: str
     tracks: dict[str, Track] = field(default_factory=dict)
     turn: float = 0.0
-    stool: bool = False
+    bench: bool = False
 
 
 def _loop(centre: tuple[float, float, float], radius: float, direction: int) -> Track:
@@ -61,8 +61,8 @@ def _loop(centre: tuple[float, float, float], radius: float, direction: int) -> 
     return [(x - radius * np.sin(a), y + radius * np.cos(a), z) for a in angles]
 
 
-def _act(name: str, turn: float = 0.0, stool: bool = False, **tracks: Track) -> Action:
-    return Action(name, tracks, turn, stool)
+def _act(name: str, turn: float = 0.0, bench: bool = False, **tracks: Track) -> Action:
+    return Action(name, tracks, turn, bench)
 
 
 _SIT = (0.0, -0.40, -0.16)
@@ -169,12 +169,12 @@ ACTIONS: tuple[Action, ...] = (
          root=[(0, -.04, 0), (-.09, -.06, 0), (-.02, -.07, 0), (.08, -.05, 0), (.11, -.04, 0)],
          rf=[(.12, 0, 0)], lf=[(.12, 0, 0)]),
     _act("arm curl",
-         rh=[(.30, -.52, .46), (.30, -.38, .48), (.28, -.24, .44), (.30, -.38, .48),
-             (.30, -.54, .46), (.30, -.38, .48), (.28, -.24, .44)],
-         lh=[(.30, -.52, .46), (.30, -.38, .48), (.28, -.24, .44), (.30, -.38, .48),
-             (.30, -.54, .46), (.30, -.38, .48), (.28, -.24, .44)],
-         root=[(0, 0, 0), (0, -.05, 0), (0, -.09, 0), (0, -.05, 0), (0, 0, 0), (0, -.05, 0),
-               (0, -.09, 0)],
+         rh=[(.30, -.48, .48), (.30, -.38, .48), (.29, -.28, .45), (.30, -.38, .48),
+             (.30, -.50, .48), (.30, -.38, .48), (.29, -.28, .45)],
+         lh=[(.30, -.48, .48), (.30, -.38, .48), (.29, -.28, .45), (.30, -.38, .48),
+             (.30, -.50, .48), (.30, -.38, .48), (.29, -.28, .45)],
+         root=[(0, 0, 0), (0, -.05, 0), (0, -.10, 0), (0, -.05, 0), (0, 0, 0), (0, -.05, 0),
+               (0, -.10, 0)],
          bend=[0, 1, 3, 1, 0, 1, 3]),
     _act("tennis serve",
          rh=[(.50, .02, .42), (.60, .14, .28), (.50, .36, .28), (.30, .34, .50),
@@ -200,10 +200,10 @@ ACTIONS: tuple[Action, ...] = (
          root=[(0, 0, 0), (-.02, 0, 0), (.03, -.02, .02), (-.02, 0, 0), (.03, -.02, .02),
                (-.02, 0, 0), (.03, -.02, .02)]),
     _act("catch",
-         rh=[(.28, -.30, .62), (.34, -.14, .64), (.18, -.06, .72), (-.06, -.22, .70),
-             (-.10, -.32, .64), (-.10, -.32, .64)],
-         lh=[(.28, -.30, .62), (.34, -.14, .64), (.18, -.06, .72), (-.06, -.22, .70),
-             (-.10, -.32, .64), (-.10, -.32, .64)],
+         rh=[(.24, -.28, .64), (.30, -.16, .64), (.18, -.08, .72), (.02, -.22, .70),
+             (.00, -.29, .66), (.00, -.29, .66)],
+         lh=[(.24, -.28, .64), (.30, -.16, .64), (.18, -.08, .72), (.02, -.22, .70),
+             (.00, -.29, .66), (.00, -.29, .66)],
          root=[(0, 0, 0), (0, .00, 0), (0, .01, .03), (0, -.14, 0), (0, -.15, -.02),
                (0, -.13, -.02)],
          bend=[0, 2, 0, 12, 13, 10], rf=[(.05, 0, 0)], lf=[(.05, 0, 0)]),
@@ -244,12 +244,12 @@ ACTIONS: tuple[Action, ...] = (
          root=[(0, -.01, 0), (0, 0, .03), (0, -.05, .07), (0, 0, .12), (0, -.05, .16),
                (0, 0, .21), (0, -.05, .25)],
          bend=[2]),
-    _act("sit to stand", stool=True,
+    _act("sit to stand", bench=True,
          rh=[_ON_KNEES, _ON_KNEES, (.10, -.62, .60), (.16, -.80, .36), _HANG, _HANG],
          lh=[_ON_KNEES, _ON_KNEES, (.10, -.62, .60), (.16, -.80, .36), _HANG, _HANG],
          root=[_SIT, (0, -.40, -.12), (0, -.26, -.02), (0, -.08, 0), (0, 0, 0), (0, 0, 0)],
          bend=[2, 20, 24, 10, 0, 0], rf=[(.05, 0, .10)], lf=[(.05, 0, .10)]),
-    _act("stand to sit", stool=True,
+    _act("stand to sit", bench=True,
          rh=[_HANG, (.16, -.80, .36), (.10, -.62, .60), _ON_KNEES, _ON_KNEES],
          lh=[_HANG, (.16, -.80, .36), (.10, -.62, .60), _ON_KNEES, _ON_KNEES],
          root=[(0, 0, 0), (0, -.08, 0), (0, -.30, -.08), _SIT, _SIT],

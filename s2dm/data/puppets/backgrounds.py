@@ -18,7 +18,7 @@ _FLOORS: tuple[Colour, ...] = (
 
 
 def paint_room(
-    rng: np.random.Generator, size: int, ground: tuple[float, float], stool: float | None
+    rng: np.random.Generator, size: int, ground: tuple[float, float], bench: float | None
 ) -> Array:
     """Paint a room.
 
@@ -26,7 +26,7 @@ def paint_room(
         rng: decides wall, floor, furniture and light.
         size: height and width in pixels.
         ground: where the figure stands, in pixels (x, y): a soft, static shadow lies there.
-        stool: None, or the figure's pixels per unit: a stool stands behind it.
+        bench: None, or the figure's pixels per unit: a bench stands behind it.
 
     Returns:
         (size, size, 3) float32 in [0, 1].
@@ -63,8 +63,8 @@ def paint_room(
     light = 1.0 + 0.10 * side * (x - 64) / 64 - 0.09 * ((y - 40) / 88) ** 2
     canvas.tint(np.broadcast_to(light, whole.shape))
     gx, gy = ground[0] * unit, ground[1] * unit
-    if stool is not None:
-        _stool(canvas, gx, gy, stool * unit)
+    if bench is not None:
+        _bench(canvas, gx, gy, bench * unit)
     shadow = np.exp(-(((x - gx) / 21) ** 2 + ((y - gy - 0.5) / 4.2) ** 2) * 1.2)
     canvas.tint(1 - 0.34 * shadow)
     rgb = canvas.rgb.reshape(size, 2, size, 2, 3).mean((1, 3))
@@ -120,9 +120,10 @@ def _furniture(canvas: Canvas, rng: np.random.Generator, wall: Array, horizon: f
             canvas.fill(box(canvas, x, y + 1, 13, 1.3), (0.50, 0.36, 0.26))
 
 
-def _stool(canvas: Canvas, x: float, y: float, scale: float) -> None:
-    wood, dark = (0.62, 0.44, 0.28), (0.45, 0.31, 0.20)
+def _bench(canvas: Canvas, x: float, y: float, scale: float) -> None:
+    wood, dark = (0.66, 0.46, 0.28), (0.45, 0.31, 0.20)
     top = y - 19.5 * scale
+    middle, half = (top + y) / 2, (y - top) / 2
     for side in (-1, 1):
-        canvas.fill(box(canvas, x + side * 9 * scale, (top + y) / 2, 1.4 * scale, (y - top) / 2), dark)
-    canvas.fill(box(canvas, x, top, 12.5 * scale, 2.4 * scale, 1.5), wood)
+        canvas.fill(box(canvas, x + side * 16 * scale, middle, 1.8 * scale, half), dark)
+    canvas.fill(box(canvas, x, top, 20 * scale, 2.6 * scale, 1.5), wood)

@@ -86,7 +86,7 @@ def render_clip(person: int, action: int, take: int, size: int = 128, frames: in
         _Piece(wardrobe.paint(name, placement.matrix[0]), placement)
         for name, placement in placements.items()
     ]
-    room = paint_room(rng, size, (view.x, view.y), scale if what.stool else None)
+    room = paint_room(rng, size, (view.x, view.y), scale if what.bench else None)
     return _Renderer(pieces, room, size, frames).clip(caption(person, action))
 
 
