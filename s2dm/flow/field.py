@@ -150,8 +150,7 @@ class FlowField:
         hidden = self.occlusion[index] >= 0.5
         in_first = grid + self.displacement[index]
         visible_layer, hidden_layer = (layer.at(in_first) for layer in layers)
-        position = in_first + torch.where(hidden, hidden_layer, visible_layer)
-
+        position = start = in_first + torch.where(hidden, hidden_layer, visible_layer)
         error = position + sample_at(back, position) - in_first
         # Shorter steps converge where the motion stretches the picture; worse ones are dropped.
         for step in (1, 0.5, 0.25) * 3:
@@ -161,10 +160,14 @@ class FlowField:
             position = torch.where(better, trial, position)
             error = torch.where(better, trial_error, error)
 
-        limit = grid.new_tensor([self.width - 1, self.height - 1]).view(2, 1, 1)
-        inside = ((position > -0.5) & (position < limit + 0.5)).all(dim=0)
+        inside = (position > -0.5).all(dim=0)
+        inside &= (position[0] < self.width - 0.5) & (position[1] < self.height - 0.5)
         same_layer = (sample_at(self.occlusion[reference], position) >= 0.5) == hidden
-        found = (error.norm(dim=0) < 0.5) & inside & same_layer[0]
+        # Between two motions, interpolation passes through all in between: no pixel moved so.
+        spread = sample_at(back.square(), position) - sample_at(back, position).square()
+        mixed = spread.sum(dim=0) > 1
+        found = (error.norm(dim=0) < 0.5) & inside & same_layer[0] & ~mixed
+        position = torch.where(found, position, start)
         return position - grid, (~found)[None].to(back.dtype)
 
     def retime(self, frames: int) -> FlowField:
