@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .conditioning import EncodeFlow
+from .example import place_example_clip
 from .flow import EstimateFlow, VisualizeFlow
 from .loaders import ApplyFlowAdapter, CheckpointLoader
 from .native.files import register_folder
@@ -25,4 +26,5 @@ class S2DMExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folder()
+        place_example_clip()
         return NODES
