@@ -282,7 +282,7 @@ def _puppets(options: argparse.Namespace) -> list[tuple[int, int]]:
         return [pairs[i * len(pairs) // count] for i in range(count)]
     if not 0 <= options.person < len(PERSONS):
         raise CommandError(f"--person must be from 0 to {len(PERSONS) - 1}, got {options.person}.")
-    names = list(ACTIONS)
+    names = [action.name for action in ACTIONS]
     if options.action in names:
         return [(options.person, names.index(options.action))]
     if options.action.isdigit() and int(options.action) < len(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,17 @@ from torch import Tensor
 from .models.checkpoint import METADATA_KEY
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+# What unpickling raises, depending on where the bytes stop making sense.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    struct.error,
+)
 # Where training codes of this family put the weights inside what they pickle.
 _NESTED = ("state_dict", "model", "module")
 
@@ -78,8 +90,8 @@ def _unpickle(source: Path, target: Path, half: bool) -> None:
 
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except _UNREADABLE as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConversionError(
             f"{source} could not be read as plain weights ({first_line}). It is damaged, or it "
             "holds Python objects beside the weights, which could run code and are not loaded. "

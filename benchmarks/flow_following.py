@@ -1,0 +1,310 @@
+"""Does a generated clip move as the given flow says, and does the rest stand still?
+
+On puppets of the test split (persons x actions that training never saw): the exact flow of a clip
+and its caption go into the model, and the flow of the generated clip is estimated and compared
+with the flow that was given. Beside it, in the same units:
+
+  zero flow   the same model, given zero flow: what a clip scores that ignores the motion
+  estimator   the true clip: the error of the estimator itself, which no model can beat by much
+  VAE         the true clip through the autoencoder: the same floor for clips that are decoded
+
+Every clip is stored when it is done, and a stopped run goes on where it was.
+
+    python benchmarks/flow_following.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, ROOT, RUNS, command, file_hash, machine, show, write_json
+from torch import Tensor
+
+from s2dm.data.puppets import Clip, render_clip, split
+from s2dm.flow import FlowField, estimate_flow, flow_to_image
+from s2dm.pipelines import FlowToVideoPipeline
+from s2dm.video import write_contact_sheet
+
+TAKE = 1000  # a take that no training run renders
+MOVING = 1.0  # pixels: what moves further belongs to the moving region
+TARGET_ERROR, TARGET_STILL = 0.5, 3.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a clip's result; another value, another folder of stored clips."""
+
+    steps: int = 20
+    guidance: float = 7.5
+    flow_guidance: float | None = None
+    seed: int = 0
+    size: int = 128
+    frames: int = 16
+    method: str = "dis"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over one clip, from which means over all clips are made."""
+
+    error: float  # end-point error, pixels, summed over the moving region
+    still: float  # standard deviation over time of still background, of 255, summed over pixels
+    warp: float  # |frame i - frame 1 warped by the given flow|, of 255, summed over visible pixels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
+    parser.add_argument("--checkpoint", type=Path, default=default)
+    parser.add_argument("--clips", type=int, default=24)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--chunk", type=int, default=8)
+    parser.add_argument("--sheet-clips", type=int, default=4, help="clips on the sheet of pictures")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=RESULTS / "flow_following.json")
+    for setting in dataclasses.fields(Settings):
+        kind = {"flow_guidance": float, "method": str}.get(setting.name, type(setting.default))
+        name = "--" + setting.name.replace("_", "-")
+        parser.add_argument(name, type=kind, default=setting.default)
+    options = parser.parse_args()
+    names = [setting.name for setting in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(options, name) for name in names})
+
+    pairs = split("test")
+    random.Random(settings.seed).shuffle(pairs)
+    pairs = pairs[: options.clips]
+    weights = file_hash(options.checkpoint)
+    guidance = f"guidance {settings.guidance:g}"
+    if settings.flow_guidance is not None:
+        guidance += f" (flow {settings.flow_guidance:g})"
+    protocol = {
+        "command": command(),
+        "checkpoint": f"{options.checkpoint.name} ({weights})",
+        "clips": f"{len(pairs)} of {len(split('test'))} held-out person x action combinations, "
+        f"take {TAKE}, order and noise seeded with {settings.seed}",
+        "size": f"{settings.frames} frames of {settings.size}x{settings.size}, values in [0, 1]",
+        "sampling": f"DDIM, {settings.steps} steps, {guidance}, float32",
+        "flow error": f"end-point error between given flow and {settings.method} flow of the clip, "
+        f"where the given flow is longer than {MOVING:g} pixel and not occluded, over its "
+        "mean length there",
+        "still": "standard deviation over time of background that the puppet never covers, of 255",
+        "warp error": "mean |frame i - frame 1 warped by the given flow| where visible, of 255",
+        "machine": machine(),
+    }
+    show("Flow following on held-out puppets", protocol)
+
+    key = json.dumps([weights, dataclasses.asdict(settings)])
+    store = RUNS / "flow_following" / hashlib.sha256(key.encode()).hexdigest()[:12]
+    pipeline = FlowToVideoPipeline.from_single_file(options.checkpoint).to(options.device)
+    results = []
+    from tqdm import tqdm
+
+    for number, (person, action) in enumerate(tqdm(pairs, unit="clip")):
+        path = store / f"{person:03d}-{action:02d}.json"
+        result = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        missing = [mode for mode in options.modes if mode not in result.get("scores", {})]
+        pictures = store / f"{person:03d}-{action:02d}.pt"
+        if missing:
+            clip = render_clip(person, action, TAKE, settings.size, settings.frames)
+            made = {mode: MODES[mode](pipeline, clip, settings, options.chunk) for mode in missing}
+            result = _add(result, clip, made, settings)
+            write_json(path, result)
+            if number < options.sheet_clips:
+                _store_pictures(pictures, clip, made)
+        results.append(result)
+    table = summarise(results, options.modes)
+    print(markdown(table))
+    sheet = options.output.with_suffix(".jpg")
+    _write_sheet(sheet, store, pairs[: options.sheet_clips], options.modes)
+    write_json(options.output, {"protocol": protocol, "table": table, "sheet": sheet.name})
+    print(f"\n{options.output}\n{sheet}")
+
+
+# ------------------------------------------------------------------------- what is measured
+
+
+def _generate(
+    pipeline: FlowToVideoPipeline,
+    clip: Clip,
+    flow: FlowField,
+    settings: Settings,
+    chunk: int,
+    sharing: str,
+) -> Tensor:
+    pipeline.set_progress_bar_config(leave=False, desc=sharing)
+    return pipeline(
+        clip.caption,
+        flow,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        flow_guidance_scale=settings.flow_guidance,
+        seed=settings.seed,
+        noise_sharing=sharing,
+        chunk_size=chunk,
+    ).frames
+
+
+def _shared(pipeline, clip, settings, chunk):
+    return _generate(pipeline, clip, clip.flow, settings, chunk, "shared")
+
+
+def _independent(pipeline, clip, settings, chunk):
+    return _generate(pipeline, clip, clip.flow, settings, chunk, "independent")
+
+
+def _zero_flow(pipeline, clip, settings, chunk):
+    # Without motion and with shared noise all frames are equal: one is enough.
+    still = FlowField.zeros(1, settings.size, settings.size)
+    frame = _generate(pipeline, clip, still, settings, chunk, "shared")
+    return frame.expand(settings.frames, -1, -1, -1)
+
+
+def _estimator(pipeline, clip, settings, chunk):
+    return clip.frames
+
+
+@torch.no_grad()
+def _vae(pipeline, clip, settings, chunk):
+    vae = pipeline.vae
+    frames = [
+        vae.decode(vae.encode(part.to(vae.device) * 2 - 1).latent_dist.mode()).sample.cpu()
+        for part in clip.frames.split(chunk)
+    ]
+    return (torch.cat(frames) / 2 + 0.5).clamp(0, 1)
+
+
+MODES = {
+    "shared": _shared,
+    "independent": _independent,
+    "zero flow": _zero_flow,
+    "estimator": _estimator,
+    "VAE": _vae,
+}
+TITLES = {
+    "shared": "generated, shared noise",
+    "independent": "generated, independent noise",
+    "zero flow": "generated, given zero flow",
+    "estimator": "true clip (the estimator's own error)",
+    "VAE": "true clip through the VAE",
+}
+
+
+def moving_region(flow: FlowField) -> Tensor:
+    """(N, 1, H, W) bool: where the given flow moves and frame 1 shows the pixel."""
+    return (flow.magnitude() > MOVING) & (flow.occlusion < 0.5)
+
+
+def score(frames: Tensor, clip: Clip, method: str) -> Score:
+    """Compare a clip (N, 3, H, W) with the flow it was to follow and with standing still."""
+    moving, visible = moving_region(clip.flow), clip.flow.occlusion[1:] < 0.5
+    error = estimate_flow(frames, method).displacement - clip.flow.displacement
+    still = frames.std(dim=0, correction=0).mean(dim=0)[clip.still[0, 0]] * 255
+    warp = (frames - clip.flow.warp(frames[:1])).abs().mean(dim=1, keepdim=True)[1:] * 255
+    return Score(
+        error=error.norm(dim=1, keepdim=True)[moving].sum().item(),
+        still=still.sum().item(),
+        warp=warp[visible].sum().item(),
+    )
+
+
+def _add(
+    result: dict[str, Any], clip: Clip, made: dict[str, Tensor], settings: Settings
+) -> dict[str, Any]:
+    moving = moving_region(clip.flow)
+    return {
+        "caption": clip.caption,
+        "moving_pixels": int(moving.sum()),
+        "motion": clip.flow.magnitude()[moving].sum().item(),
+        "still_pixels": int(clip.still.sum()),
+        "visible_pixels": int((clip.flow.occlusion[1:] < 0.5).sum()),
+        "scores": result.get("scores", {})
+        | {
+            mode: dataclasses.asdict(score(frames, clip, settings.method))
+            for mode, frames in made.items()
+        },
+    }
+
+
+def summarise(results: list[dict[str, Any]], modes: list[str]) -> dict[str, dict[str, Any]]:
+    """For each mode the pooled figures, with 95 % intervals over clips by bootstrap."""
+
+    def pooled(mode: str, name: str, clips: list[dict[str, Any]]) -> float:
+        over = {"error": "motion", "still": "still_pixels", "warp": "visible_pixels"}[name]
+        total = sum(clip["scores"][mode][name] for clip in clips)
+        return total / max(sum(clip[over] for clip in clips), 1e-9)
+
+    chance = random.Random(0)
+    samples = [chance.choices(results, k=len(results)) for _ in range(1000)]
+    table = {}
+    for mode in modes:
+        row: dict[str, Any] = {}
+        for name in ("error", "still", "warp"):
+            spread = sorted(pooled(mode, name, sample) for sample in samples)
+            row[name] = pooled(mode, name, results)
+            row[f"{name}_95"] = [spread[25], spread[974]]
+        moving = sum(clip["moving_pixels"] for clip in results)
+        row["error_pixels"] = sum(c["scores"][mode]["error"] for c in results) / max(moving, 1)
+        row["motion_pixels"] = sum(c["motion"] for c in results) / max(moving, 1)
+        table[mode] = row
+    return table
+
+
+def markdown(table: dict[str, dict[str, Any]]) -> str:
+    """The table of the results page."""
+    motion = next(iter(table.values()))["motion_pixels"]
+    lines = [
+        "| clip | flow error / motion (95 %) | flow error, px | still background, of 255 (95 %) | "
+        "warp error, of 255 |",
+        "|---|---|---|---|---|",
+    ]
+    for mode, row in table.items():
+        low, high = row["error_95"]
+        calm, busy = row["still_95"]
+        lines.append(
+            f"| {TITLES[mode]} | {row['error']:.2f} ({low:.2f} to {high:.2f}) | "
+            f"{row['error_pixels']:.1f} of {motion:.1f} | "
+            f"{row['still']:.1f} ({calm:.1f} to {busy:.1f}) | {row['warp']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------- pictures
+
+
+def _store_pictures(path: Path, clip: Clip, made: dict[str, Tensor]) -> None:
+    stored = torch.load(path, weights_only=True) if path.exists() else {}
+    stored |= {mode: (frames * 255).round().byte() for mode, frames in made.items()}
+    stored |= {"true": (clip.frames * 255).round().byte()}
+    stored |= {"flow": (flow_to_image(clip.flow) * 255).round().byte()}
+    torch.save(stored, path)
+
+
+def _write_sheet(path: Path, store: Path, pairs: list[tuple[int, int]], modes: list[str]) -> None:
+    rows, labels = [], []
+    for person, action in pairs:
+        name = store / f"{person:03d}-{action:02d}"
+        if not name.with_suffix(".pt").exists():
+            continue
+        stored = torch.load(name.with_suffix(".pt"), weights_only=True)
+        caption = json.loads(name.with_suffix(".json").read_text("utf-8"))["caption"]
+        wanted = {"true": caption, "flow": "given flow"}
+        wanted |= {m: TITLES[m] for m in ("shared", "independent", "zero flow") if m in modes}
+        for kind, label in wanted.items():
+            rows.append(stored[kind].float() / 255)
+            labels.append(label)
+    if rows:
+        write_contact_sheet(path, rows, labels, columns=8)
+
+
+if __name__ == "__main__":
+    main()
