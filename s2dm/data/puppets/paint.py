@@ -38,6 +38,7 @@ class Canvas:
         self.y = (top + (np.arange(height, dtype=np.float32) + 0.5) / density)[:, None]
         self.rgb = np.zeros((height, width, 3), dtype=np.float32)
         self.alpha = np.zeros((height, width), dtype=np.float32)
+        self._shadows = np.ones((height, width), dtype=np.float32)
         self._light = light / np.linalg.norm(light)
 
     def shade(self, distance: Array, radius: float) -> Array:
@@ -71,12 +72,9 @@ class Canvas:
         """
         cover = np.clip(0.5 - distance * self.density, 0, 1) * strength
         colour = np.asarray(colour, dtype=np.float32)
-        if round is None:
-            paint = colour * self._shading() if hasattr(self, "_shadows") else colour
-        else:
-            shadows = self.shade(distance, round)
-            self._remember(shadows, cover)
-            paint = colour * shadows[..., None]
+        if round is not None:
+            self._shadows += (self.shade(distance, round) - self._shadows) * cover
+        paint = colour * self._shadows[..., None]
         if inside:
             cover = cover * self.alpha
         alpha = cover + self.alpha * (1 - cover)
@@ -87,15 +85,6 @@ class Canvas:
     def tint(self, factor: Array) -> None:
         """Multiply the colours by `factor` (h, w)."""
         self.rgb *= factor[..., None]
-
-    def _remember(self, shadows: Array, cover: Array) -> None:
-        if hasattr(self, "_shadows"):
-            self._shadows = self._shadows + (shadows - self._shadows) * cover
-        else:
-            self._shadows = shadows
-
-    def _shading(self) -> Array:
-        return self._shadows[..., None]
 
 
 def ellipse(canvas: Canvas, x: float, y: float, a: float, b: float) -> Array:

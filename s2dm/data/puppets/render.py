@@ -154,14 +154,19 @@ class _Renderer:
         first = None
         for i in range(frames):
             samples = self._samples(i)
-            owners = self._blocks(self._owner[samples])
+            window, cut = self._window(samples)
+            owners = self._blocks(self._owner[samples[cut]])
             covered = (owners > 0).sum(-1)
-            still &= covered == 0
-            figure = self._atlas[samples].reshape(size, _SUB, size, _SUB, 3).sum((1, 3))
+            still[window] &= covered == 0
             share = covered[..., None].astype(np.float32) / _SUB**2
-            video[i] = figure / _SUB**2 + self._room * (1 - share)
+            colours = self._blocks(samples[cut])
+            video[i] = self._room
+            video[i][window] *= 1 - share
+            for k in range(_SUB**2):
+                video[i][window] += self._atlas[colours[..., k]] / _SUB**2
             # The middle of nine sorted owners is the majority wherever there is one.
-            majority = np.partition(owners, _SUB**2 // 2, axis=-1)[..., _SUB**2 // 2]
+            majority = np.zeros((size, size), np.uint8)
+            majority[window] = np.partition(owners, _SUB**2 // 2, axis=-1)[..., _SUB**2 // 2]
             if first is None:
                 first = self._owner[samples]
             else:
@@ -185,10 +190,21 @@ class _Renderer:
                 samples[where][mask] = texel[mask] + self._first[k]
         return samples
 
-    def _blocks(self, owners: np.ndarray) -> np.ndarray:
-        """(size, size, samples per pixel)."""
-        blocks = owners.reshape(self._size, _SUB, self._size, _SUB).transpose(0, 2, 1, 3)
-        return blocks.reshape(self._size, self._size, _SUB**2)
+    def _window(self, samples: np.ndarray):
+        """The pixels that the figure touches, as slices of the picture and of the samples."""
+        window, cut = [], []
+        for axis in (1, 0):
+            used = np.flatnonzero(samples.any(axis))
+            low, high = (used[0] // _SUB, used[-1] // _SUB + 1) if len(used) else (0, 1)
+            window.append(slice(low, high))
+            cut.append(slice(low * _SUB, high * _SUB))
+        return tuple(window), tuple(cut)
+
+    def _blocks(self, samples: np.ndarray) -> np.ndarray:
+        """(h, w, samples per pixel)."""
+        height, width = (n // _SUB for n in samples.shape)
+        blocks = samples.reshape(height, _SUB, width, _SUB).transpose(0, 2, 1, 3)
+        return blocks.reshape(height, width, _SUB**2)
 
     def _flow(self, frame: int, owner: np.ndarray, first: np.ndarray):
         """Displacement (2, H, W) and occlusion (H, W) from the owner (H, W) of each pixel."""
