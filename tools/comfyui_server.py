@@ -54,15 +54,21 @@ class ComfyServer:
 
     comfyui: the folder with main.py. base: see `comfyui_install.prepare_base`.
     arguments: further command-line arguments, such as `--cpu`. threads: OMP_NUM_THREADS.
+    environment: variables to add to those of this process.
     """
 
     def __init__(
-        self, comfyui: Path, base: Path, arguments: Sequence[str] = (), threads: int = 1
+        self,
+        comfyui: Path,
+        base: Path,
+        arguments: Sequence[str] = (),
+        threads: int = 1,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.comfyui = Path(comfyui)
         self.base = Path(base).resolve()
         self.arguments = list(arguments)
-        self.threads = threads
+        self.environment = {"OMP_NUM_THREADS": str(threads), **(environment or {})}
         self.log_path = self.base / "server.log"
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -82,7 +88,7 @@ class ComfyServer:
     def input(self) -> Path:
         return self.base / "input"
 
-    def start(self, timeout: float = 180.0) -> None:
+    def start(self, timeout: float = 300.0) -> None:
         """Start the process and wait until it answers. Raises ServerError."""
         self.port = free_port()
         command = [
@@ -95,10 +101,10 @@ class ComfyServer:
         ]  # fmt: skip
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": str(self.threads),
             "PYTHONUNBUFFERED": "1",
             "PYTHONIOENCODING": "utf-8",
             "HF_HUB_OFFLINE": "1",
+            **self.environment,
         }
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(

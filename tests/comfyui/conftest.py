@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfyui_install import checked, prepare_base
+from comfyui_install import PACK, checked, prepare_base
 from comfyui_server import ComfyServer
+from random_checkpoint import write_random_checkpoint
+
+RANDOM = "random.safetensors"
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +23,19 @@ def comfyui() -> Path:
 
 @pytest.fixture(scope="session")
 def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A running server on the CPU. Tests share it: it must survive whatever they send."""
+    """A running server on the CPU, with RANDOM among its checkpoints.
+
+    Tests share it: it must survive whatever they send.
+    """
     base = prepare_base(tmp_path_factory.mktemp("comfyui"))
+    write_random_checkpoint(base / "models" / "s2dm" / RANDOM)
     with ComfyServer(comfyui, base, ["--cpu"]) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> str:
+    """What the checkpoint loader calls the checkpoint to test with: the bundled one if there is
+    one, else RANDOM."""
+    bundled = sorted((PACK / "s2dm" / "assets").glob("*.safetensors"))
+    return f"{bundled[0].name} (bundled)" if bundled else RANDOM
