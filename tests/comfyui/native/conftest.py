@@ -63,9 +63,7 @@ class Rig:
     def encode(self, flow: Any, prompt: str = PROMPT, **inputs: Any) -> tuple[Any, Any, Any]:
         positive = inputs.pop("positive", None) or self.prompt(prompt)
         negative = inputs.pop("negative", None) or self.prompt("")
-        return self.run(
-            "S2DMEncodeFlow", positive=positive, negative=negative, flow=flow, **inputs
-        )
+        return self.run("S2DMEncodeFlow", positive=positive, negative=negative, flow=flow, **inputs)
 
     def sample(self, encoded: tuple[Any, Any, Any], model: Any = None, **inputs: Any) -> Any:
         """Sample with the KSampler of the pack, two steps unless told; gives the latents."""
@@ -88,7 +86,33 @@ class Rig:
         )
         return out["samples"]
 
-    def adapter(self, **changes: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    def sample_noise(
+        self, encoded: tuple[Any, Any, Any], noise: torch.Tensor, steps: int, cfg: float
+    ) -> torch.Tensor:
+        """Core's ddim from a given noise."""
+        import comfy.sample
+
+        positive, negative, latent = encoded
+        with torch.inference_mode():
+            return comfy.sample.sample(
+                self.loaded.model,
+                noise,
+                steps,
+                cfg,
+                "ddim",
+                "ddim_uniform",
+                positive,
+                negative,
+                latent["samples"],
+                seed=0,
+            )
+
+    def run_adapter(self, model: Any) -> tuple[Any, ...]:
+        """Put the checkpoint's adapter on a model."""
+        apply_adapter = self.module("nodes.native.adapter").apply_adapter
+        return (apply_adapter(model, *self.adapter()),)
+
+    def adapter(self) -> tuple[Any, dict[str, torch.Tensor]]:
         """The config and the weights of the checkpoint's adapter."""
         config, state = self.module("nodes.native.loading").load_adapter(str(self.checkpoint))
         return config.flow_adapter, state

@@ -54,8 +54,11 @@ def test_all_of_cores_samplers_are_tried(comfy):
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "seeds_3"])
 def test_cores_fixed_seed_is_not_enough(rig, still, name):
     """The control: with core's KSampler and LatentBatchSeedBehavior the frames differ."""
-    import nodes
+    # First, because newer versions import it and the next one from each other.
+    import comfy_extras.nodes_post_processing  # noqa: F401
     from comfy_extras.nodes_latent import LatentBatchSeedBehavior
+
+    import nodes
 
     positive, negative, latent = still
     fixed = LatentBatchSeedBehavior.execute(latent, "fixed").args[0]
@@ -89,9 +92,7 @@ def test_a_share_of_one_is_shared(rig, still, name):
 def test_a_clip_starts_and_ends_as_its_still(rig, still, name):
     """N frames in shared mode are the one frame of the same seed, N times."""
     clip = rig.sample(still, sampler_name=name, scheduler="normal", steps=3)
-    one = rig.sample(
-        rig.encode(rig.equal_flow(1)), sampler_name=name, scheduler="normal", steps=3
-    )
+    one = rig.sample(rig.encode(rig.equal_flow(1)), sampler_name=name, scheduler="normal", steps=3)
     assert torch.allclose(clip[:1], one, atol=1e-4 * float(one.std()))
 
 
@@ -145,7 +146,9 @@ def core_and_foreign_samplers():
     return {
         "euler_ancestral": comfy.samplers.sampler_object("euler_ancestral"),
         "churned euler": comfy.samplers.ksampler("euler", {"s_churn": 2.0}),
-        "stochastic dpm_adaptive": comfy.samplers.ksampler("dpm_adaptive", {"eta": 1.0, "rtol": 2.0}),
+        "stochastic dpm_adaptive": comfy.samplers.ksampler(
+            "dpm_adaptive", {"eta": 1.0, "rtol": 2.0}
+        ),
         "lcm upscale": SamplerLCMUpscale.execute(2.0, 2, "bilinear").args[0],
         "another pack's": comfy.samplers.KSAMPLER(own_sampler),
     }
@@ -188,9 +191,7 @@ def test_the_nodes_agree(rig, still):
         "S2DMSharedNoiseSampler", sampler=comfy.samplers.sampler_object("euler_ancestral")
     )
     one = sample_custom(rig, still, shared)
-    other = rig.sample(
-        still, seed=5, steps=4, sampler_name="euler_ancestral", scheduler="normal"
-    )
+    other = rig.sample(still, seed=5, steps=4, sampler_name="euler_ancestral", scheduler="normal")
     assert torch.equal(one, other)
 
 
