@@ -39,7 +39,7 @@ class TrainingConfig:
     and may be shared by several runs. ``max_minutes`` = 0 means no limit of time; the learning
     rate is annealed over whichever of the two is nearer its end. ``threads`` = 0 leaves PyTorch's
     number of CPU threads alone. ``compile`` runs the networks through torch.compile, which takes
-    minutes to start and makes small networks two to three times as fast on a CPU. With
+    minutes to start. With
     ``export_only`` an existing run writes its averaged weights and does not go on.
     """
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainingConfig, config_to_dict
+from .cpu import speed_up
 from .sheets import save_curves
 
 logger = logging.getLogger(__name__)
@@ -199,6 +200,8 @@ class TrainingLoop:
 
         if config.compile:
             task.compile()
+        elif self.accelerator.device.type == "cpu":
+            speed_up(task.model)
         trainable = [p for p in task.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
