@@ -6,6 +6,8 @@ x to image right.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from .paint import Array, Canvas, box, capsule, ellipse, trunk
@@ -81,9 +83,7 @@ class Wardrobe:
         for _ in range(5):
             angle, phase = rng.uniform(0, 2 * np.pi, 2)
             wave = 2 * np.pi / rng.uniform(5.0, 11.0)
-            cloth += np.sin(
-                wave * (canvas.x * np.cos(angle) + canvas.y * np.sin(angle)) + phase
-            )
+            cloth += np.sin(wave * (canvas.x * np.cos(angle) + canvas.y * np.sin(angle)) + phase)
         canvas.tint(1 + amount * cloth / 2)
 
     def _pattern(self, canvas: Canvas, distance: Array) -> None:
@@ -107,7 +107,7 @@ class Wardrobe:
         canvas.fill(np.maximum(-mask, distance), other, inside=True)
 
     def _stroke(self, canvas: Canvas, points, colour: Colour, width: float = 0.5) -> None:
-        for (ax, ay), (bx, by) in zip(points[:-1], points[1:], strict=True):
+        for (ax, ay), (bx, by) in pairwise(points):
             canvas.fill(capsule(canvas, ax, ay, bx, by, width, width), colour, inside=True)
 
     # -- trunk ---------------------------------------------------------------------------------
@@ -133,9 +133,7 @@ class Wardrobe:
         middle = 6.0 * self._turn
         if who.top in ("coat", "jacket"):
             inner = (0.93, 0.92, 0.88) if sum(top) < 2.4 else (0.35, 0.45, 0.62)
-            opening = np.maximum(
-                np.abs(canvas.x - middle) - (4.6 - canvas.y * 0.36), canvas.y - 13
-            )
+            opening = np.maximum(np.abs(canvas.x - middle) - (4.6 - canvas.y * 0.36), canvas.y - 13)
             canvas.fill(opening, inner, inside=True)
             for s in (-1, 1):
                 self._stroke(canvas, [(middle + s * 4.8, 0), (middle + s * 0.3, 12.5)], dark, 0.8)
@@ -187,7 +185,9 @@ class Wardrobe:
         width = b.hip + 4.9 * b.girth
         canvas.fill(box(canvas, 0, 1.0, width, 6.0, 3.5), self._trousers, round=7)
         self._stroke(canvas, [(-12, -2.6), (12, -2.6)], (0.30, 0.19, 0.12), 1.0)
-        canvas.fill(box(canvas, 6 * self._turn, -2.6, 1.6, 1.3, 0.4), (0.90, 0.78, 0.35), inside=True)
+        canvas.fill(
+            box(canvas, 6 * self._turn, -2.6, 1.6, 1.3, 0.4), (0.90, 0.78, 0.35), inside=True
+        )
         self._weave(canvas, 0.03)
 
     # -- limbs ---------------------------------------------------------------------------------
@@ -373,14 +373,18 @@ class Wardrobe:
         line = cy - 5.0  # the hairline
         if style in ("cap", "beanie"):
             accent = _mix(self._trousers, (0.95, 0.25, 0.25), 0.6)
-            temples = np.maximum(cap, np.maximum(canvas.y - cy - 1.5, 8.4 - np.abs(canvas.x - shift)))
+            temples = np.maximum(
+                cap, np.maximum(canvas.y - cy - 1.5, 8.4 - np.abs(canvas.x - shift))
+            )
             canvas.fill(temples, hair, round=6)
             hat = np.maximum(ellipse(canvas, 0, cy - 1.0, 11.4, 13.2), canvas.y - line - 0.4)
             canvas.fill(hat, accent, round=8)
             if style == "cap":
                 peak = ellipse(canvas, shift * 1.6, line + 0.2, 9.6, 2.3)
                 canvas.fill(peak, _shadow(accent), round=2.5)
-                canvas.fill(ellipse(canvas, shift * 1.3, line - 5, 2.2, 2.2), (1, 1, 1), inside=True)
+                canvas.fill(
+                    ellipse(canvas, shift * 1.3, line - 5, 2.2, 2.2), (1, 1, 1), inside=True
+                )
             else:
                 self._band(canvas, hat, line - 3.0, 0, _mix(accent, (1, 1, 1), 0.45))
                 canvas.fill(ellipse(canvas, 0, cy - 14.8, 3.2, 3.0), (0.96, 0.95, 0.92), round=3)
@@ -400,7 +404,9 @@ class Wardrobe:
                 )  # fmt: skip
             canvas.fill(ellipse(canvas, back * 0.5, cy - 8.6, 8.6, 4.6), hair, round=5)
         else:
-            sweep = line + 2.2 * np.sin((canvas.x - shift) * 0.22 + (0.9 if style == "short" else 2.2))
+            sweep = line + 2.2 * np.sin(
+                (canvas.x - shift) * 0.22 + (0.9 if style == "short" else 2.2)
+            )
             front = np.maximum(cap, canvas.y - sweep)
             sides = np.maximum(
                 np.maximum(cap, canvas.y - cy - (2.0 if style == "short" else 5.5)),
@@ -408,7 +414,9 @@ class Wardrobe:
             )
             canvas.fill(np.minimum(front, sides), hair, round=6)
             if style == "tail":
-                canvas.fill(ellipse(canvas, 7 + back * 2, -20.4, 2.0, 2.0), (0.9, 0.3, 0.4), round=2)
+                canvas.fill(
+                    ellipse(canvas, 7 + back * 2, -20.4, 2.0, 2.0), (0.9, 0.3, 0.4), round=2
+                )
             for x in (-5.0, -0.5, 4.0):  # strands
                 self._strand(canvas, x + back * 0.4, cy, hair)
 

@@ -47,9 +47,7 @@ class Canvas:
         slope_y, slope_x = np.gradient(distance, 1 / self.density)
         lean = (1 - flatness) * 0.95
         facing = np.sqrt(1 - lean**2)
-        lit = (
-            lean * (slope_x * self._light[0] + slope_y * self._light[1]) + facing * self._light[2]
-        )
+        lit = lean * (slope_x * self._light[0] + slope_y * self._light[1]) + facing * self._light[2]
         return _AMBIENT + (1.12 - _AMBIENT) * np.clip(lit, 0, 1)
 
     def fill(

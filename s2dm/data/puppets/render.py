@@ -102,10 +102,11 @@ class _Piece:
         height, width = self.solid.shape
         left, top, density = canvas.left, canvas.top, canvas.density
         corners = np.array([(0, 0), (width, 0), (0, height), (width, height)]) / density
-        self._corners = corners + (left, top)
+        corner = np.array([left, top])
+        self._corners = corners + corner
         # Texel (row, column) of a pixel p: density * (inverse @ (p - origin) - (left, top)).
         self._to_texel = density * self.inverse
-        shift = np.einsum("nij,nj->ni", self.inverse, self.origin) + (left, top)
+        shift = np.einsum("nij,nj->ni", self.inverse, self.origin) + corner
         self._offset = -density * shift
 
     def backward(self, frame: int) -> np.ndarray:

@@ -66,7 +66,7 @@ def body(person: Person) -> Body:
 
 @dataclass(frozen=True)
 class View:
-    """Where the figure stands: pixel of the point on the ground, pixels per unit, turn (degrees)."""
+    """Where the figure stands: its point on the ground (pixels), pixels per unit, turn (degrees)."""
 
     x: float
     y: float
