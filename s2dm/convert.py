@@ -79,7 +79,9 @@ def convert(source: str | Path, target: str | Path, half: bool = False) -> None:
     if to_file:
         pipeline.save_single_file(target, dtype)
     else:
-        pipeline.to(dtype or torch.float32).save_pretrained(target)
+        if half:
+            pipeline.to(torch.float16)
+        pipeline.save_pretrained(target)
 
 
 def _unpickle(source: Path, target: Path, half: bool) -> None:

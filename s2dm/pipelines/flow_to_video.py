@@ -116,8 +116,9 @@ class FlowToVideoPipeline(DiffusionPipeline):
             s2dm_config=config.to_dict(),
         )
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet, pipeline.flow_adapter):
-            part.eval()
-        return pipeline.to(torch_dtype)
+            # Not the pipeline's own `to`, which warns of a mistake that this is not.
+            torch.nn.Module.to(part.eval(), torch_dtype)
+        return pipeline
 
     def save_single_file(
         self, path: str | os.PathLike[str], dtype: torch.dtype | None = None
