@@ -37,4 +37,5 @@ def named_errors(node: type[io.ComfyNode]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{node.GET_SCHEMA().display_name}: {error}") from error
+        # While it runs a node is a locked copy, on which GET_SCHEMA can't store what it makes.
+        raise ValueError(f"{node.define_schema().display_name}: {error}") from error
