@@ -66,7 +66,7 @@ def body(person: Person) -> Body:
 
 @dataclass(frozen=True)
 class View:
-    """Where the figure stands: its point on the ground (pixels), pixels per unit, turn (degrees)."""
+    """Place of the figure: the point it stands on (pixels), pixels per unit, turn in degrees."""
 
     x: float
     y: float
