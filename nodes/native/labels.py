@@ -26,7 +26,7 @@ TOKENS = "s2dm_tokens"
 WINDOW = "s2dm_window"
 MASK = "s2dm_mask"
 
-_ENCODED_AT_ONCE = 16
+_ENCODED_AT_ONCE = 8
 _ALWAYS = (float("inf"), float("-inf"))
 
 

@@ -1,0 +1,90 @@
+"""Two engines, one result: ComfyUI's samplers and the diffusers pipeline on the same file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from s2dm.flow import FlowField
+from s2dm.pipelines import FlowToVideoPipeline
+
+pytestmark = pytest.mark.comfyui
+
+BUNDLED = Path(__file__).resolve().parents[3] / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
+PROMPT = "a man in a red shirt is walking"
+TOLERANCE = 1e-3
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **options):
+    """Latents of ComfyUI and of the pipeline, both scaled as the U-Net sees them."""
+    sharing = options.pop("noise_sharing", "shared")
+    guide_flow = options.pop("guide_flow", True)
+    encoded = rig.encode(flow, prompt, negative=rig.prompt(negative), guide_flow=guide_flow)
+    comfy = rig.sample(encoded, seed=seed, steps=steps, cfg=cfg, noise_sharing=sharing)
+    pipeline = FlowToVideoPipeline.from_single_file(rig.checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    diffusers = pipeline(
+        prompt,
+        # The pack's modules have other names here than the library's: the same class twice.
+        FlowField(flow.displacement, flow.occlusion),
+        negative_prompt=negative,
+        num_inference_steps=steps,
+        guidance_scale=cfg,
+        flow_guidance_scale=None if guide_flow else 1.0,
+        seed=seed,
+        noise_sharing=sharing,
+        output_type="latent",
+    ).frames
+    return comfy * pipeline.vae.config.scaling_factor, diffusers
+
+
+def test_the_engines_agree(rig):
+    comfy, diffusers = both(rig, rig.flow(3))
+    assert comfy.shape == diffusers.shape
+    assert relative(comfy, diffusers) <= TOLERANCE
+    # Not because nothing depends on the conditions.
+    other, _ = both(rig, rig.flow(3, seed=1))
+    assert relative(other, diffusers) > 10 * TOLERANCE
+
+
+def test_token_fusion_agrees(token_rig):
+    assert relative(*both(token_rig, token_rig.flow(3))) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"prompt": " ".join([PROMPT] * 15)},  # over 77 tokens beside a short negative
+        {"negative": "a woman in a blue dress", "cfg": 4.0},
+        {"cfg": 1.0},
+        {"guide_flow": False},
+        {"noise_sharing": "independent"},
+        {"noise_sharing": "mixed"},
+        {"steps": 7},
+        {"seed": 2**40 + 1},
+    ],
+    ids=lambda case: "-".join(case),
+)
+def test_the_engines_agree_on_every_setting(rig, case):
+    assert relative(*both(rig, rig.flow(2), **{"steps": 5, **case})) <= TOLERANCE
+
+
+@pytest.mark.parametrize("frames, height, width", [(1, 64, 64), (17, 32, 32), (2, 96, 120)])
+def test_the_engines_agree_on_sizes(rig, frames, height, width):
+    assert relative(*both(rig, rig.flow(frames, height, width), steps=3)) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_engines_agree_on_the_bundled_checkpoint(rig):
+    if not BUNDLED.exists():
+        pytest.skip("the bundled checkpoint is not there")
+    bundled = type(rig)(rig.pack, rig.nodes, BUNDLED)
+    prompt = "A man with glasses, wearing a black coat and blue jeans is squat"
+    comfy, diffusers = both(bundled, bundled.flow(2, 128, 128), prompt)
+    assert relative(comfy, diffusers) <= TOLERANCE

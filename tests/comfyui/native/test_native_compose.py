@@ -1,0 +1,235 @@
+"""What users combine with a flow adapter, and what must not remain when a run fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfyui
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.fixture(scope="module")
+def encoded(rig):
+    return rig.encode(rig.flow(4))
+
+
+@pytest.fixture(scope="module")
+def usual(rig, encoded):
+    """The clip without anything else."""
+    return rig.sample(encoded)
+
+
+def lora(rig):
+    """A LoRA with the keys that trainers write for Stable Diffusion 1.5."""
+    generator = torch.Generator().manual_seed(9)
+    weights = {}
+    for name, inner in (("to_k", 64), ("to_v", 64)):
+        key = f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_{name}"
+        weights[f"{key}.lora_down.weight"] = torch.randn(2, inner, generator=generator)
+        weights[f"{key}.lora_up.weight"] = torch.randn(32, 2, generator=generator)
+        weights[f"{key}.alpha"] = torch.tensor(2.0)
+    return weights
+
+
+def test_lora_before_and_after_the_adapter(rig, encoded, usual):
+    import comfy.sd
+
+    plain = rig.plain_model()
+    after, _ = comfy.sd.load_lora_for_models(rig.run_adapter(plain)[0], None, lora(rig), 1.0, 0)
+    changed, _ = comfy.sd.load_lora_for_models(plain, None, lora(rig), 1.0, 0)
+    (before,) = rig.run_adapter(changed)
+    clip = rig.sample(encoded, after)
+    assert relative(clip, usual) > 1e-3
+    assert relative(rig.sample(encoded, before), clip) < 1e-6
+    assert relative(rig.sample(encoded), usual) < 1e-6
+
+
+class Foreign:
+    """A patch of the cross-attention, as IPAdapter puts one: the prompt's part, and its own."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, q, k, v, extra_options):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        self.calls += 1
+        heads = extra_options["n_heads"]
+        own = torch.ones_like(k[:, :1])
+        return optimized_attention(q, k, v, heads) + 0.5 * optimized_attention(q, own, own, heads)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize("index", [0, None])
+@pytest.mark.parametrize("fusion", ["channel", "token"])
+def test_a_patch_of_another_node_in_either_order(rig, token_rig, fusion, index):
+    rig = {"channel": rig, "token": token_rig}[fusion]
+    encoded = rig.encode(rig.flow(3))
+    plain = rig.plain_model()
+    patch = Foreign()
+    first = plain.clone()
+    first.set_model_attn2_replace(patch, "input", 1, index)
+    (first,) = rig.run_adapter(first)
+    (last,) = rig.run_adapter(plain)
+    last.set_model_attn2_replace(patch, "input", 1, index)
+    clip = rig.sample(encoded, first)
+    assert patch.calls == 2, "once a step"
+    assert relative(clip, rig.sample(encoded)) > 1e-4, "the other node's part is lost"
+    still = rig.encode(rig.equal_flow(3))
+    assert relative(clip, rig.sample(still, first)) > 1e-4, "the flow is lost"
+    assert torch.equal(rig.sample(encoded, last), clip)
+
+
+def test_a_guider_with_three_conditions(rig, encoded):
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG, SamplerCustomAdvanced
+
+    positive, negative, latent = encoded
+    guider = Guider_DualCFG(rig.loaded.model)
+    guider.set_conds(positive, rig.prompt("blue"), negative)
+    guider.set_cfg(2.0, 3.0, nested=False)
+    sampling = rig.loaded.model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 2)
+    (noise,) = rig.run("S2DMSharedNoise", seed=5)
+    with torch.inference_mode():
+        out = SamplerCustomAdvanced.execute(
+            noise, guider, comfy.samplers.sampler_object("euler"), sigmas, latent
+        )
+    assert torch.isfinite(out.args[0]["samples"]).all()
+
+
+def test_context_windows_or_a_clear_message(rig):
+    """Frames are independent, so windows change nothing. Versions that can't cut to them say so."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
+    encoded = rig.encode(rig.flow(7))
+    windowed = ContextWindowsManualNode.execute(
+        rig.loaded.model, 4, 2, "standard_static", 1, False, "flat", 0
+    ).args[0]
+    try:
+        clip = rig.sample(encoded, windowed)
+    except ValueError as error:
+        assert "remove the Context Windows node, or update ComfyUI" in str(error)
+    else:
+        assert relative(clip, rig.sample(encoded)) < 1e-4
+    # Windows longer than the clip are none, in any version.
+    short = rig.encode(rig.flow(3))
+    assert relative(rig.sample(short, windowed), rig.sample(short)) < 1e-5
+
+
+def test_cancel_leaves_the_model_as_it_was(rig, encoded, usual):
+    import comfy.model_management as management
+
+    model = rig.loaded.model.clone()
+
+    def cancel(call, given):
+        management.interrupt_current_processing(True)
+        management.throw_exception_if_processing_interrupted()
+
+    model.set_model_unet_function_wrapper(cancel)
+    with pytest.raises(management.InterruptProcessingException):
+        rig.sample(encoded, model)
+    management.interrupt_current_processing(False)
+    assert_untouched(rig)
+    assert torch.equal(rig.sample(encoded), usual)
+
+
+def test_cancel_between_chunks(rig, encoded, usual):
+    import comfy.model_management as management
+
+    apply_adapter = rig.module("nodes.native.adapter").apply_adapter
+    model = apply_adapter(rig.plain_model(), *rig.adapter(), frames=1)
+    unet = model.model.diffusion_model
+    handle = unet.register_forward_pre_hook(
+        lambda *_: management.interrupt_current_processing(True)
+    )
+    try:
+        with pytest.raises(management.InterruptProcessingException):
+            rig.sample(encoded, model)
+    finally:
+        handle.remove()
+        management.interrupt_current_processing(False)
+    assert relative(rig.sample(encoded, model), usual) < 1e-5
+
+
+def test_a_failure_leaves_the_model_as_it_was(rig, encoded, usual):
+    model = rig.loaded.model.clone()
+
+    def fail(call, given):
+        raise RuntimeError("on purpose")
+
+    model.set_model_unet_function_wrapper(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        rig.sample(encoded, model)
+    assert_untouched(rig)
+    assert torch.equal(rig.sample(encoded), usual)
+
+
+def assert_untouched(rig):
+    model = rig.loaded.model
+    assert not model.model_options["transformer_options"]
+    assert not model.object_patches and not model.object_patches_backup
+    assert "extra_conds" not in vars(model.model)
+
+
+def test_conditioning_stays_as_it_was(rig, encoded):
+    """Sampling again, or with another model, finds the labels where they were."""
+    positive, negative, _ = encoded
+    rig.sample(encoded)
+    for entry in (positive[0][1], negative[0][1]):
+        assert "model_conds" not in entry
+
+
+@pytest.mark.parametrize(("flag", "bound"), [("bf16_unet", 0.1), ("fp16_unet", 0.02)])
+def test_half_precision(rig, encoded, usual, monkeypatch, flag, bound):
+    from comfy.cli_args import args
+
+    monkeypatch.setattr(args, flag, True)
+    (model,) = rig.run_adapter(rig.plain_model())
+    assert model.model.get_dtype() == {"b": torch.bfloat16, "f": torch.float16}[flag[0]]
+    assert relative(rig.sample(encoded, model), usual) < bound
+
+
+@pytest.mark.slow
+def test_a_full_size_stable_diffusion_takes_the_adapter(rig):
+    """Core's own SD 1.5 with random weights and an adapter of the default size."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    models = rig.module("s2dm.models")
+    core = comfy.supported_models.SD15(
+        rig.module("nodes.native.loading")._unet_config(models.SD15.unet)
+    )
+    core.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.BaseModel(core, device="cpu")
+    # One draw for all weights, tiled: drawing 860 million numbers takes a minute.
+    draw = torch.randn(1_000_003) * 0.01
+    with torch.no_grad():
+        for parameter in model.parameters():
+            repeats = -(-parameter.numel() // len(draw))
+            parameter.copy_(draw.repeat(repeats)[: parameter.numel()].view(parameter.shape))
+    device = torch.device("cpu")
+    patcher = comfy.model_patcher.ModelPatcher(model, device, device)
+    config = models.SD15.flow_adapter
+    adapter = models.FlowAdapter(config).state_dict()
+    apply_adapter = rig.module("nodes.native.adapter").apply_adapter
+    text = [[torch.randn(1, 77, 768), {}]]
+    encoded = rig.encode(rig.flow(2), positive=text, negative=text)
+    plain = rig.sample(encoded, patcher, steps=1, cfg=1.0)
+    untrained = apply_adapter(patcher, config, adapter)
+    assert torch.equal(rig.sample(encoded, untrained, steps=1, cfg=1.0), plain)
+    for name, weight in adapter.items():
+        if ".to_" in name:
+            adapter[name] = torch.randn(weight.shape) * 0.1
+    trained = apply_adapter(patcher, config, adapter)
+    assert relative(rig.sample(encoded, trained, steps=1, cfg=1.0), plain) > 0
+
+    with pytest.raises(ValueError, match="made for another U-Net.*widths 320, 640"):
+        apply_adapter(patcher, *rig.adapter())
