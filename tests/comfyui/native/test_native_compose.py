@@ -231,5 +231,5 @@ def test_a_full_size_stable_diffusion_takes_the_adapter(rig):
     trained = apply_adapter(patcher, config, adapter)
     assert relative(rig.sample(encoded, trained, steps=1, cfg=1.0), plain) > 0
 
-    with pytest.raises(ValueError, match="made for another U-Net.*widths 320, 640"):
+    with pytest.raises(ValueError, match=r"made for another U-Net.*widths 320, 640"):
         apply_adapter(patcher, *rig.adapter())
