@@ -38,7 +38,7 @@ def to_prompt(workflow: Workflow, schemas: Schemas) -> dict[str, Any]:
         prompt[str(node["id"])] = {
             "class_type": node["type"],
             "inputs": inputs,
-            "_meta": {"title": node.get("title", node["type"])},
+            "_meta": {"title": node.get("title") or schemas[node["type"]]["display_name"]},
         }
     return prompt
 

@@ -48,7 +48,11 @@ class Progress:
             if self.bar is None or data["node"] != self.node:
                 self.close()
                 self.node = data["node"]
-                self.bar = tqdm(total=data["max"], desc=self.titles.get(self.node, self.node))
+                self.bar = tqdm(
+                    total=data["max"],
+                    desc=self.titles.get(self.node, self.node),
+                    mininterval=0.1 if sys.stderr.isatty() else 10,  # a log needs few lines
+                )
             self.bar.update(data["value"] - self.bar.n)
 
     def close(self) -> None:
@@ -60,6 +64,12 @@ class Progress:
 def device_arguments() -> list[str]:
     """`--cpu` where this torch sees no accelerator that ComfyUI uses."""
     return [] if torch.cuda.is_available() or torch.backends.mps.is_available() else ["--cpu"]
+
+
+def threads() -> int:
+    """OMP_NUM_THREADS if set, else half the cores: OpenMP with a thread for each core becomes many
+    times slower when anything else runs beside it."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // 2))
 
 
 def pick(files: list[Path], prefix: str) -> Path:
@@ -81,7 +91,7 @@ def run(comfyui: Path, output: Path) -> tuple[Path, Path]:
         base = prepare_base(Path(folder))
         arguments = device_arguments()
         print(f"Starting ComfyUI{' on the CPU' if arguments else ''} ...", flush=True)
-        with ComfyServer(comfyui, base, arguments, threads=os.cpu_count() or 1) as server:
+        with ComfyServer(comfyui, base, arguments, threads=threads()) as server:
             prompt = to_prompt(json.loads(WORKFLOW.read_text("utf-8")), server.object_info())
             print(f"Running {WORKFLOW.name} ...", flush=True)
             outputs = server.run(prompt, timeout=1800, on_event=Progress(prompt))
