@@ -217,12 +217,11 @@ class FlowToVideoPipeline(DiffusionPipeline):
             generator = torch.Generator()
             generator.seed() if seed is None else generator.manual_seed(seed)
         height, width = height or flow.height, width or flow.width
-        flow = flow.resize(height, width)
 
         device = self._execution_device
         factor = self.vae_factor
         shape = (self.vae.config.latent_channels, -(-height // factor), -(-width // factor))
-        flow = _pad(flow, shape[1] * factor, shape[2] * factor)
+        flow = _on_canvas(flow, (height, width), (shape[1] * factor, shape[2] * factor))
         labels = self._labels(prompt, negative_prompt, flow, guidance_scale, flow_guidance_scale)
         noise = draw_noise(len(flow), shape, generator, noise_sharing, noise_share).to(device)
 
@@ -344,11 +343,15 @@ class FlowToVideoPipeline(DiffusionPipeline):
         return list(prediction.to(latents.dtype).chunk(len(labels)))
 
 
-def _pad(flow: FlowField, height: int, width: int) -> FlowField:
-    """Extend a field to the right and below; what is added moves as its border does."""
-    if (height, width) == (flow.height, flow.width):
-        return flow
-    margin = (0, width - flow.width, 0, height - flow.height)
+def _on_canvas(flow: FlowField, size: tuple[int, int], canvas: tuple[int, int]) -> FlowField:
+    """The field of a picture of `size` as a part of a larger canvas, at its top left.
+
+    What is added to the right and below moves as the border does.
+    """
+    if size == canvas:
+        return flow  # of any size: its condition doesn't depend on it
+    flow = flow.resize(*size)
+    margin = (0, canvas[1] - size[1], 0, canvas[0] - size[0])
     return FlowField(
         F.pad(flow.displacement, margin, mode="replicate"),
         F.pad(flow.occlusion, margin, mode="replicate"),
