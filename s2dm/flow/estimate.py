@@ -24,9 +24,9 @@ Progress = Callable[[int, int], None]
 FlowModel = Callable[[Tensor, Tensor], "Tensor | list[Tensor]"]
 
 
-_OPENCV_SIDE = 256  # pixels: smaller pictures are enlarged, because thin limbs get lost
-_MODEL_SIDE = 128
-_WINDOW = 9  # pixels over which candidates are compared
+_OPENCV_SIDES = (32, 256)  # pixels: below the first, OpenCV fails; below the second, we double
+_MODEL_SIDE = 128  # below, RAFT's pyramid of correlations turns to NaN
+_WINDOW = 7  # pixels over which candidates are compared
 _STILL = 4 / 255
 _STILL_BONUS = 0.5 / 255  # how much worse "no motion" may match and still be taken
 
@@ -87,6 +87,12 @@ class _OpenCVTracker:
     from that of frame i-1, carried on by the small step between the two, and each pixel then
     takes the best of three by colour: this chain, OpenCV's own refinement of it against frame 1,
     and no motion (a still background doesn't drift).
+
+    Mean end-point error over mean motion, on the pixels of 12 held-out puppet clips that move by
+    more than half a pixel and that frame 1 shows (128x128, 16 frames, mean motion 4.5 pixels):
+    plain DIS 0.57, plain DIS on doubled pictures 0.49, tracked DIS 0.33, tracked Farneback 0.40.
+    Occlusion: recall 0.66, precision 0.32 (Farneback 0.62 and 0.30); other bounds, and a bound
+    on the colour difference, do no better.
     """
 
     def __init__(self, method: str) -> None:
@@ -96,7 +102,11 @@ class _OpenCVTracker:
 
     def __call__(self, first: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
         height, width = first.shape[1:]
-        scale = max(1, ceil(_OPENCV_SIDE / min(height, width)))
+        # Doubled, thin limbs are told apart from what lies beside them. Enlarged further, DIS
+        # gains nothing and Farneback sees only smooth slopes and misses the motion.
+        least, small = _OPENCV_SIDES
+        side = min(height, width)
+        scale = max(2 if side < small else 1, ceil(least / side))
         first, frame = (_enlarged(image, height * scale, width * scale) for image in (first, frame))
         if self._previous is None:
             still = torch.zeros_like(first[:2])
@@ -137,13 +147,13 @@ class _OpenCVTracker:
             start = np.ascontiguousarray(start.permute(1, 2, 0).numpy())
         if self._method == "dis":
             dis = self._cv2.DISOpticalFlow_create(self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-            dis.setFinestScale(0 if min(grey[0].shape) < 2 * _OPENCV_SIDE else 1)
+            dis.setFinestScale(0 if min(grey[0].shape) < 2 * _OPENCV_SIDES[1] else 1)
             flow = dis.calc(*grey, start)
         else:
             flags = self._cv2.OPTFLOW_FARNEBACK_GAUSSIAN
             if start is not None:
                 flags |= self._cv2.OPTFLOW_USE_INITIAL_FLOW
-            flow = self._cv2.calcOpticalFlowFarneback(*grey, start, 0.5, 4, 15, 5, 7, 1.5, flags)
+            flow = self._cv2.calcOpticalFlowFarneback(*grey, start, 0.5, 4, 15, 5, 5, 1.1, flags)
         return torch.from_numpy(np.nan_to_num(flow)).permute(2, 0, 1)
 
 
@@ -155,7 +165,6 @@ class _ModelEstimator:
 
     def __call__(self, first: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
         height, width = first.shape[1:]
-        # RAFT builds a pyramid of correlations: below 128 pixels it returns NaN.
         scale = max(1.0, _MODEL_SIDE / min(height, width))
         size = [ceil(side * scale / 8) * 8 for side in (height, width)]
         pair = resample(torch.stack([frame, first]), *size) * 2 - 1
