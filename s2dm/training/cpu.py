@@ -1,4 +1,4 @@
-"""Faster layers for training on a CPU.
+"""Faster training on a CPU.
 
 PyTorch's GroupNorm is slow there for tensors in channels-last order, which the convolutions want:
 in a small autoencoder its gradient takes more than half of each step. The layer here computes the
@@ -7,6 +7,8 @@ same in a few passes over memory.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,3 +95,19 @@ def speed_up(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.GroupNorm and module.affine:
             module.__class__ = FastGroupNorm
+
+
+@contextlib.contextmanager
+def plain_attention(device: torch.device) -> Iterator[None]:
+    """On a CPU, run attention as matrix products in the type of its inputs; elsewhere as it is."""
+    if device.type != "cpu":
+        yield
+        return
+    cuda = torch.backends.cuda  # where PyTorch keeps this switch, for every device
+    before = cuda.fp16_bf16_reduction_math_sdp_allowed()
+    cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        cuda.allow_fp16_bf16_reduction_math_sdp(before)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainingConfig, config_to_dict
-from .cpu import speed_up
+from .cpu import plain_attention, speed_up
 from .sheets import save_curves
 
 logger = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ class TrainingLoop:
             mininterval=5.0,
             disable=not self.accelerator.is_local_main_process,
         )
-        with bar, self._signals():
+        with bar, self._signals(), plain_attention(self.accelerator.device):
             while self.progress.fraction(self.config) < 1 and not self.interrupted:
                 began = time.monotonic()
                 losses = self._step()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..flow import FlowField
-from ..flow.colour import flow_to_image
+from ..flow import FlowField, flow_to_image
 from ..models.build import (
     attach_adapter,
     build_flow_adapter,
@@ -26,11 +25,12 @@ from ..models.build import (
     build_unet,
     build_vae,
 )
-from ..models.config import FlowAdapterConfig, S2DMConfig
+from ..models.config import FlowAdapterConfig, S2DMConfig, UNetConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..sector import NOISE_SHARING, alphas_cumprod, draw_noise, guide, sample, sector_loss
 from .cache import CONDITION_SIZE, ClipCache, build_clip_cache, build_latent_cache
 from .config import TrainingConfig, TrainingConfigError
+from .cpu import speed_up
 from .datasets import build_dataset, pixels
 from .loop import Progress, TrainingLoop, make_accelerator
 from .models import load_model, load_vae, preset, save_model
@@ -47,7 +47,7 @@ class Stage2TrainingConfig(TrainingConfig):
     """Settings of the stage-2 trainer.
 
     Start: ``checkpoint`` (a file with a U-Net and a text encoder; parts it lacks are new) or else
-    the sizes of ``preset`` with random weights. ``vae`` is a file to take the VAE from, if it is
+    the sizes of ``preset`` with random weights, of which ``unet`` may change some. ``vae`` is a file to take the VAE from, if it is
     not the checkpoint's. ``train`` names the parts that learn.
 
     A batch is ``clips`` clips with ``clip_frames`` frames each, drawn from the clip; with
@@ -61,6 +61,7 @@ class Stage2TrainingConfig(TrainingConfig):
     preset: str = "puppets"
     checkpoint: str = ""
     vae: str = ""
+    unet: dict[str, Any] = field(default_factory=dict)
     fusion: str = "channel"
     train: tuple[str, ...] = PARTS
     adapter_gain: float = 0.0
@@ -351,10 +352,13 @@ def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Sta
     """Prepare data, latents and model for ``config``."""
     clips = build_clip_cache(cache_root(config), config.data, workers=config.workers)
     model_config, states = _start(config, clips.captions)
+    torch.manual_seed(config.seed)  # whatever preparing the data has drawn
     unet = build_unet(model_config.unet, states.get("unet"))
     adapter = build_flow_adapter(model_config.flow_adapter, states.get("flow_adapter"))
     text_encoder = build_text_encoder(model_config.text_encoder, states.get("text_encoder"))
     vae = build_vae(model_config.vae, states["vae"]).requires_grad_(False).eval().to(device)
+    if device.type == "cpu":
+        speed_up(vae)
     if "flow_adapter" not in states and config.adapter_gain > 0:
         for layer in adapter.layers.values():
             for projection in layer.values():
@@ -366,9 +370,14 @@ def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Sta
         getattr(model, part).requires_grad_(part in config.train)
     model.unet.to(memory_format=torch.channels_last)
 
+    half = torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
+
     @torch.no_grad()
     def encode(frames: Tensor) -> Tensor:
-        return vae.encode(frames * 2 - 1).latent_dist.mode() * model_config.vae.scaling_factor
+        frames = (frames * 2 - 1).contiguous(memory_format=torch.channels_last)
+        with half:
+            latents = vae.encode(frames).latent_dist.mode()
+        return latents.float() * model_config.vae.scaling_factor
 
     latents = build_latent_cache(clips, vae, encode, device)
     tokenizer = build_tokenizer(model_config)
@@ -383,6 +392,8 @@ def _start(
         model_config, states = load_model(config.checkpoint)
     else:
         model_config, states = preset(config.preset), {}
+        unet = UNetConfig.from_dict({**model_config.unet.to_dict(), **config.unet})
+        model_config = dataclasses.replace(model_config, unet=unet, flow_adapter=None)
         if model_config.tokenizer is None:
             spec = train_tokenizer(captions, model_config.text_encoder.vocab_size)
             model_config = with_tokenizer(model_config, spec)
