@@ -181,8 +181,15 @@ class VAEConfig(_Config):
     scaling_factor: float = 0.18215
 
     def __post_init__(self) -> None:
-        self._expect_positive("channels", "num_res_blocks", "latent_channels")
+        self._expect_positive("channels", "latent_channels")
         self._expect_levels()
+        # Without blocks nothing in the encoder can change the width from level to level.
+        bare = self.num_res_blocks == 0 and set(self.channel_mult) == {1}
+        self._expect(
+            bare or _is_count(self.num_res_blocks),
+            "num_res_blocks",
+            "a whole number of at least 1, or 0 where all multipliers are 1",
+        )
         self._expect(self.channels % NORM_GROUPS == 0, "channels", f"a multiple of {NORM_GROUPS}")
         good = _is_number(self.scaling_factor) and self.scaling_factor > 0
         self._expect(good, "scaling_factor", "a number above 0")

@@ -24,7 +24,9 @@ _PUPPETS_UNET = UNetConfig(
 
 PUPPETS = S2DMConfig(
     unet=_PUPPETS_UNET,
-    vae=VAEConfig(channels=32, channel_mult=(1, 1, 2, 4), num_res_blocks=1),
+    # GroupNorm has 32 groups: with 32 channels each is normalised alone, which wipes out the
+    # colour of a wall. 64 channels keep it; a plain encoder pays for them.
+    vae=VAEConfig(channels=64, channel_mult=(1, 1, 1, 1), num_res_blocks=0),
     text_encoder=TextEncoderConfig(
         hidden_size=128,
         layers=3,

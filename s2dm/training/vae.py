@@ -26,6 +26,10 @@ from .sheets import save_sheet
 
 logger = logging.getLogger(__name__)
 
+_SCALES = 4
+_QUIET = 6.0
+"""How much lower than 0 the log-variance of an untrained encoder's latents starts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VAETrainingConfig(TrainingConfig):
@@ -34,7 +38,8 @@ class VAETrainingConfig(TrainingConfig):
     ``preset`` names the architecture (``s2dm.models.presets``); ``checkpoint`` is a file to start
     from instead of random weights. ``batch_size`` counts crops of ``crop`` pixels; in a share
     ``whole_frames`` of the steps it counts as many pixels in whole frames. A share
-    ``motion_share`` of the crops is centred where something moves.
+    ``motion_share`` of the crops is centred where something moves. For the first ``guide_steps``
+    steps from random weights the latents are drawn towards a thumbnail of the picture.
     """
 
     output: str = "runs/vae"
@@ -44,32 +49,39 @@ class VAETrainingConfig(TrainingConfig):
     crop: int = 64
     whole_frames: float = 0.15
     motion_share: float = 0.8
-    kl_weight: float = 1e-5
+    kl_weight: float = 1e-3
     edge_weight: float = 1.0
+    colour_weight: float = 1.0
+    guide_steps: int = 500
     validation_clips: int = 12
 
 
 class PyramidLoss(nn.Module):
-    """Mean absolute error plus that of the image gradients at three scales.
+    """Error of the pixels, their colours and their gradients at several scales.
 
-    The gradients keep outlines crisp, which the mean alone lets blur.
+    The mean alone lets outlines blur, which the gradients prevent. Brightness carries most of
+    the error and is learned first; the coarse scales and the error of the colour alone keep
+    the colours of clothes from coming much later.
     """
 
-    def __init__(self, edge_weight: float = 1.0, scales: int = 3) -> None:
+    def __init__(self, edge_weight: float = 1.0, colour_weight: float = 1.0) -> None:
         super().__init__()
         self.edge_weight = edge_weight
-        self.scales = scales
+        self.colour_weight = colour_weight
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """(N,3,H,W) in [-1,1] each; a scalar in the units of the pictures."""
         error = output.float() - target.float()
-        loss = error.abs().mean()
-        # The gradient is linear: the gradient of the error is the error of the gradient.
-        for scale in range(self.scales):
+        loss = error.new_zeros(())
+        # Differences and pooling are linear: the gradient of the error is the error of it.
+        for scale in range(_SCALES):
             if scale:
                 error = F.avg_pool2d(error, 2)
+            colour = error - error.mean(1, keepdim=True)
             edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-            loss = loss + self.edge_weight * edges / self.scales
+            loss = loss + error.abs().mean() + 2 * error.square().mean()
+            loss = loss + self.colour_weight * colour.abs().mean()
+            loss = loss + self.edge_weight * edges / _SCALES
         return loss
 
 
@@ -79,8 +91,10 @@ class VAEModel(nn.Module):
     def __init__(self, vae: nn.Module, config: VAETrainingConfig) -> None:
         super().__init__()
         self.vae = vae
-        self.reconstruction = PyramidLoss(config.edge_weight)
+        self.reconstruction = PyramidLoss(config.edge_weight, config.colour_weight)
         self.kl_weight = config.kl_weight
+        self.guide_steps = 0 if config.checkpoint else config.guide_steps
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``pixels`` (N,3,H,W) in [0,1] and ``noise`` (N,4,H/8,W/8) for the posterior."""
@@ -92,10 +106,24 @@ class VAEModel(nn.Module):
         reconstruction = self.reconstruction(output, pixels)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return {
-            "loss": reconstruction + self.kl_weight * kl,
+            "loss": reconstruction + self.kl_weight * kl + self._guide(mean, pixels),
             "loss_reconstruction": reconstruction.detach(),
             "kl": kl.detach(),
         }
+
+    def _guide(self, mean: Tensor, pixels: Tensor) -> Tensor:
+        """Draw the first three latents towards a thumbnail of the picture, at first.
+
+        It hands the decoder the colours from the start; found from noise they take thousands
+        of steps. The pull fades to nothing over `guide_steps`.
+        """
+        weight = 1 - float(self.steps) / self.guide_steps if self.guide_steps else 0.0
+        if self.training:
+            self.steps += 1
+        if weight <= 0:
+            return mean.new_zeros(())
+        thumbnail = 2 * F.adaptive_avg_pool2d(pixels, mean.shape[-2:])
+        return weight * F.mse_loss(mean[:, :3], thumbnail)
 
 
 class VAETask:
@@ -243,11 +271,23 @@ def build_vae_task(config: VAETrainingConfig) -> VAETask:
     else:
         vae_config = preset(config.preset).vae
         vae = build_vae(vae_config)
+        _quiet_posterior(vae, vae_config.latent_channels)
     if config.crop % vae_config.factor:
         raise TrainingConfigError(
             f"crop must be a multiple of the VAE's factor {vae_config.factor}, got {config.crop}."
         )
     return VAETask(config, vae_config, vae, data, held_out)
+
+
+@torch.no_grad()
+def _quiet_posterior(vae: nn.Module, channels: int) -> None:
+    """Let an untrained encoder's latents start nearly free of posterior noise.
+
+    With the usual start the noise is louder than the latents, and the decoder learns to do
+    without them.
+    """
+    vae.quant_conv.weight[channels:] *= 0.1
+    vae.quant_conv.bias[channels:] -= _QUIET
 
 
 def cache_root(config: TrainingConfig) -> Path:
