@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -109,9 +111,18 @@ def test_context_windows_or_a_clear_message(rig):
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 
     encoded = rig.encode(rig.flow(7))
-    windowed = ContextWindowsManualNode.execute(
-        rig.loaded.model, 4, 2, "standard_static", 1, False, "flat", 0
-    ).args[0]
+    settings = {
+        "context_length": 4,
+        "context_overlap": 2,
+        "context_schedule": "standard_static",
+        "context_stride": 1,
+        "closed_loop": False,
+        "fuse_method": "flat",
+        "dim": 0,
+    }
+    if "freenoise" in inspect.signature(ContextWindowsManualNode.execute).parameters:
+        settings["freenoise"] = False
+    windowed = ContextWindowsManualNode.execute(rig.loaded.model, **settings).args[0]
     try:
         clip = rig.sample(encoded, windowed)
     except ValueError as error:

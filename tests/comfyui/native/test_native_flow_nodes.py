@@ -1,0 +1,62 @@
+"""Estimate Flow and Visualize Flow in a real ComfyUI."""
+
+import pytest
+import torch
+
+
+class PanModel(torch.nn.Module):
+    """Stands in for RAFT: everything came from 4 pixels to the right."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([4.0, 0.0]))
+
+    def forward(self, first, second):
+        sign = torch.tensor([1, -1]).view(2, 1, 1, 1)
+        return [(sign * self.weight.view(1, 2, 1, 1)).expand(-1, -1, *first.shape[2:])]
+
+
+def frames(count: int, channels: int = 3) -> torch.Tensor:
+    return torch.rand(count, 128, 136, channels, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_an_optical_flow_model_is_used(rig, wrapped):
+    from comfy.model_patcher import ModelPatcher
+
+    cpu = torch.device("cpu")
+    model = ModelPatcher(PanModel(), cpu, cpu) if wrapped else PanModel()
+    (flow,) = rig.run("S2DMEstimateFlow", frames=frames(3), method="model", optical_flow=model)
+    assert (flow.frames, flow.height, flow.width) == (3, 128, 136)
+    assert flow.displacement[1, 0].unique().tolist() == [4.0]
+
+
+@pytest.mark.parametrize("connected", [None, "raft_large.pth"])
+def test_a_missing_model_says_what_to_do(rig, connected):
+    with pytest.raises(ValueError, match=r"^Estimate Flow \(S2DM\): .*choose dis or farneback"):
+        rig.run("S2DMEstimateFlow", frames=frames(2), method="model", optical_flow=connected)
+
+
+def test_alpha_is_dropped_and_one_frame_is_still(rig):
+    (flow,) = rig.run("S2DMEstimateFlow", frames=frames(1, channels=4), method="dis")
+    assert flow.frames == 1 and not flow.displacement.any()
+
+
+def test_cancel_stops_the_estimate(rig):
+    import comfy.model_management as management
+
+    management.interrupt_current_processing(True)
+    try:
+        with pytest.raises(management.InterruptProcessingException):
+            rig.run("S2DMEstimateFlow", frames=frames(4), method="dis")
+    finally:
+        management.interrupt_current_processing(False)
+
+
+def test_pictures_and_masks_have_the_shape_of_the_flow(rig):
+    flow = rig.flow(3, height=24, width=40)
+    image, occlusion = rig.run("S2DMVisualizeFlow", flow=flow, full_colour_at=0.0)
+    assert image.shape == (3, 24, 40, 3) and occlusion.shape == (3, 24, 40)
+    assert (image[0] == 1).all() and image[1:].min() < 0.5
+    paler, _ = rig.run("S2DMVisualizeFlow", flow=flow, full_colour_at=100.0)
+    assert paler[1:].mean() > image[1:].mean()

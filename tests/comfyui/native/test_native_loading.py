@@ -1,0 +1,194 @@
+"""Checkpoints as ComfyUI's own MODEL, CLIP and VAE, and adapters that don't fit."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.comfyui
+
+
+@pytest.fixture(scope="module")
+def folder(rig, tmp_path_factory):
+    """A folder of the user's for S2DM files, with the tiny checkpoint in it."""
+    import folder_paths
+
+    path = tmp_path_factory.mktemp("users")
+    folder_paths.add_model_folder_path("s2dm", str(path))
+    shutil.copy(rig.checkpoint, path / "mine.safetensors")
+    (path / "notes.txt").write_text("not a checkpoint")
+    folder_paths.filename_list_cache.pop("s2dm", None)
+    return path
+
+
+def test_files_of_the_user_and_of_the_pack_are_offered(rig, folder):
+    files = rig.module("nodes.native.files")
+    names = files.list_files()
+    assert "mine.safetensors" in names and "notes.txt" not in names
+    assert files.find_file("mine.safetensors") == str(folder / "mine.safetensors")
+    for name in names:
+        assert files.find_file(name)
+    with pytest.raises(ValueError, match=r"got 'gone\.safetensors'.*refresh"):
+        files.find_file("gone.safetensors")
+    with pytest.raises(ValueError, match="expected a file among"):
+        files.find_file("../../pyproject.toml (bundled)")
+
+
+def test_the_loader_gives_core_objects(rig, folder):
+    import comfy.model_patcher
+    import comfy.sd
+
+    model, clip, vae, generator = rig.run("S2DMCheckpointLoader", checkpoint="mine.safetensors")
+    assert isinstance(model, comfy.model_patcher.ModelPatcher)
+    assert isinstance(clip, comfy.sd.CLIP) and isinstance(vae, comfy.sd.VAE)
+    assert not generator and "mine.safetensors" in repr(generator)
+    encoded = rig.encode(rig.flow(3))
+    assert torch.equal(rig.sample(encoded, model), rig.sample(encoded))
+
+
+def test_the_adapter_node_gives_what_the_loader_gives(rig, folder):
+    (patched,) = rig.run(
+        "S2DMApplyFlowAdapter", model=rig.plain_model(), adapter="mine.safetensors"
+    )
+    encoded = rig.encode(rig.flow(3))
+    assert torch.equal(rig.sample(encoded, patched), rig.sample(encoded))
+
+
+def test_every_weight_of_the_file_arrives(rig):
+    loading = rig.module("nodes.native.loading")
+    checkpoint = rig.module("s2dm.models.checkpoint")
+    _, states = checkpoint.load_checkpoint(rig.checkpoint)
+    loaded = loading.load_all(str(rig.checkpoint))
+    arrived = {
+        "unet": loaded.model.model.diffusion_model.state_dict(),
+        "vae": loaded.vae.first_stage_model.state_dict(),
+        "text_encoder": loaded.clip.cond_stage_model.clip_l.transformer.state_dict(),
+        "flow_adapter": loaded.model.get_additional_models_with_key("s2dm_flow_adapter")[
+            0
+        ].model.state_dict(),
+    }
+    for part, state in states.items():
+        extra = {"text_projection.weight"} if part == "text_encoder" else set()
+        assert set(arrived[part]) == set(state) | extra
+        for name, weight in state.items():
+            there = arrived[part][name]
+            assert torch.equal(there, weight.to(there.dtype)), f"{part} {name}"
+
+
+def test_prompts_are_tokenised_as_by_the_checkpoint(rig):
+    """Core's tokenizer adds start, end and padding, and gives the words the file's ids."""
+    config = rig.loaded.config
+    vocabulary = rig.module("s2dm.models.tokenizer").vocabulary(config.tokenizer)
+    (tokens,) = rig.loaded.clip.tokenize("a man (in:1.3) a red shirt")["l"]
+    ids = [token for token, _ in tokens]
+    assert len(ids) == 77
+    assert ids[0] == config.text_encoder.bos_token_id
+    words = [vocabulary[f"{word}</w>"] for word in "a man in a red shirt".split()]
+    assert ids[1 : 1 + len(words)] == words
+    assert set(ids[1 + len(words) :]) == {config.text_encoder.eos_token_id}
+    assert tokens[3][1] == pytest.approx(1.3)
+
+
+def test_the_vae_goes_there_and_back(rig):
+    with torch.inference_mode():
+        latents = rig.loaded.vae.encode(torch.rand(2, 64, 48, 3))
+        assert latents.shape == (2, 4, 8, 6)
+        assert rig.loaded.vae.decode(latents).shape == (2, 64, 48, 3)
+
+
+def test_the_schedule_is_the_checkpoints(rig):
+    import comfy.model_sampling
+
+    config = rig.loaded.config
+    sampling = rig.loaded.model.get_model_object("model_sampling")
+    assert isinstance(sampling, comfy.model_sampling.EPS)
+    start, end = config.schedule.beta_start, config.schedule.beta_end
+    betas = torch.linspace(start**0.5, end**0.5, config.schedule.steps, dtype=torch.float64) ** 2
+    alphas = torch.cumprod(1 - betas, 0)
+    assert torch.allclose(sampling.sigmas.double(), ((1 - alphas) / alphas).sqrt(), rtol=1e-4)
+    latent_format = rig.loaded.model.get_model_object("latent_format")
+    assert latent_format.scale_factor == config.vae.scaling_factor
+
+
+def test_v_prediction(rig, tmp_path):
+    import dataclasses
+
+    import comfy.model_sampling
+
+    checkpoint = rig.module("s2dm.models.checkpoint")
+    config, states = checkpoint.load_checkpoint(rig.checkpoint)
+    schedule = dataclasses.replace(config.schedule, prediction_type="v_prediction")
+    path = tmp_path / "v.safetensors"
+    checkpoint.save_checkpoint(path, dataclasses.replace(config, schedule=schedule), states)
+    model = rig.module("nodes.native.loading").load_all(str(path)).model
+    sampling = model.get_model_object("model_sampling")
+    assert isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": {"beta_schedule": "linear"}}, "expected scaled_linear, got 'linear'"),
+        ({"vae": {"channel_mult": (1, 1)}}, "4 latent channels of 8 pixels a side, got 4 of 2"),
+    ],
+)
+def test_what_comfyui_cannot_run_is_refused(rig, tmp_path, change, message):
+    import dataclasses
+    import importlib
+
+    checkpoint = rig.module("s2dm.models.checkpoint")
+    keys = rig.module("s2dm.models.keys")
+    config, states = checkpoint.load_checkpoint(rig.checkpoint)
+    for part, values in change.items():
+        config = dataclasses.replace(
+            config, **{part: dataclasses.replace(getattr(config, part), **values)}
+        )
+    states["vae"] = {key.ldm: torch.zeros(key.ldm_shape) for key in keys.vae_keys(config.vae)}
+    path = tmp_path / "other.safetensors"
+    checkpoint.save_checkpoint(path, config, states)
+    with pytest.raises(importlib.import_module(checkpoint.__name__).CheckpointError, match=message):
+        rig.module("nodes.native.loading").load_all(str(path))
+
+
+def test_an_adapter_for_another_unet_is_refused(rig):
+    import dataclasses
+
+    adapter = rig.module("nodes.native.adapter")
+    config, state = rig.adapter()
+    layers = (("input_1_0", 320), *config.layers[1:], ("output_11_0", 320))
+    with pytest.raises(ValueError, match=r"2 don't fit.*input_1_0 is 32 \(expected 320\)"):
+        adapter.apply_adapter(rig.plain_model(), dataclasses.replace(config, layers=layers), state)
+
+
+def test_a_model_that_is_no_stable_diffusion_is_refused(rig, folder):
+    import comfy.model_patcher
+
+    class Other(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.diffusion_model = torch.nn.Linear(2, 2)
+
+    device = torch.device("cpu")
+    model = comfy.model_patcher.ModelPatcher(Other(), device, device)
+    with pytest.raises(
+        ValueError, match=r"^Apply Flow Adapter \(S2DM\): .*Stable Diffusion 1\.x, got Linear"
+    ):
+        rig.run("S2DMApplyFlowAdapter", model=model, adapter="mine.safetensors")
+
+
+def test_a_file_without_adapter_is_refused(rig, folder):
+    import dataclasses
+
+    checkpoint = rig.module("s2dm.models.checkpoint")
+    config, states = checkpoint.load_checkpoint(rig.checkpoint)
+    states.pop("flow_adapter")
+    path = folder / "plain.safetensors"
+    checkpoint.save_checkpoint(path, dataclasses.replace(config, flow_adapter=None), states)
+    for node, inputs in (
+        ("S2DMCheckpointLoader", {"checkpoint": path.name}),
+        ("S2DMApplyFlowAdapter", {"adapter": path.name, "model": rig.plain_model()}),
+    ):
+        with pytest.raises(ValueError, match=r"\(S2DM\): plain\.safetensors: .*flow.adapter"):
+            rig.run(node, **inputs)
