@@ -47,8 +47,8 @@ class Stage2TrainingConfig(TrainingConfig):
     """Settings of the stage-2 trainer.
 
     Start: ``checkpoint`` (a file with a U-Net and a text encoder; parts it lacks are new) or else
-    the sizes of ``preset`` with random weights, of which ``unet`` may change some. ``vae`` is a file to take the VAE from, if it is
-    not the checkpoint's. ``train`` names the parts that learn.
+    random weights in the sizes of ``preset``, of which ``unet`` may change some. ``vae`` is a file
+    to take the VAE from, if it is not the checkpoint's. ``train`` names the parts that learn.
 
     A batch is ``clips`` clips with ``clip_frames`` frames each, drawn from the clip; with
     probability ``first_frame`` one of them is frame 1, which the flow starts from. ``text_null``

@@ -40,6 +40,8 @@ class VAETrainingConfig(TrainingConfig):
     ``whole_frames`` of the steps it counts as many pixels in whole frames. A share
     ``motion_share`` of the crops is centred where something moves. For the first ``guide_steps``
     steps from random weights the latents are drawn towards a thumbnail of the picture.
+    ``freeze_encoder`` trains the decoder of ``checkpoint`` alone, for latents that stay as they
+    are: a stage 2 that was trained on them remains valid.
     """
 
     output: str = "runs/vae"
@@ -53,6 +55,7 @@ class VAETrainingConfig(TrainingConfig):
     edge_weight: float = 1.0
     colour_weight: float = 1.0
     guide_steps: int = 500
+    freeze_encoder: bool = False
     validation_clips: int = 12
 
 
@@ -142,6 +145,9 @@ class VAETask:
         self.model = VAEModel(vae, config).to(memory_format=torch.channels_last)
         self.clips = clips
         self.validation = validation
+        if config.freeze_encoder:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
 
     def compile(self) -> None:
         self.model.vae.encoder.compile(dynamic=False)
@@ -209,9 +215,11 @@ class VAETask:
     def export(self, model: nn.Module, path: Path) -> None:
         """Write the VAE with latents normalised, and the scale of its latents in its config."""
         state = {k: v.detach().clone() for k, v in model.vae.state_dict().items()}
-        mean, std = self.latent_statistics(model.vae)
-        normalise_latents(state, mean, std)
-        config = dataclasses.replace(self.vae_config, scaling_factor=1.0)
+        config = self.vae_config
+        if not self.config.freeze_encoder:
+            mean, std = self.latent_statistics(model.vae)
+            normalise_latents(state, mean, std)
+            config = dataclasses.replace(config, scaling_factor=1.0)
         save_vae(path.with_suffix(".safetensors"), config, state)
 
     def latent_statistics(self, vae: nn.Module, clips: int = 64) -> tuple[Tensor, Tensor]:
@@ -265,6 +273,8 @@ def build_vae_task(config: VAETrainingConfig) -> VAETask:
     """Prepare data and model for ``config``."""
     data = build_clip_cache(cache_root(config), config.data, workers=config.workers)
     held_out = held_out_frames(config, config.validation_clips)
+    if config.freeze_encoder and not config.checkpoint:
+        raise TrainingConfigError("freeze_encoder needs a checkpoint whose encoder stays as it is.")
     if config.checkpoint:
         vae_config, state = load_vae(config.checkpoint)
         vae = build_vae(vae_config, state)

@@ -333,14 +333,37 @@ def test_interrupted_cache_goes_on(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ VAE
 
 
-def test_pyramid_loss_counts_edges():
+def test_pyramid_loss_counts_edges_and_colours():
     picture = torch.zeros(1, 3, 16, 16)
     loss = PyramidLoss()
     assert loss(picture, picture) == 0
-    assert loss(picture + 0.1, picture) == pytest.approx(0.1, abs=1e-6)
-    edge = picture.clone()
+    grey, edge, tint = picture + 0.1, picture.clone(), picture.clone()
     edge[..., 8:] = 0.2
-    assert loss(edge, picture) > 0.1 + 1e-3  # the same mean error, and an edge
+    tint[:, 0], tint[:, 1] = 0.1, -0.1
+    assert loss(edge, picture) > PyramidLoss(edge_weight=0)(edge, picture)
+    assert loss(tint, picture) > PyramidLoss(colour_weight=0)(tint, picture)
+    assert loss(grey, picture) == PyramidLoss(0, 0)(grey, picture)
+
+
+def test_guide_fades(tmp_path):
+    task = build_vae_task(_vae_config(tmp_path, guide_steps=2))
+    mean, pixels = torch.ones(1, 4, 4, 4), torch.zeros(1, 3, 16, 16)
+    pulls = [float(task.model._guide(mean, pixels)) for _ in range(3)]
+    assert pulls == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_frozen_encoder_keeps_its_latents(tmp_path, vae_file):
+    train_vae(
+        _vae_config(tmp_path, checkpoint=str(vae_file), freeze_encoder=True, learning_rate=1e-2)
+    )
+    before, after = (
+        load_checkpoint(f)[1]["vae"] for f in (vae_file, tmp_path / "export.safetensors")
+    )
+    same = {key: torch.equal(value, after[key]) for key, value in before.items()}
+    assert all(same[key] for key in same if key.startswith(("encoder.", "quant_conv.")))
+    assert not all(same[key] for key in same if key.startswith("decoder."))
+    with pytest.raises(TrainingConfigError, match="needs a checkpoint"):
+        build_vae_task(_vae_config(tmp_path, freeze_encoder=True))
 
 
 def test_normalised_vae_is_the_same_function():
