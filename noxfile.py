@@ -15,7 +15,7 @@ import nox
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
 
-from comfyui_install import locate  # noqa: E402
+from comfyui_install import locate
 
 nox.needs_version = ">=2024.4.15"
 nox.options.default_venv_backend = "uv|virtualenv"
