@@ -23,6 +23,7 @@ from ...s2dm.models import S2DMConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ...s2dm.models.checkpoint import CheckpointError, load_checkpoint
 from ...s2dm.models.tokenizer import write_tokenizer
 from .adapter import apply_adapter
+from .previews import fit_preview
 
 State = dict[str, Tensor]
 
@@ -62,11 +63,13 @@ def load_all(path: str, frames: int = 0) -> Checkpoint:
     model = load_model(config, state["unet"])
     # Newer versions of core reload the model in this way, for hooks and for further GPUs.
     model.cached_patcher_init = (_reload_model, (path,))
+    vae = load_vae(config.vae, state["vae"])
+    fit_preview(model.model.latent_format, config.vae, vae)
     return Checkpoint(
         config,
         apply_adapter(model, config.flow_adapter, state["flow_adapter"], frames=frames),
         load_clip(config.text_encoder, config.tokenizer, state["text_encoder"]),
-        load_vae(config.vae, state["vae"]),
+        vae,
     )
 
 

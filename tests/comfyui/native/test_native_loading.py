@@ -192,3 +192,43 @@ def test_a_file_without_adapter_is_refused(rig, folder):
     ):
         with pytest.raises(ValueError, match=r"\(S2DM\): plain\.safetensors: .*flow.adapter"):
             rig.run(node, **inputs)
+
+
+def test_previews_have_the_colours_of_the_vae(rig, monkeypatch):
+    """One a step, through core's own previewer, nearer to the picture than with core's colours."""
+    import comfy.utils
+    import latent_preview
+    from comfy.cli_args import LatentPreviewMethod, args
+    from comfy.latent_formats import SD15
+
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    previews = []
+    bar = comfy.utils.ProgressBar
+
+    class Recorded(bar):
+        def update_absolute(self, value, total=None, preview=None):
+            previews.append((value, total, preview))
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Recorded)
+    rig.sample(rig.encode(rig.flow(3)), steps=3)
+    assert [(value, total) for value, total, _ in previews] == [(1, 3), (2, 3), (3, 3)]
+    assert all(preview[1].size == (8, 8) for _, _, preview in previews)
+
+    own = rig.loaded.model.get_model_object("latent_format")
+    colours = torch.tensor([[0.8, 0.2, 0.2], [0.2, 0.3, 0.7], [0.9, 0.9, 0.4]])
+    with torch.inference_mode():
+        latents = own.process_in(
+            rig.loaded.vae.encode(colours[:, None, None].expand(-1, 32, 32, -1))
+        )
+
+    def error(latent_format):
+        show = latent_preview.Latent2RGBPreviewer(
+            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+        )
+        shown = []
+        for latent in latents:
+            _, image, _ = show.decode_latent_to_preview_image("PNG", latent[None])
+            shown.append(torch.tensor(list(image.getdata())).float().mean(0) / 255)
+        return float((torch.stack(shown) - colours).abs().mean())
+
+    assert error(own) < error(SD15())
