@@ -1,0 +1,125 @@
+"""Write docs/results.md from the JSON files in docs/results: figures, pictures, commands.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from common import RESULTS, ROOT
+from flow_following import TARGET_ERROR, TARGET_STILL
+from flow_following import markdown as flow_table
+from import_time import TARGET as TARGET_IMPORT
+from speed import TARGET as TARGET_MEMORY
+
+_HEAD = """# Results
+
+Every figure carries its protocol and the command that makes it. The tables are written by
+`python benchmarks/report.py` from the files in [`results`](results).
+"""
+
+
+def main() -> None:
+    parts = [_HEAD]
+    for name, section in SECTIONS.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            parts.append(section(json.loads(path.read_text("utf-8"))))
+    target = ROOT / "docs" / "results.md"
+    target.write_text("\n".join(parts), "utf-8")
+    print(target)
+
+
+def _flow_following(result: dict[str, Any]) -> str:
+    table = result["table"]
+    lines = [
+        "## Flow following and stillness",
+        "",
+        f"![Sheet of held-out puppets](results/{result['sheet']})",
+        "",
+        "Held-out puppets: for each clip the true frames, the flow that was given, what the model "
+        "makes of caption and flow with shared and with independent noise, and what it makes of "
+        "zero flow.",
+        "",
+        flow_table(table),
+        "",
+    ]
+    if "shared" in table:
+        shared = table["shared"]
+        lines += [
+            f"- Flow error at most {TARGET_ERROR} of the motion: "
+            f"{shared['error']:.2f}, {_met(shared['error'] <= TARGET_ERROR)}.",
+            f"- Still background at most {TARGET_STILL:g} of 255 with shared noise: "
+            f"{shared['still']:.1f}, {_met(shared['still'] <= TARGET_STILL)}.",
+            "",
+        ]
+    return "\n".join(lines) + _protocol(result["protocol"])
+
+
+def _speed(result: dict[str, Any]) -> str:
+    lines = [
+        "## Speed and memory",
+        "",
+        "| frames | at a time | ms a frame and step | peak memory, MiB | of it added by sampling |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['frames']} | {row['chunk']} | {1000 * row['seconds_per_frame_and_step']:.0f} | "
+        f"{row['peak_mib']:.0f} | {row['added_mib']:.0f} |"
+        for row in result["rows"]
+    ]
+    ratio = result["peak_ratio"]
+    lines += [
+        "",
+        f"- Peak of 128 frames at most {TARGET_MEMORY} of that of 16 with the same chunk: "
+        f"{ratio:.2f}, {_met(ratio <= TARGET_MEMORY)}.",
+        "",
+    ]
+    return "\n".join(lines) + _protocol(result["protocol"])
+
+
+def _import_time(result: dict[str, Any]) -> str:
+    lines = ["## Import time", "", "| | median, s | range, s | processor, s |", "|---|---|---|---|"]
+    for name in ("pack", "library"):
+        if name in result:
+            row = result[name]
+            low, high = row["range_s"]
+            lines.append(
+                f"| {name} | {row['median_s']:.2f} | {low:.2f} to {high:.2f} | "
+                f"{row['processor_s']:.2f} |"
+            )
+    if "pack" in result:
+        seconds = result["pack"]["median_s"]
+        lines += [
+            "",
+            f"- The pack adds at most {TARGET_IMPORT} s to ComfyUI's start: {seconds:.2f} s, "
+            f"{_met(seconds <= TARGET_IMPORT)}.",
+        ]
+    return "\n".join([*lines, ""]) + _protocol(result["protocol"])
+
+
+SECTIONS = {
+    "flow_following": _flow_following,
+    "speed": _speed,
+    "import_time": _import_time,
+}
+
+
+def _protocol(protocol: dict[str, Any]) -> str:
+    rest = {name: value for name, value in protocol.items() if name != "command"}
+    lines = ["", "```", protocol["command"], "```", "", "<details><summary>Protocol</summary>", ""]
+    for name, value in rest.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        lines.append(f"- {name}: {value}")
+    return "\n".join([*lines, "", "</details>", ""])
+
+
+def _met(is_met: bool) -> str:
+    return "met" if is_met else "**missed**"
+
+
+if __name__ == "__main__":
+    main()
