@@ -85,21 +85,14 @@ def contact_sheet(comparison: Path, path: Path) -> Path:
     return path
 
 
-def run(comfyui: Path, output: Path) -> tuple[Path, Path]:
-    """Run the workflow; the paths of the video and of the contact sheet in `output`."""
-    with tempfile.TemporaryDirectory(prefix="s2dm-demo-", ignore_cleanup_errors=True) as folder:
-        base = prepare_base(Path(folder))
-        arguments = device_arguments()
-        print(f"Starting ComfyUI{' on the CPU' if arguments else ''} ...", flush=True)
-        with ComfyServer(comfyui, base, arguments, threads=threads()) as server:
-            prompt = to_prompt(json.loads(WORKFLOW.read_text("utf-8")), server.object_info())
-            print(f"Running {WORKFLOW.name} ...", flush=True)
-            outputs = server.run(prompt, timeout=1800, on_event=Progress(prompt))
-            files = server.files(outputs)
-        output.mkdir(parents=True, exist_ok=True)
-        video = Path(shutil.copy(pick(files, RESULT), output / "video.mp4"))
-        sheet = contact_sheet(pick(files, COMPARISON), output / "contact_sheet.png")
-    return video, sheet
+def run(comfyui: Path, workflow: Path, folder: Path) -> list[Path]:
+    """Run a workflow of the pack in a server of its own below `folder`; the files it wrote."""
+    arguments = device_arguments()
+    print(f"Starting ComfyUI{' on the CPU' if arguments else ''} ...", flush=True)
+    with ComfyServer(comfyui, prepare_base(folder), arguments, threads=threads()) as server:
+        prompt = to_prompt(json.loads(workflow.read_text("utf-8")), server.object_info())
+        print(f"Running {workflow.name} ...", flush=True)
+        return server.files(server.run(prompt, timeout=1800, on_event=Progress(prompt)))
 
 
 def main() -> None:
@@ -108,7 +101,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PACK / "output" / "demo")
     arguments = parser.parse_args()
     started = time.monotonic()
-    video, sheet = run(arguments.comfyui, arguments.output)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="s2dm-demo-", ignore_cleanup_errors=True) as folder:
+        files = run(arguments.comfyui, WORKFLOW, Path(folder))
+        video = Path(shutil.copy(pick(files, RESULT), arguments.output / "video.mp4"))
+        sheet = contact_sheet(pick(files, COMPARISON), arguments.output / "contact_sheet.png")
     print(f"\nDone in {time.monotonic() - started:.0f} s.")
     print(f"Video:         {video.resolve()}")
     print(f"Contact sheet: {sheet.resolve()}")
