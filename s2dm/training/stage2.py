@@ -51,8 +51,10 @@ class Stage2TrainingConfig(TrainingConfig):
     to take the VAE from, if it is not the checkpoint's. ``train`` names the parts that learn.
 
     A batch is ``clips`` clips with ``clip_frames`` frames each, drawn from the clip; with
-    probability ``first_frame`` one of them is frame 1, which the flow starts from. ``text_null``
-    and ``flow_null`` are the probabilities of either null label. ``adapter_gain`` is the initial
+    probability ``first_frame`` one of them is frame 1, which the flow starts from. The
+    labels of a clip are replaced by null labels with fixed probabilities: ``both_null`` for text
+    and flow together, which guidance starts from, ``text_null`` and ``flow_null`` for one of them
+    alone. ``adapter_gain`` is the initial
     size of the adapter's projections: 0 keeps a pretrained U-Net as it is at the start, 1 lets a
     new one learn sooner.
     """
@@ -68,11 +70,11 @@ class Stage2TrainingConfig(TrainingConfig):
     clips: int = 16
     clip_frames: int = 4
     first_frame: float = 0.25
-    text_null: float = 0.1
-    flow_null: float = 0.1
+    both_null: float = 0.1
+    text_null: float = 0.05
+    flow_null: float = 0.05
     noise_sharing: str = "shared"
     noise_share: float = 0.5
-    min_snr_gamma: float = 0.0
     gradient_checkpointing: bool = False
     validation_clips: int = 4
     sample_frames: int = 8
@@ -183,8 +185,12 @@ class Stage2Task:
         config = self.config
         steps = self.model_config.schedule.steps
         chosen = torch.randint(len(self.clips), (config.clips,), generator=generator)
-        text_null = torch.rand(config.clips, generator=generator) < config.text_null
-        flow_null = torch.rand(config.clips, generator=generator) < config.flow_null
+        # Drawn independently, both would be null in one clip of a hundred, too few to learn it.
+        draw = torch.rand(config.clips, generator=generator)
+        both_null = draw < config.both_null
+        one_null = config.both_null + config.text_null
+        text_null = draw < one_null
+        flow_null = both_null | ((draw >= one_null) & (draw < one_null + config.flow_null))
         # One t a clip, drawn in strata over the batch: the same distribution, less variance.
         strata = torch.randperm(config.clips, generator=generator)
         where = (strata + torch.rand(config.clips, generator=generator)) / config.clips

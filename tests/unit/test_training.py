@@ -517,12 +517,14 @@ def test_frames_share_their_noise_as_configured(stage2_task, sharing):
     assert not torch.equal(noise[0], noise[1])
 
 
-def test_null_labels_are_dropped_independently(stage2_task):
+@pytest.mark.parametrize(
+    ("both", "text", "flow"), [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)]
+)
+def test_null_labels_are_dropped_together_or_alone(stage2_task, both, text, flow):
     empty = stage2_task.token_ids[-1]
-    for text, flow in ((0.0, 1.0), (1.0, 0.0)):
-        batch = _batch(stage2_task, text_null=text, flow_null=flow)
-        assert bool((batch["token_ids"] == empty).all()) == bool(text)
-        assert bool(batch["flow_null"].all()) == bool(flow)
+    batch = _batch(stage2_task, both_null=both, text_null=text, flow_null=flow)
+    assert bool((batch["token_ids"] == empty).all()) == bool(both or text)
+    assert bool(batch["flow_null"].all()) == bool(both or flow)
 
 
 def test_frame_one_comes_with_zero_flow(stage2_task):
