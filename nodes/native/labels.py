@@ -138,18 +138,19 @@ def _tokens(
     null = adapter.null_tokens(1).to(**place)
     if label is None:
         return null
-    top, left = area[2], area[3]
-    height, width = min(area[0], size[0] - top), min(area[1], size[1] - left)
-    rows = slice(top * factor, (top + height) * factor)
-    columns = slice(left * factor, (left + width) * factor)
-    # Displacement is in half-frames, and the frame is the area.
-    grow = torch.tensor([size[1] / width, size[0] / height, 1.0]).view(1, 3, 1, 1)
+    top, left = area[2] * factor, area[3] * factor
+    bottom, right = top + area[0] * factor, left + area[1] * factor
     parts = []
     for frames in torch.arange(label.flow.frames).split(_ENCODED_AT_ONCE):
         # Frame 1 leads every field, and the part of a clip that lacks it too.
-        part = label.flow.select([0, *frames.tolist()])
-        condition = part.condition(size[0] * factor, size[1] * factor)[1:, :, rows, columns]
-        parts.append(adapter.encode((condition * grow.to(condition)).to(**place)))
+        part = label.flow.select([0, *frames.tolist()]).resize(size[0] * factor, size[1] * factor)
+        seen = FlowField(
+            part.displacement[..., top:bottom, left:right],
+            part.occlusion[..., top:bottom, left:right],
+        )
+        # At the size that the encoder works in, as in training.
+        condition = seen.condition(*adapter.encoder.size)[1:]
+        parts.append(adapter.encode(condition.to(**place)))
     tokens = torch.cat(parts)
     return tokens if label.strength == 1.0 else null + label.strength * (tokens - null)
 
