@@ -86,7 +86,7 @@ def test_token_fusion_agrees(exact_token):
         {"guide_flow": False},
         {"noise_sharing": "independent"},
         {"noise_sharing": "mixed"},
-        {"steps": 7},
+        {"steps": 10},
         {"seed": 2**40 + 1},
     ],
     ids=lambda case: "-".join(case),
