@@ -12,9 +12,9 @@ from importlib import resources
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
