@@ -16,7 +16,7 @@ from torch import Tensor
 from ...s2dm.models import FlowAdapter, FlowAdapterConfig
 from .attention import cross_attention_layers, with_flow
 from .chunks import LEAST_FRAMES, frames_at_once, in_chunks
-from .labels import MASK, TOKENS, WINDOW, attach_labels, encode_labels
+from .labels import MASK, ROW, TABLE, WINDOW, attach_labels, encode_labels
 
 KEY = "s2dm_flow_adapter"
 """Under this key a patched MODEL holds the adapter's weights and our wrappers."""
@@ -126,19 +126,30 @@ class _Wrappers:
         shape[0] = min(shape[0], self.frames or LEAST_FRAMES)
         return executor(model, shape, *args, **kwargs)
 
-    def sampler_sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any) -> Tensor:
+    def sampler_sample(
+        self,
+        executor: Any,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """The weights are loaded and the conditions final: encode the flow, once a run."""
         patcher = guider.model_patcher
-        noise = args[2]
         model = patcher.model
         place = {
             "device": noise.device,
             "dtype": model.manual_cast_dtype or model.get_dtype(),
         }
-        encode_labels(
+        table = encode_labels(
             guider.conds, _adapter(patcher), model.model_sampling, noise.shape[-2:], 8, place
         )
-        return executor(guider, sigmas, *args)
+        # Core made these options for this run alone.
+        extra_args["model_options"].setdefault("transformer_options", {})[TABLE] = table
+        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
     def apply_model(
         self,
@@ -169,7 +180,7 @@ class _Wrappers:
             kwargs: dict[str, Any],
         ) -> Tensor:
             kwargs = dict(kwargs)
-            tokens, mask = _tokens_now(adapter, x, t, kwargs)
+            tokens, mask = _tokens_now(adapter, options.get(TABLE), t, kwargs)
             flow = with_flow(options, adapter, self.strength, tokens, mask)
             flow["sigmas"] = t[: len(t) // conditions]
             return executor(x, t, c_concat, c_crossattn, control, flow, **kwargs)
@@ -189,15 +200,15 @@ def _adapter(patcher: comfy.model_patcher.ModelPatcher) -> FlowAdapter:
 
 
 def _tokens_now(
-    adapter: FlowAdapter, x: Tensor, t: Tensor, kwargs: dict[str, Any]
+    adapter: FlowAdapter, table: Tensor | None, t: Tensor, kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """Take our conditions out of the call's: tokens at this sigma, (B, tokens, width), and mask."""
-    tokens, window, mask = (kwargs.pop(name, None) for name in (TOKENS, WINDOW, MASK))
-    null = adapter.null_tokens(len(x))
-    if tokens is None:
-        return null.to(x.device), None
+    row, window, mask = (kwargs.pop(name, None) for name in (ROW, WINDOW, MASK))
+    if row is None or table is None:
+        return adapter.null_tokens(len(t)).to(t.device), None
     inside = (t <= window[:, 0]) & (t >= window[:, 1])
-    return torch.where(inside.view(-1, 1, 1), tokens, null.to(tokens)), mask
+    # Row 0 is the null label.
+    return table[torch.where(inside, row[:, 0], 0)], mask
 
 
 def _check_context_windows(model_options: dict[str, Any], noise: Tensor) -> None:
@@ -210,11 +221,11 @@ def _check_context_windows(model_options: dict[str, Any], noise: Tensor) -> None
         return
     if noise.shape[0] <= handler.context_length:
         return
-    probe = [{"model_conds": {TOKENS: comfy.conds.CONDRegular(torch.zeros(3, 1, 1))}}]
+    probe = [{"model_conds": {ROW: comfy.conds.CONDRegular(torch.zeros(3, 1))}}]
     window = _probe_window()
     try:
         cut = handler.get_resized_cond(probe, torch.zeros(3, 4, 1, 1), window)
-        works = cut[0]["model_conds"][TOKENS].cond.shape[0] == 2
+        works = cut[0]["model_conds"][ROW].cond.shape[0] == 2
     except (AttributeError, TypeError, RuntimeError, IndexError):
         works = False
     if not works:

@@ -2,8 +2,8 @@
 
 A label rides in the dictionary of a conditioning entry. When sampling starts it moves, as a
 placeholder, among the conditions that core passes to the model; when the areas of all entries
-are known it is encoded, once a run, into flow tokens. From there core batches, repeats and
-slices it with the latents.
+are known it is encoded, once a run, into rows of one table of flow tokens. The model is passed
+each frame's row number, which core batches, repeats and slices with the latents.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from ...s2dm.models import FlowAdapter
 
 LABEL = "s2dm_flow"
 """Key of a `FlowLabel`, or of None for the null label, in a conditioning entry."""
-TOKENS = "s2dm_tokens"
+TABLE = "s2dm_tokens"
+"""Key of the table in the transformer options of a run: (rows, tokens, width), null first."""
+ROW = "s2dm_row"
 WINDOW = "s2dm_window"
 MASK = "s2dm_mask"
 
@@ -51,6 +53,13 @@ class FlowLabel:
     mask: Tensor | None = None
 
 
+class _SharedText(comfy.conds.CONDCrossAttn):
+    """A prompt that all frames share. Core would copy it for each of them; a view will do."""
+
+    def process_cond(self, batch_size: int, **kwargs: Any) -> _SharedText:
+        return self._copy_with(self.cond.expand(batch_size, -1, -1))
+
+
 class _LabelCondition:
     """A label among the model conditions of an entry, until the areas of all entries are known.
 
@@ -77,7 +86,7 @@ def attach_labels(conditions: dict[str, list[dict[str, Any]]], frames: int) -> N
                     f"{label.flow.frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
                     "retime the flow."
                 )
-            model_conditions = {**entry.get("model_conds", {}), TOKENS: _LabelCondition(label)}
+            model_conditions = {**entry.get("model_conds", {}), ROW: _LabelCondition(label)}
             entry["model_conds"] = model_conditions
 
 
@@ -88,8 +97,8 @@ def encode_labels(
     size: tuple[int, int],
     factor: int,
     place: dict[str, Any],
-) -> None:
-    """Replace every label by tokens (N, tokens, width), its window of sigmas and its mask.
+) -> Tensor:
+    """Replace every label by its rows in a table of tokens, its window of sigmas and its mask.
 
     Args:
         conditions: of the sampler, their areas resolved; changed in place.
@@ -98,21 +107,32 @@ def encode_labels(
         size: (h, w) of the latents.
         factor: pixels along each side of one latent.
         place: `device` and `dtype` of the tokens.
+
+    Returns:
+        The table, (rows, tokens, width). Row 0 is the null label.
     """
     entries = list(_labelled(conditions))
-    masked = any(
-        entry[TOKENS].label and entry[TOKENS].label.mask is not None for _, entry in entries
-    )
-    encoded: dict[tuple[int, Any], Tensor] = {}
-    for area, entry in entries:
-        label = entry[TOKENS].label
-        key = (id(label), area)
-        if key not in encoded:
-            encoded[key] = _tokens(label, adapter, area or (*size, 0, 0), size, factor, place)
-        entry[TOKENS] = comfy.conds.CONDRegular(encoded[key])
+    labels = [entry[ROW].label for _, entry in entries]
+    masked = any(label is not None and label.mask is not None for label in labels)
+    null = adapter.null_tokens(1).to(**place)
+    table = [null]
+    count = 1
+    rows = {id(None): torch.zeros(1, 1, dtype=torch.long, device=place["device"])}
+    for (area, entry), label in zip(entries, labels, strict=True):
+        key = id(None) if label is None else (id(label), area)
+        if key not in rows:
+            tokens = _tokens(label, adapter, area or (*size, 0, 0), size, factor, place)
+            table.append(torch.lerp(null, tokens, label.strength))
+            rows[key] = torch.arange(count, count + len(tokens), device=place["device"])[:, None]
+            count += len(tokens)
+        entry[ROW] = comfy.conds.CONDRegular(rows[key])
+        text = entry.get("c_crossattn")
+        if type(text) is comfy.conds.CONDCrossAttn and text.cond.shape[0] == 1:
+            entry["c_crossattn"] = _SharedText(text.cond)
         entry[WINDOW] = comfy.conds.CONDRegular(_window(label, sampling, place["device"]))
         if masked:
             entry[MASK] = comfy.conds.CONDNoiseShape(_mask(label, size, place))
+    return torch.cat(table)
 
 
 def _labelled(
@@ -121,13 +141,13 @@ def _labelled(
     for entries in conditions.values():
         for entry in entries:
             model_conditions = entry.get("model_conds", {})
-            if isinstance(model_conditions.get(TOKENS), _LabelCondition):
+            if isinstance(model_conditions.get(ROW), _LabelCondition):
                 area = entry.get("area")
                 yield (tuple(area) if area is not None else None), model_conditions
 
 
 def _tokens(
-    label: FlowLabel | None,
+    label: FlowLabel,
     adapter: FlowAdapter,
     area: tuple[int, ...],
     size: tuple[int, int],
@@ -135,9 +155,6 @@ def _tokens(
     place: dict[str, Any],
 ) -> Tensor:
     """Tokens of a label as an area (height, width, top, left) of the latents sees it."""
-    null = adapter.null_tokens(1).to(**place)
-    if label is None:
-        return null
     top, left = area[2] * factor, area[3] * factor
     bottom, right = top + area[0] * factor, left + area[1] * factor
     parts = []
@@ -151,8 +168,7 @@ def _tokens(
         # At the size that the encoder works in, as in training.
         condition = seen.condition(*adapter.encoder.size)[1:]
         parts.append(adapter.encode(condition.to(**place)))
-    tokens = torch.cat(parts)
-    return tokens if label.strength == 1.0 else null + label.strength * (tokens - null)
+    return torch.cat(parts)
 
 
 def _window(label: FlowLabel | None, sampling: Any, device: torch.device) -> Tensor:
