@@ -107,15 +107,16 @@ def build_clip_cache(
 
 def build_latent_cache(
     cache: ClipCache,
-    vae: nn.Module,
+    encoder: nn.Module,
     encode: Callable[[Tensor], Tensor],
     device: torch.device,
 ) -> np.ndarray:
     """Latents (C,N,c,h,w) float16 of every cached frame; ``encode`` maps (N,3,H,W) in [0,1].
 
-    Keyed by the weights of ``vae``: a retrained VAE gets latents of its own.
+    Keyed by the weights of ``encoder``, those that make the latents: a retrained encoder gets
+    latents of its own, and a retrained decoder keeps these.
     """
-    path = cache.folder / f"latents-{weights_hash(vae)}.npy"
+    path = cache.folder / f"latents-{weights_hash(encoder)}.npy"
     first = encode(cache.pixels(0).to(device))
     store = _open(path, (len(cache), *first.shape), np.float16)
     done = _open(path.with_suffix(".done.npy"), (len(cache),), np.bool_)

@@ -385,7 +385,8 @@ def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Sta
             latents = vae.encode(frames).latent_dist.mode()
         return latents.float() * model_config.vae.scaling_factor
 
-    latents = build_latent_cache(clips, vae, encode, device)
+    encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
+    latents = build_latent_cache(clips, encoder, encode, device)
     tokenizer = build_tokenizer(model_config)
     return Stage2Task(config, model_config, model, vae, tokenizer, clips, latents)
 
