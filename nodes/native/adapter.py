@@ -207,8 +207,8 @@ def _tokens_now(
     if row is None or table is None:
         return adapter.null_tokens(len(t)).to(t.device), None
     inside = (t <= window[:, 0]) & (t >= window[:, 1])
-    # Row 0 is the null label.
-    return table[torch.where(inside, row[:, 0], 0)], mask
+    # Row 0 is the null label. Another GPU may run a part of the conditions.
+    return table.to(t.device)[torch.where(inside, row[:, 0], 0)], mask
 
 
 def _check_context_windows(model_options: dict[str, Any], noise: Tensor) -> None:

@@ -64,23 +64,20 @@ def in_chunks(
     """
     batch = latents.shape[0]
     frames = batch // conditions
-    if size >= frames:
-        try:
-            return call(latents, **arguments)
-        except comfy.model_management.OOM_EXCEPTION:
-            if frames == 1:
-                raise
-            size = _halved(frames)
+    size = min(size, frames)
+    if size == frames:
+        out = _attempt(call, latents, arguments, last=frames == 1)
+        if out is not None:
+            return out
+        size = _halved(size)
     out = None
     start = 0
     while start < frames:
         comfy.model_management.throw_exception_if_processing_interrupted()
         rows = _rows(start, min(start + size, frames), frames, conditions, latents.device)
-        try:
-            part = call(latents[rows], **{k: _cut(v, rows, batch) for k, v in arguments.items()})
-        except comfy.model_management.OOM_EXCEPTION:
-            if size == 1:
-                raise
+        cut = {name: _cut(value, rows, batch) for name, value in arguments.items()}
+        part = _attempt(call, latents[rows], cut, last=size == 1)
+        if part is None:
             size = _halved(size)
             continue
         if out is None:
@@ -90,8 +87,20 @@ def in_chunks(
     return out
 
 
+def _attempt(
+    call: Callable[..., Tensor], latents: Tensor, arguments: dict[str, Any], last: bool
+) -> Tensor | None:
+    """The call's result, or None if it didn't fit into memory and isn't the last chance."""
+    try:
+        return call(latents, **arguments)
+    except comfy.model_management.OOM_EXCEPTION:
+        if last:
+            raise
+    # Outside the except block, because the exception holds the tensors of the failed call.
+    return None
+
+
 def _halved(size: int) -> int:
-    # Outside the except block's frames nothing holds the failed chunk's tensors any more.
     comfy.model_management.soft_empty_cache()
     log.warning("S2DM: out of memory with %d frames at once, trying %d.", size, size // 2)
     return size // 2

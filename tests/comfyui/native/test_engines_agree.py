@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,20 @@ def test_the_engines_agree(exact):
     # Not because nothing depends on the conditions.
     other, _ = both(exact, exact.flow(3, seed=1))
     assert relative(other, diffusers) > 10 * TOLERANCE
+
+
+def test_v_prediction_agrees(exact, tmp_path):
+    """What the bundled model predicts."""
+    files = exact.module("s2dm.models.checkpoint")
+    config, states = files.load_checkpoint(exact.checkpoint)
+    schedule = dataclasses.replace(config.schedule, prediction_type="v_prediction")
+    path = tmp_path / "v.safetensors"
+    files.save_checkpoint(path, dataclasses.replace(config, schedule=schedule), states)
+    predicts_v = type(exact)(exact.pack, exact.nodes, path)
+    comfy, diffusers = both(predicts_v, exact.flow(3))
+    assert relative(comfy, diffusers) <= TOLERANCE
+    predicts_noise, _ = both(exact, exact.flow(3))
+    assert relative(comfy, predicts_noise) > 0.1
 
 
 def test_token_fusion_agrees(exact_token):
