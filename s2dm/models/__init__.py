@@ -10,12 +10,14 @@ from .config import (
     FUSIONS,
     ConfigError,
     FlowAdapterConfig,
+    FlowGeneratorConfig,
     S2DMConfig,
     ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
 )
+from .flow_generator import FlowGenerator
 from .presets import PUPPETS, SD15
 from .tokenizer import train_tokenizer, with_tokenizer, write_tokenizer
 
@@ -29,6 +31,8 @@ __all__ = [
     "ConfigError",
     "FlowAdapter",
     "FlowAdapterConfig",
+    "FlowGenerator",
+    "FlowGeneratorConfig",
     "S2DMConfig",
     "ScheduleConfig",
     "TextEncoderConfig",

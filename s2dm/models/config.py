@@ -18,6 +18,9 @@ FORMAT_VERSION = 1
 """Version of the checkpoint format that this code writes, and the newest that it reads."""
 
 FUSIONS = ("channel", "token")
+NORM_SPANS = ("frame", "clip")
+NULL_LABELS = ("learned", "zero")
+UPSAMPLINGS = ("nearest", "transposed")
 NORM_GROUPS = 32  # GroupNorm groups in every block of Stable Diffusion
 
 
@@ -276,6 +279,70 @@ class FlowAdapterConfig(_Config):
     def for_unet(cls, unet: UNetConfig, **settings: Any) -> FlowAdapterConfig:
         """Return the config of an adapter for all cross-attention layers of ``unet``."""
         return cls(layers=unet.cross_attention_layers(), **settings)
+
+
+@dataclass(frozen=True)
+class FlowGeneratorConfig(_Config):
+    """The stage-1 network, which generates flow; the defaults are LFDM's published sizes.
+
+    ``reference_channels`` and ``text_dim`` are the channels of the reference frame's features
+    and the width of the prompt's embedding. ``null_reference`` and ``null_text`` say what
+    stands for a dropped condition: a learned label or zeros. ``motion_strength`` adds that
+    input. ``norm`` is what a group normalisation spans: one frame, so that frames meet in
+    temporal attention only, or the whole clip as in LFDM. ``upsample`` is a transposed
+    convolution, or nearest neighbours and a convolution.
+    """
+
+    reference_channels: int = 256
+    text_dim: int = 768
+    model_channels: int = 64
+    channel_mult: tuple[int, ...] = (1, 2, 4, 8)
+    num_heads: int = 8
+    head_dim: int = 32
+    norm_groups: int = 8
+    norm: str = "clip"
+    upsample: str = "transposed"
+    null_reference: str = "zero"
+    null_text: str = "zero"
+    motion_strength: bool = False
+
+    def __post_init__(self) -> None:
+        self._expect_positive(
+            "reference_channels",
+            "text_dim",
+            "model_channels",
+            "num_heads",
+            "head_dim",
+            "norm_groups",
+        )
+        self._expect_multipliers("channel_mult")
+        # Time is embedded in pairs of sine and cosine, and rotary positions turn pairs.
+        self._expect(
+            self.model_channels % 2 == 0 and self.model_channels >= 4,
+            "model_channels",
+            "an even number of at least 4",
+        )
+        self._expect(self.head_dim % 2 == 0, "head_dim", "an even number")
+        self._expect(
+            all(width % self.norm_groups == 0 for width in (self.model_channels, *self.widths)),
+            "norm_groups",
+            f"a divisor of the widths {self.widths}",
+        )
+        self._expect(self.norm in NORM_SPANS, "norm", f"one of {NORM_SPANS}")
+        self._expect(self.upsample in UPSAMPLINGS, "upsample", f"one of {UPSAMPLINGS}")
+        for name in ("null_reference", "null_text"):
+            self._expect(getattr(self, name) in NULL_LABELS, name, f"one of {NULL_LABELS}")
+        self._expect(isinstance(self.motion_strength, bool), "motion_strength", "true or false")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.model_channels * mult for mult in self.channel_mult)
+
+    @property
+    def factor(self) -> int:
+        """Height and width of a clip have to be multiples of this number (8 for LFDM)."""
+        return 2 ** (len(self.channel_mult) - 1)
 
 
 @dataclass(frozen=True)
