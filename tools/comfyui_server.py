@@ -88,7 +88,7 @@ class ComfyServer:
     def input(self) -> Path:
         return self.base / "input"
 
-    def start(self, timeout: float = 300.0) -> None:
+    def start(self, timeout: float = 600.0) -> None:
         """Start the process and wait until it answers. Raises ServerError."""
         self.port = free_port()
         command = [

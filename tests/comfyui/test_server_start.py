@@ -1,76 +1,32 @@
-"""What the pack does to ComfyUI when it starts: little, and all of its nodes are there."""
+"""What a real server knows of the pack once it has started."""
 
-import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from comfyui_install import PACK_NAME, prepare_base
+from comfyui_install import PACK, PACK_NAME
 from comfyui_server import ComfyServer
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
+pytestmark = pytest.mark.comfyui
 
-NODES = {
-    "S2DMCheckpointLoader",
-    "S2DMApplyFlowAdapter",
-    "S2DMEstimateFlow",
-    "S2DMEncodeFlow",
-    "S2DMSharedNoiseKSampler",
-    "S2DMSharedNoise",
-    "S2DMSharedNoiseSampler",
-    "S2DMVisualizeFlow",
-}
-NEVER_AT_START = ("diffusers", "cv2", "matplotlib")
+CLIP = PACK / "workflows" / "s2dm_example.mp4"
 
 
-@pytest.fixture(scope="module")
-def bare(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A server where importing what the nodes must not import at start fails."""
-    blocked = tmp_path_factory.mktemp("blocked")
-    for name in NEVER_AT_START:
-        (blocked / f"{name}.py").write_text(f"raise ImportError('{name} was imported')\n")
-    base = prepare_base(tmp_path_factory.mktemp("bare"))
-    (base / "input" / "s2dm_example.mp4").write_bytes(b"the user's own")
-    environment = {"PYTHONPATH": str(blocked)}
-    with ComfyServer(comfyui, base, ["--cpu"], environment=environment) as running:
-        yield running
+def test_every_node_with_a_help_page_is_there(server: ComfyServer) -> None:
+    """One schema that fails drops the rest of the pack, with no more than a line in the log."""
+    pages = {page.stem for page in (PACK / "web" / "docs").glob("*.md")}
+    assert pages
+    assert server.object_info().keys() >= pages, server.log()
 
 
-def test_all_nodes_are_there_without_the_heavy_packages(bare: ComfyServer) -> None:
-    assert bare.object_info().keys() >= NODES, bare.log()
+def test_the_pack_is_loaded_without_a_warning(server: ComfyServer) -> None:
+    lines = [line for line in server.log().splitlines() if PACK_NAME in line]
+    assert any("seconds:" in line for line in lines), server.log()
+    assert not [line for line in lines if "IMPORT FAILED" in line or "Error" in line]
 
 
-def test_the_pack_adds_at_most_half_a_second_to_the_start(
-    server: ComfyServer, bare: ComfyServer
-) -> None:
-    """By ComfyUI's own account; the better of two starts, as the first may compile files."""
-    starts = [re.search(rf"([\d.]+) seconds: .*{PACK_NAME}", run.log()) for run in (server, bare)]
-    assert all(starts), f"{PACK_NAME} is not among the import times:\n{bare.log()}"
-    assert min(float(start[1]) for start in starts) <= 0.5
-
-
-def test_each_node_has_a_help_page(bare: ComfyServer) -> None:
-    pages = bare.base / "custom_nodes" / PACK_NAME / "web" / "docs"
-    assert {page.stem for page in pages.glob("*.md")} >= NODES
-
-
-def test_each_socket_and_widget_has_a_tooltip(bare: ComfyServer) -> None:
-    for name, schema in bare.object_info().items():
-        if name not in NODES:
-            continue
-        assert schema["description"] and all(schema["output_tooltips"]), name
-        for inputs in (schema["input"].get("required", {}), schema["input"].get("optional", {})):
-            for socket, (_, *options) in inputs.items():
-                assert options and options[0].get("tooltip"), f"{name}.{socket}"
-
-
-def test_the_example_clip_is_placed_once(server: ComfyServer, bare: ComfyServer) -> None:
-    """In a fresh input folder, and never over a file of the user's."""
-    clip = Path(server.base) / "custom_nodes" / PACK_NAME / "workflows" / "s2dm_example.mp4"
-    placed = server.input / clip.name
-    assert placed.read_bytes() == clip.read_bytes()
-    assert (bare.input / clip.name).read_bytes() == b"the user's own"
+def test_the_example_clip_is_placed(server: ComfyServer) -> None:
+    assert (server.input / CLIP.name).read_bytes() == CLIP.read_bytes()
 
 
 def test_users_checkpoints_are_listed_after_the_bundled(server: ComfyServer) -> None:
