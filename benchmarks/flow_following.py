@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from common import RESULTS, ROOT, RUNS, command, file_hash, machine, show, write_json
 from torch import Tensor
+from tqdm import tqdm
 
 from s2dm.data.puppets import Clip, render_clip, split
 from s2dm.flow import FlowField, estimate_flow, flow_to_image
@@ -70,6 +71,11 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--sheet-clips", type=int, default=4, help="clips on the sheet of pictures")
+    parser.add_argument(
+        "--part", nargs=2, type=int, metavar=("K", "N"), default=(1, 1),
+        help="compute only every Nth clip from the Kth on and write no results: for several "
+        "processes at once, before a run without it",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "flow_following.json")
     for setting in dataclasses.fields(Settings):
@@ -101,15 +107,16 @@ def main() -> None:
         "warp error": "mean |frame i - frame 1 warped by the given flow| where visible, of 255",
         "machine": machine(),
     }
+    _one_thread_of_opencv()
     show("Flow following on held-out puppets", protocol)
 
     key = json.dumps([weights, dataclasses.asdict(settings)])
     store = RUNS / "flow_following" / hashlib.sha256(key.encode()).hexdigest()[:12]
     pipeline = FlowToVideoPipeline.from_single_file(options.checkpoint).to(options.device)
     results = []
-    from tqdm import tqdm
-
-    for number, (person, action) in enumerate(tqdm(pairs, unit="clip")):
+    part, parts = options.part
+    chosen = list(enumerate(pairs))[part - 1 :: parts]
+    for number, (person, action) in tqdm(chosen, unit="clip"):
         path = store / f"{person:03d}-{action:02d}.json"
         result = json.loads(path.read_text("utf-8")) if path.exists() else {}
         missing = [mode for mode in options.modes if mode not in result.get("scores", {})]
@@ -122,12 +129,21 @@ def main() -> None:
             if number < options.sheet_clips:
                 _store_pictures(pictures, clip, made)
         results.append(result)
+    if parts > 1:
+        return
     table = summarise(results, options.modes)
     print(markdown(table))
     sheet = options.output.with_suffix(".jpg")
     _write_sheet(sheet, store, pairs[: options.sheet_clips], options.modes)
     write_json(options.output, {"protocol": protocol, "table": table, "sheet": sheet.name})
     print(f"\n{options.output}\n{sheet}")
+
+
+def _one_thread_of_opencv() -> None:
+    """OpenCV's own threads slow it down many times where other processes are busy."""
+    import cv2
+
+    cv2.setNumThreads(1)
 
 
 # ------------------------------------------------------------------------- what is measured
