@@ -46,9 +46,10 @@ def add_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 def training_target(
     x0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str = "epsilon"
 ) -> Tensor:
-    """What the network is asked for: ν_t ("epsilon", the paper) or √ᾱ ν − √(1−ᾱ) x_0 ("v_prediction").
+    """What the network is asked for.
 
-    Shapes as in `add_noise`; the result has the shape of x0.
+    ν_t for "epsilon", as in the paper, or √ᾱ ν − √(1−ᾱ) x_0 for "v_prediction". Shapes as in
+    `add_noise`; the result has the shape of x0. ValueError for any other type.
     """
     if prediction_type == "epsilon":
         return noise.expand_as(x0)
