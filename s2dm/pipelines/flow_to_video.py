@@ -183,7 +183,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
             guidance_scale: s of classifier-free guidance (7.5 in the paper), between null text
                 with null flow and prompt with flow. 1 turns it off.
             flow_guidance_scale: a scale of its own for the flow, see `s2dm.sector.guide`; the
-                text keeps `guidance_scale`.
+                text keeps `guidance_scale`. With 1 the negative prompt sees the flow too.
             seed: seed of the initial noise and of the step noise; random if neither this nor
                 `generator` is given.
             generator: a CPU generator instead of a seed.
@@ -320,6 +320,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
         texts = _same_length([conditional[0], negative])
         conditional, negative = (texts[0], conditional[1]), texts[1]
         unconditional = (negative, null(len(flow)).detach())
+        if flow_guidance_scale == 1:  # the prediction under null labels has no weight
+            return [(negative, conditional[1]), conditional]
         if flow_guidance_scale is None:
             return [unconditional, conditional]
         return [unconditional, (negative, conditional[1]), conditional]
