@@ -21,8 +21,8 @@ SD15 = S2DMConfig(
 """Stable Diffusion 1.5 with a flow adapter on its 16 cross-attention layers."""
 
 _PUPPETS_UNET = UNetConfig(
-    model_channels=96,
-    channel_mult=(1, 2, 2),
+    model_channels=64,
+    channel_mult=(1, 2, 3),
     num_res_blocks=1,
     attention_levels=(True, True, True),
     num_heads=2,
