@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..flow import estimate_flow
 from .config import DataConfig, config_to_dict
 from .datasets import ClipDataset, build_dataset, pixels
 
@@ -30,17 +31,21 @@ CONDITION_SIZE = (88, 56)
 class _Prepared(Dataset):
     """The clips of a data set as the arrays that the cache stores."""
 
-    def __init__(self, clips: ClipDataset) -> None:
+    def __init__(self, clips: ClipDataset, estimated_flow: float = 0.0) -> None:
         self.clips = clips
+        self.estimated_flow = estimated_flow
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, index: int) -> tuple[int, np.ndarray, np.ndarray, str]:
         clip = self.clips[index]
-        frames = (pixels(clip.frames) * 255).round().to(torch.uint8).numpy()
-        condition = clip.flow.condition(*CONDITION_SIZE).half().numpy()
-        return index, frames, condition, clip.caption
+        frames = pixels(clip.frames)
+        share = self.estimated_flow
+        estimated = int((index + 1) * share) > int(index * share)
+        flow = estimate_flow(frames) if estimated else clip.flow
+        condition = flow.condition(*CONDITION_SIZE).half().numpy()
+        return index, (frames * 255).round().to(torch.uint8).numpy(), condition, clip.caption
 
 
 class ClipCache:
@@ -79,7 +84,7 @@ def build_clip_cache(
         return ClipCache(folder)
     clips = build_dataset(data, split)
     folder.mkdir(parents=True, exist_ok=True)
-    prepared = _Prepared(clips)
+    prepared = _Prepared(clips, data.estimated_flow)
     _, frames, condition, _ = prepared[0]
     count = len(prepared)
     frame_store = _open(folder / "frames.npy", (count, *frames.shape), np.uint8)
@@ -145,7 +150,10 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _one_thread(worker: int) -> None:
+    import cv2
+
     torch.set_num_threads(1)
+    cv2.setNumThreads(1)
 
 
 def _bar(items: Any, total: int, title: str) -> Any:

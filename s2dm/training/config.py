@@ -20,7 +20,11 @@ class TrainingConfigError(ValueError):
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which clips to train on. ``options`` goes to the data set as it is (a folder, for one)."""
+    """Which clips to train on. ``options`` goes to the data set as it is (a folder, for one).
+
+    In a share ``estimated_flow`` of the clips, spread evenly, the flow is estimated from the
+    frames as a user's would be, in place of the data set's own.
+    """
 
     name: str = "puppets"
     split: str = "train"
@@ -28,7 +32,14 @@ class DataConfig:
     size: int = 128
     frames: int = 16
     takes: int = 1
+    estimated_flow: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.estimated_flow <= 1:
+            raise TrainingConfigError(
+                f"estimated_flow must be a share from 0 to 1, got {self.estimated_flow}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

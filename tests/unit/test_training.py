@@ -20,7 +20,7 @@ from torch import Tensor, nn
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 
-from s2dm.flow import FlowField
+from s2dm.flow import FlowField, estimate_flow
 from s2dm.models import (
     FlowAdapterConfig,
     S2DMConfig,
@@ -31,7 +31,7 @@ from s2dm.models import (
     presets,
 )
 from s2dm.models.build import build_vae
-from s2dm.training.cache import ClipCache, build_clip_cache
+from s2dm.training.cache import CONDITION_SIZE, ClipCache, build_clip_cache
 from s2dm.training.config import (
     DataConfig,
     TrainingConfig,
@@ -40,7 +40,7 @@ from s2dm.training.config import (
     config_to_dict,
     read_config,
 )
-from s2dm.training.datasets import build_dataset, register_dataset
+from s2dm.training.datasets import build_dataset, pixels, register_dataset
 from s2dm.training.loop import EMA, Progress, RunFolder, TrainingLoop, learning_rate, step_generator
 from s2dm.training.sheets import save_sheet
 from s2dm.training.stage2 import Stage2Task, Stage2TrainingConfig, build_stage2_task, train_stage2
@@ -196,6 +196,8 @@ def test_unknown_setting_is_named():
         ({"schedule": "linear"}, "schedule must be"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be"),
+        ({"data": {"estimated_flow": 1.2}}, "a share from 0 to 1, got 1.2"),
+        ({"data": {"estimated_flow": -0.1}}, "a share from 0 to 1, got -0.1"),
     ],
 )
 def test_wrong_settings_are_refused(values, message):
@@ -329,6 +331,46 @@ def test_interrupted_cache_goes_on(tmp_path, monkeypatch):
     assert Squares.asked - done_before == 4
     other = build_clip_cache(tmp_path, dataclasses.replace(data, size=16))
     assert isinstance(other, ClipCache) and other.frames.shape[-1] == 16
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (0.0, []),
+        (1 / 3, [2, 5]),
+        (0.4, [2, 4]),
+        (0.5, [1, 3, 5]),
+        (1.0, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_a_share_of_the_clips_carries_estimated_flow(tmp_path, share, expected):
+    data = config_from_dict(DataConfig, {**DATA, "estimated_flow": share})
+    cache = build_clip_cache(tmp_path, data)
+    clips = Squares(data, "train")
+    estimated = []
+    for number in range(len(clips)):
+        clip = clips[number]
+        given, guessed = (
+            flow.condition(*CONDITION_SIZE).half()
+            for flow in (clip.flow, estimate_flow(pixels(clip.frames)))
+        )
+        assert not torch.equal(given, guessed)
+        stored = torch.from_numpy(cache.conditions[number].copy())
+        if torch.equal(stored, guessed):
+            estimated.append(number)
+        else:
+            assert torch.equal(stored, given)
+    assert estimated == expected
+
+
+def test_estimated_flow_has_a_cache_of_its_own(tmp_path):
+    data = config_from_dict(DataConfig, DATA)
+    shares = (0.0, 0.5, 1.0)
+    caches = [
+        build_clip_cache(tmp_path, dataclasses.replace(data, estimated_flow=share))
+        for share in shares
+    ]
+    assert len({cache.folder for cache in caches}) == len(shares)
 
 
 # ------------------------------------------------------------------------------------ VAE
