@@ -1,12 +1,17 @@
-"""Clips in and out of files."""
+"""Clips in and out of files, and contact sheets."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from s2dm import video
+from s2dm.video import mp4
 
 av = pytest.importorskip("av")
 
@@ -20,6 +25,15 @@ def clip() -> torch.Tensor:
     for i in range(12):
         frames[i, :, 16:28, 4 * i : 4 * i + 12] = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
     return frames
+
+
+def test_importing_it_loads_no_codec():
+    code = "import sys, s2dm.video; print(*{'av', 'PIL', 'cv2'} & set(sys.modules))"
+    root = Path(video.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize("name, tolerance", [("c.mp4", 4), ("c.gif", 5), ("c", 0.51)])
@@ -68,7 +82,7 @@ def test_odd_sizes_are_padded_for_h264(tmp_path, clip):
 
 
 def test_falls_back_without_libx264(tmp_path, clip, monkeypatch, caplog):
-    monkeypatch.setattr(video, "_MP4_CODECS", (("not-there", {}), *video._MP4_CODECS[2:]))
+    monkeypatch.setattr(mp4, "CODECS", (("not-there", {}), *mp4.CODECS[2:]))
     path = video.write_clip(tmp_path / "c.mp4", clip)
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == "mpeg4"
@@ -77,7 +91,7 @@ def test_falls_back_without_libx264(tmp_path, clip, monkeypatch, caplog):
 
 
 def test_no_codec_at_all_says_what_to_do(tmp_path, clip, monkeypatch):
-    monkeypatch.setattr(video, "_MP4_CODECS", (("not-there", {}),))
+    monkeypatch.setattr(mp4, "CODECS", (("not-there", {}),))
     with pytest.raises(video.VideoError, match=r"Write a \.gif"):
         video.write_clip(tmp_path / "c.mp4", clip)
     assert list(tmp_path.iterdir()) == []

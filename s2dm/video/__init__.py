@@ -1,0 +1,29 @@
+"""Clips in and out of files: MP4, GIF and folders of PNG frames, and contact sheets.
+
+Frames are float32 tensors of shape (3, H, W) with values in [0, 1]. Reading and writing stream:
+only the frames in hand are in memory, so the length of a clip is not limited by it. A file is
+written under a temporary name and renamed when it is complete, so a broken run leaves no half
+file behind. PyAV and Pillow are imported when they are first needed.
+"""
+
+from .frames import DEFAULT_FPS, VideoError, cover, to_uint8
+from .read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iter_frames, read_clip
+from .sheet import contact_sheet, write_contact_sheet
+from .write import WRITABLE_SUFFIXES, replacing, write_clip
+
+__all__ = [
+    "DEFAULT_FPS",
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "WRITABLE_SUFFIXES",
+    "VideoError",
+    "contact_sheet",
+    "cover",
+    "frame_rate",
+    "iter_frames",
+    "read_clip",
+    "replacing",
+    "to_uint8",
+    "write_clip",
+    "write_contact_sheet",
+]

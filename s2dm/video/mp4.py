@@ -1,0 +1,54 @@
+"""Frames into an MP4 file (or another container of the same codecs), by FFmpeg."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from .frames import VideoError
+
+logger = logging.getLogger(__name__)
+
+# libx264 is missing from some builds of FFmpeg (its licence is GPL); the others play nearly as
+# widely, and MPEG-4 part 2 is in every build.
+CODECS: tuple[tuple[str, dict[str, str]], ...] = (
+    ("libx264", {"crf": "17", "preset": "medium"}),
+    ("libopenh264", {}),
+    ("mpeg4", {"qscale": "2"}),
+)
+
+
+def write_mp4(path: Path, pixels: Iterator[np.ndarray], fps: float) -> None:
+    """H.264 in yuv420p where FFmpeg has it; an odd last row or column is repeated."""
+    import av
+
+    first = next(pixels)
+    height, width = (side + side % 2 for side in first.shape[:2])
+    with av.open(str(path), "w") as container:
+        stream = _add_stream(container, fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in itertools.chain((first,), pixels):
+            odd = [(0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0)]
+            picture = av.VideoFrame.from_ndarray(np.pad(frame, odd, "edge"), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def _add_stream(container, fps: float):
+    import av
+
+    rate = Fraction(fps).limit_denominator(1000)
+    for name, options in CODECS:
+        if name in av.codecs_available:
+            if name != CODECS[0][0]:
+                logger.warning("This FFmpeg has no libx264; writing the video with %s.", name)
+            return container.add_stream(name, rate=rate, options=dict(options))
+    raise VideoError(
+        "The FFmpeg that PyAV carries has no codec for MP4 files. Write a .gif or a folder of "
+        "PNG frames, or reinstall the package av."
+    )

@@ -1,0 +1,153 @@
+"""Clips out of files: videos, and folders of pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .frames import DEFAULT_FPS, VideoError, cover, from_uint8, size_text
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def iter_frames(path: str | os.PathLike[str]) -> Iterator[Tensor]:
+    """Yield the frames of a video file or of a folder of images, in order.
+
+    Args:
+        path: a video that FFmpeg reads, or a folder whose images (PNG, JPEG, WebP, BMP) are the
+            frames in the order of their names.
+
+    Yields:
+        (3, H, W) float32 tensors in [0, 1].
+
+    Raises:
+        VideoError: the path is missing, is not a video, or holds no frames.
+    """
+    path = Path(path)
+    empty = True
+    for pixels in _iter_pixels(path):
+        empty = False
+        yield from_uint8(pixels)
+    if empty:
+        raise VideoError(f"{path} holds no frames.")
+
+
+def read_clip(
+    path: str | os.PathLike[str],
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> tuple[Tensor, float]:
+    """Read a clip into one tensor.
+
+    Args:
+        path: see `iter_frames`.
+        frames: how many frames to take, spread evenly from the first to the last; all if None.
+            A clip with fewer frames repeats some.
+        size: (height, width) to which each frame is scaled to cover and cropped at the centre,
+            while reading, so that a large video never lies in memory at full size.
+
+    Returns:
+        The frames, (N, 3, H, W) in [0, 1], and the frame rate of the result in frames a second
+        (the duration of the clip stays the same when `frames` thins it out).
+
+    Raises:
+        VideoError: see `iter_frames`; or the frames differ in size.
+        ValueError: `frames` or `size` is not positive.
+    """
+    path = Path(path)
+    if frames is not None and frames < 1:
+        raise ValueError(f"Expected at least 1 frame, got frames={frames}.")
+    if size is not None and min(size) < 1:
+        raise ValueError(f"Expected a positive (height, width), got {size}.")
+    fps = frame_rate(path)
+    wanted: list[int] | None = None
+    if frames is not None:
+        total = sum(1 for _ in _iter_pixels(path, decode_only=True))
+        if total == 0:
+            raise VideoError(f"{path} holds no frames.")
+        wanted = [round(i * (total - 1) / max(frames - 1, 1)) for i in range(frames)]
+        fps *= frames / total
+    kept: list[Tensor] = []
+    for index, pixels in enumerate(_iter_pixels(path)):
+        repeats = 1 if wanted is None else wanted.count(index)
+        if not repeats:
+            continue
+        frame = from_uint8(pixels)
+        if size is not None:
+            frame = cover(frame.unsqueeze(0), *size)[0]
+        if kept and frame.shape != kept[0].shape:
+            raise VideoError(
+                f"The frames of {path} differ in size: {size_text(kept[0])}, then "
+                f"{size_text(frame)}. Give a size to bring them to one."
+            )
+        kept.extend([frame] * repeats)
+    if not kept:
+        raise VideoError(f"{path} holds no frames.")
+    return torch.stack(kept), fps
+
+
+def frame_rate(path: str | os.PathLike[str]) -> float:
+    """Frames a second of a video file; `DEFAULT_FPS` for a folder or where the file has none."""
+    path = Path(path)
+    if path.is_dir():
+        return DEFAULT_FPS
+    with _open_video(path) as (_, stream):
+        rate = stream.average_rate or stream.guessed_rate
+    return float(rate) if rate else DEFAULT_FPS
+
+
+def _iter_pixels(path: Path, decode_only: bool = False) -> Iterator[np.ndarray]:
+    """Yield (H, W, 3) uint8 frames; with `decode_only`, empty arrays (to count quickly)."""
+    empty = np.empty(0, np.uint8)
+    if path.is_dir():
+        from PIL import Image, UnidentifiedImageError
+
+        for file in sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+            if decode_only:
+                yield empty
+                continue
+            try:
+                with Image.open(file) as image:
+                    pixels = np.array(image.convert("RGB"))
+            except (UnidentifiedImageError, OSError) as error:
+                raise VideoError(f"{file} is not an image that can be read: {error}") from error
+            yield pixels
+        return
+
+    import av
+
+    with _open_video(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        try:
+            for frame in container.decode(stream):
+                yield empty if decode_only else frame.to_ndarray(format="rgb24")
+        except av.FFmpegError as error:
+            raise VideoError(
+                f"{path} can't be decoded: {error}. The file may be cut short; make it anew."
+            ) from error
+
+
+@contextlib.contextmanager
+def _open_video(path: Path):
+    import av
+
+    if not path.is_file():
+        raise VideoError(f"There is no clip at {path}. Give a video file or a folder of images.")
+    try:
+        container = av.open(str(path))
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"{path} is not a video that can be read ({error}). Expected a file such as "
+            f"{', '.join(VIDEO_SUFFIXES)} or a folder of images."
+        ) from error
+    with container:
+        if not container.streams.video:
+            raise VideoError(f"{path} has no picture track.")
+        yield container, container.streams.video[0]
