@@ -17,6 +17,7 @@ from .config import (
     UNetConfig,
     VAEConfig,
 )
+from .flow_codec import constrain, decode_flow, encode_flow, mean_motion
 from .flow_generator import FlowGenerator
 from .presets import PUPPETS, SD15
 from .tokenizer import train_tokenizer, with_tokenizer, write_tokenizer
@@ -38,8 +39,12 @@ __all__ = [
     "TextEncoderConfig",
     "UNetConfig",
     "VAEConfig",
+    "constrain",
+    "decode_flow",
+    "encode_flow",
     "fuse_attention",
     "load_checkpoint",
+    "mean_motion",
     "read_config",
     "save_checkpoint",
     "train_tokenizer",

@@ -16,7 +16,15 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .adapter import FlowAdapter, fuse_attention
-from .config import FlowAdapterConfig, S2DMConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from .config import (
+    FlowAdapterConfig,
+    FlowGeneratorConfig,
+    S2DMConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from .flow_generator import FlowGenerator
 from .keys import attention_names, text_encoder_keys, to_diffusers, to_ldm, unet_keys, vae_keys
 from .tokenizer import write_tokenizer
 
@@ -115,6 +123,14 @@ def build_flow_adapter(config: FlowAdapterConfig, state: State | None = None) ->
     if state is not None:
         adapter.load_state_dict(dict(state))
     return adapter
+
+
+def build_flow_generator(config: FlowGeneratorConfig, state: State | None = None) -> FlowGenerator:
+    """Build the flow generator, with random weights if there is no state."""
+    generator = FlowGenerator(config)
+    if state is not None:
+        generator.load_state_dict(dict(state))
+    return generator
 
 
 def unet_state(unet: UNet2DConditionModel, config: UNetConfig) -> dict[str, Tensor]:

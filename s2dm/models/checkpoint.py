@@ -23,7 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import FORMAT_VERSION, ConfigError, S2DMConfig
-from .keys import Key, Shape, flow_adapter_keys, text_encoder_keys, unet_keys, vae_keys
+from .keys import (
+    Key,
+    Shape,
+    flow_adapter_keys,
+    flow_generator_keys,
+    text_encoder_keys,
+    unet_keys,
+    vae_keys,
+)
 from .tokenizer import vocabulary
 
 METADATA_KEY = "s2dm"
@@ -46,6 +54,8 @@ PARTS: dict[str, Part] = {
     "text_encoder": Part("cond_stage_model.transformer.", text_encoder_keys),
     "vae": Part("first_stage_model.", vae_keys),
     "flow_adapter": Part("s2dm.flow_adapter.", flow_adapter_keys),
+    "flow_generator": Part("s2dm.flow_generator.", flow_generator_keys),
+    "flow_text_encoder": Part("s2dm.flow_text_encoder.", text_encoder_keys),
 }
 
 # A buffer that older tools save with the text encoder; it holds 0, 1, 2, ...
@@ -274,17 +284,16 @@ def _parse_config(name: str, metadata: Mapping[str, str], header: Iterable[str])
 
 
 def _check_tokenizer(config: S2DMConfig) -> None:
-    if config.text_encoder is None:
-        return
     spec = config.tokenizer or {}
-    if spec.get("kind") == "clip":
-        return
-    size = len(vocabulary(spec))
-    if size != config.text_encoder.vocab_size:
-        raise ConfigError(
-            f"tokenizer: expected {config.text_encoder.vocab_size} tokens, as the text encoder "
-            f"has, got {size}."
-        )
+    for encoder in (config.text_encoder, config.flow_text_encoder):
+        if encoder is None or spec.get("kind") == "clip":
+            continue
+        size = len(vocabulary(spec))
+        if size != encoder.vocab_size:
+            raise ConfigError(
+                f"tokenizer: expected {encoder.vocab_size} tokens, as the text encoder has, "
+                f"got {size}."
+            )
 
 
 def _check_keys(name: str, expected: Mapping[str, Shape], got: Mapping[str, Shape]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..sector import NOISE_SHARING
+from ..sector import BETA_SCHEDULES, NOISE_SHARING
 
 FORMAT_VERSION = 1
 """Version of the checkpoint format that this code writes, and the newest that it reads."""
@@ -282,8 +282,34 @@ class FlowAdapterConfig(_Config):
 
 
 @dataclass(frozen=True)
+class ScheduleConfig(_Config):
+    """The noise schedule; the defaults are those of Stable Diffusion 1.x.
+
+    ``beta_schedule`` "cosine" (LFDM's) has no use for ``beta_start`` and ``beta_end``.
+    """
+
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        self._expect_positive("steps")
+        for name in ("beta_start", "beta_end"):
+            value = getattr(self, name)
+            self._expect(_is_number(value) and 0 < value < 1, name, "a number between 0 and 1")
+        good = self.beta_schedule in BETA_SCHEDULES
+        self._expect(good, "beta_schedule", f"one of {BETA_SCHEDULES}")
+        predictions = ("epsilon", "v_prediction")
+        self._expect(
+            self.prediction_type in predictions, "prediction_type", f"one of {predictions}"
+        )
+
+
+@dataclass(frozen=True)
 class FlowGeneratorConfig(_Config):
-    """The stage-1 network, which generates flow; the defaults are LFDM's published sizes.
+    """The stage-1 network, which generates flow; the defaults are LFDM's published values.
 
     ``reference_channels`` and ``text_dim`` are the channels of the reference frame's features
     and the width of the prompt's embedding. ``null_reference`` and ``null_text`` say what
@@ -291,6 +317,11 @@ class FlowGeneratorConfig(_Config):
     input. ``norm`` is what a group normalisation spans: one frame, so that frames meet in
     temporal attention only, or the whole clip as in LFDM. ``upsample`` is a transposed
     convolution, or nearest neighbours and a convolution.
+
+    The network was trained on ``frames`` frames of ``size`` (height, width), with displacements
+    counted in units of ``displacement_scale`` half-frames, and on clips that move by ``motion``
+    half-frames on the mean over pixels and frames (0: not known). ``schedule`` is its noise
+    schedule. ``threshold`` is the percentile of dynamic thresholding in sampling, 0 for none.
     """
 
     reference_channels: int = 256
@@ -305,6 +336,14 @@ class FlowGeneratorConfig(_Config):
     null_reference: str = "zero"
     null_text: str = "zero"
     motion_strength: bool = False
+    size: tuple[int, int] = (32, 32)
+    frames: int = 40
+    displacement_scale: float = 1.0
+    motion: float = 0.0
+    schedule: ScheduleConfig = field(
+        default=ScheduleConfig(beta_schedule="cosine"), metadata={"config": ScheduleConfig}
+    )
+    threshold: float = 0.9
 
     def __post_init__(self) -> None:
         self._expect_positive(
@@ -314,7 +353,17 @@ class FlowGeneratorConfig(_Config):
             "num_heads",
             "head_dim",
             "norm_groups",
+            "frames",
         )
+        self._expect_multipliers("size")
+        good = len(self.size) == 2 and not any(side % self.factor for side in self.size)
+        self._expect(good, "size", f"height and width, multiples of {self.factor}")
+        good = _is_number(self.displacement_scale) and self.displacement_scale > 0
+        self._expect(good, "displacement_scale", "a number above 0")
+        self._expect(_is_number(self.motion) and self.motion >= 0, "motion", "a number from 0")
+        good = _is_number(self.threshold) and 0 <= self.threshold < 1
+        self._expect(good, "threshold", "a percentile from 0 to below 1")
+        self._expect(isinstance(self.schedule, ScheduleConfig), "schedule", "a schedule")
         self._expect_multipliers("channel_mult")
         # Time is embedded in pairs of sine and cosine, and rotary positions turn pairs.
         self._expect(
@@ -346,34 +395,13 @@ class FlowGeneratorConfig(_Config):
 
 
 @dataclass(frozen=True)
-class ScheduleConfig(_Config):
-    """The noise schedule; the defaults are those of Stable Diffusion 1.x."""
-
-    steps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    beta_schedule: str = "scaled_linear"
-    prediction_type: str = "epsilon"
-
-    def __post_init__(self) -> None:
-        self._expect_positive("steps")
-        for name in ("beta_start", "beta_end"):
-            value = getattr(self, name)
-            self._expect(_is_number(value) and 0 < value < 1, name, "a number between 0 and 1")
-        schedules = ("scaled_linear", "linear")
-        self._expect(self.beta_schedule in schedules, "beta_schedule", f"one of {schedules}")
-        predictions = ("epsilon", "v_prediction")
-        self._expect(
-            self.prediction_type in predictions, "prediction_type", f"one of {predictions}"
-        )
-
-
-@dataclass(frozen=True)
 class S2DMConfig(_Config):
     """Everything a checkpoint says about itself. A part that it does not hold is ``None``.
 
-    ``tokenizer`` is the tokenizer's specification (see ``tokenizer.py``); ``resolution`` is
-    (height, width) in pixels; ``data`` and ``licence`` are free text for people.
+    ``flow_text_encoder`` is the text encoder of the flow generator where it has one of its own;
+    else it reads the prompt as ``text_encoder`` does. ``tokenizer`` is the specification of the
+    tokenizer of both (see ``tokenizer.py``); ``resolution`` is (height, width) in pixels;
+    ``data`` and ``licence`` are free text for people.
     """
 
     format_version: int = FORMAT_VERSION
@@ -384,6 +412,12 @@ class S2DMConfig(_Config):
     )
     flow_adapter: FlowAdapterConfig | None = field(
         default=None, metadata={"config": FlowAdapterConfig}
+    )
+    flow_generator: FlowGeneratorConfig | None = field(
+        default=None, metadata={"config": FlowGeneratorConfig}
+    )
+    flow_text_encoder: TextEncoderConfig | None = field(
+        default=None, metadata={"config": TextEncoderConfig}
     )
     schedule: ScheduleConfig = field(default=ScheduleConfig(), metadata={"config": ScheduleConfig})
     tokenizer: dict[str, Any] | None = None
@@ -420,6 +454,23 @@ class S2DMConfig(_Config):
                 f"hidden_size equal to the U-Net's context_dim, {self.unet.context_dim}",
             )
 
+        if self.flow_generator is not None:
+            encoder = self.flow_text_encoder or self.text_encoder
+            self._expect(
+                encoder is None or self.flow_generator.text_dim == encoder.hidden_size,
+                "flow_generator",
+                f"text_dim equal to the hidden_size of its text encoder, "
+                f"{encoder and encoder.hidden_size}",
+            )
+
     def adapter_only(self) -> S2DMConfig:
         """Return the config of a file that holds the flow adapter alone."""
-        return dataclasses.replace(self, unet=None, vae=None, text_encoder=None, tokenizer=None)
+        return dataclasses.replace(
+            self,
+            unet=None,
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            flow_generator=None,
+            flow_text_encoder=None,
+        )

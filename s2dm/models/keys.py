@@ -11,10 +11,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .adapter import FlowAdapter
-from .config import FlowAdapterConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from .config import (
+    FlowAdapterConfig,
+    FlowGeneratorConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from .flow_generator import FlowGenerator
 
 Shape = tuple[int, ...]
 
@@ -109,6 +117,13 @@ def text_encoder_keys(config: TextEncoderConfig) -> tuple[Key, ...]:
 def flow_adapter_keys(config: FlowAdapterConfig) -> tuple[Key, ...]:
     """Return the weights of a flow adapter, the same for all engines."""
     weights = FlowAdapter(config, device="meta").state_dict()
+    return tuple(_same(name, tuple(weight.shape)) for name, weight in weights.items())
+
+
+def flow_generator_keys(config: FlowGeneratorConfig) -> tuple[Key, ...]:
+    """Return the weights of a flow generator, the same for all engines."""
+    with torch.device("meta"):
+        weights = FlowGenerator(config).state_dict()
     return tuple(_same(name, tuple(weight.shape)) for name, weight in weights.items())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..flow import FlowField
 from ..models import S2DMConfig, ScheduleConfig
 from ..models import build as models
-from ..models.checkpoint import PARTS, load_checkpoint, save_checkpoint
+from ..models.checkpoint import load_checkpoint, save_checkpoint
 from ..sector import draw_noise, guide, sample
 from .flow_adapter import FlowAdapterModel
 
+PARTS = ("unet", "text_encoder", "vae", "flow_adapter")
 OUTPUT_TYPES = ("pt", "pil", "latent")
 
 
@@ -105,6 +107,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
             CheckpointError: the file is broken, or one of the parts is missing.
         """
         config, state = load_checkpoint(path, parts=PARTS)
+        config = dataclasses.replace(config, flow_generator=None, flow_text_encoder=None)
         adapter = models.build_flow_adapter(config.flow_adapter, state["flow_adapter"])
         pipeline = cls(
             vae=models.build_vae(config.vae, state["vae"]),

@@ -1,17 +1,30 @@
 """The sector-shaped diffusion process: one noise for all frames, fanned out by their conditions."""
 
-from .diffusion import add_noise, alphas_cumprod, sector_loss, training_target
+from .diffusion import (
+    BETA_SCHEDULES,
+    add_noise,
+    alphas_cumprod,
+    betas,
+    implied_prediction,
+    predicted_x0,
+    sector_loss,
+    training_target,
+)
 from .guidance import guide
 from .noise import NOISE_SHARING, StepNoise, draw_noise
 from .sampling import sample
 
 __all__ = [
+    "BETA_SCHEDULES",
     "NOISE_SHARING",
     "StepNoise",
     "add_noise",
     "alphas_cumprod",
+    "betas",
     "draw_noise",
     "guide",
+    "implied_prediction",
+    "predicted_x0",
     "sample",
     "sector_loss",
     "training_target",

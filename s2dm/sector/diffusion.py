@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+BETA_SCHEDULES = ("scaled_linear", "linear", "cosine")
+
+
+def betas(
+    steps: int = 1000,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    beta_schedule: str = "scaled_linear",
+) -> Tensor:
+    """β_t for t = 0 … steps−1, a (steps,) float64 tensor; the defaults are Stable Diffusion's.
+
+    `beta_schedule` is "scaled_linear" (linear in √β), "linear", or "cosine" (arXiv 2102.09672
+    with LFDM's cap of 0.9999), which has no start and end; anything else raises ValueError.
+    """
+    if beta_schedule == "scaled_linear":
+        return torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+    if beta_schedule == "linear":
+        return torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
+    if beta_schedule == "cosine":
+        time = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        signal = torch.cos((time + 0.008) / 1.008 * (math.pi / 2)) ** 2
+        return (1 - signal[1:] / signal[:-1]).clamp(max=0.9999)
+    raise ValueError(
+        f"The beta schedule must be one of {', '.join(BETA_SCHEDULES)}, not {beta_schedule!r}."
+    )
 
 
 def alphas_cumprod(
@@ -16,19 +43,10 @@ def alphas_cumprod(
 ) -> Tensor:
     """ᾱ_t for t = 0 … steps−1, a (steps,) float32 tensor that falls from near 1 to near 0.
 
-    The defaults are Stable Diffusion's. `beta_schedule` is "scaled_linear" (linear in √β) or
-    "linear"; anything else raises ValueError. Computed in float64, because a product of a
-    thousand float32 factors loses the digits that small ᾱ need.
+    Arguments as in `betas`. Computed in float64, because a product of a thousand float32
+    factors loses the digits that small ᾱ need.
     """
-    if beta_schedule == "scaled_linear":
-        betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
-    elif beta_schedule == "linear":
-        betas = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
-    else:
-        raise ValueError(
-            f'The beta schedule must be "scaled_linear" or "linear", not {beta_schedule!r}.'
-        )
-    return torch.cumprod(1.0 - betas, dim=0).float()
+    return torch.cumprod(1.0 - betas(steps, beta_start, beta_end, beta_schedule), dim=0).float()
 
 
 def add_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -56,9 +74,34 @@ def training_target(
     if prediction_type == "v_prediction":
         alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (x0.ndim - alpha_bar.ndim))
         return alpha_bar.sqrt() * noise - (1.0 - alpha_bar).sqrt() * x0
-    raise ValueError(
-        f'The prediction type must be "epsilon" or "v_prediction", not {prediction_type!r}.'
-    )
+    raise _unknown_type(prediction_type)
+
+
+def predicted_x0(
+    prediction: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str = "epsilon"
+) -> Tensor:
+    """The clean sample that a network's prediction at x_t implies; `training_target` undone.
+
+    Shapes as in `add_noise`. ValueError for an unknown prediction type.
+    """
+    alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (x_t.ndim - alpha_bar.ndim))
+    if prediction_type == "epsilon":
+        return (x_t - (1.0 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
+    if prediction_type == "v_prediction":
+        return alpha_bar.sqrt() * x_t - (1.0 - alpha_bar).sqrt() * prediction
+    raise _unknown_type(prediction_type)
+
+
+def implied_prediction(
+    x0: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str = "epsilon"
+) -> Tensor:
+    """The prediction at x_t that implies this clean sample; `predicted_x0` undone."""
+    alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (x_t.ndim - alpha_bar.ndim))
+    if prediction_type == "epsilon":
+        return (x_t - alpha_bar.sqrt() * x0) / (1.0 - alpha_bar).sqrt()
+    if prediction_type == "v_prediction":
+        return (alpha_bar.sqrt() * x_t - x0) / (1.0 - alpha_bar).sqrt()
+    raise _unknown_type(prediction_type)
 
 
 def sector_loss(
@@ -89,3 +132,9 @@ def sector_loss(
     frames = x0.shape[1]
     prediction = predict(x_t.flatten(0, 1), timesteps.repeat_interleave(frames))
     return torch.nn.functional.mse_loss(prediction.float(), target.flatten(0, 1).float())
+
+
+def _unknown_type(prediction_type: str) -> ValueError:
+    return ValueError(
+        f'The prediction type must be "epsilon" or "v_prediction", not {prediction_type!r}.'
+    )

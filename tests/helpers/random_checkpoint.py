@@ -7,7 +7,9 @@ import torch
 from s2dm.models import (
     PARTS,
     FlowAdapterConfig,
+    FlowGeneratorConfig,
     S2DMConfig,
+    ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
@@ -29,6 +31,26 @@ TINY = S2DMConfig(
     vae=VAEConfig(channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1),
     text_encoder=TextEncoderConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64),
     flow_adapter=FlowAdapterConfig.for_unet(UNET),
+    flow_generator=FlowGeneratorConfig(
+        reference_channels=4,
+        text_dim=32,
+        model_channels=16,
+        channel_mult=(1, 2),
+        num_heads=2,
+        head_dim=8,
+        norm_groups=4,
+        norm="frame",
+        upsample="nearest",
+        null_reference="learned",
+        null_text="learned",
+        motion_strength=True,
+        size=(16, 16),
+        frames=4,
+        displacement_scale=0.25,
+        motion=0.02,
+        schedule=ScheduleConfig(beta_schedule="cosine", prediction_type="v_prediction"),
+        threshold=0.0,
+    ),
     licence="none: random numbers",
 )
 
@@ -39,6 +61,8 @@ def write_random_checkpoint(path: Path, config: S2DMConfig = TINY, seed: int = 0
     generator = torch.Generator().manual_seed(seed)
     states = {}
     for name, part in PARTS.items():
+        if getattr(config, name) is None:
+            continue
         states[name] = {
             key.ldm: random_weight(key.ldm_shape, generator)
             for key in part.keys(getattr(config, name))

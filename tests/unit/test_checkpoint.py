@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from random_checkpoint import TINY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -40,6 +41,8 @@ CONFIG = with_tokenizer(
         vae=VAEConfig(channels=32, channel_mult=(1, 1), num_res_blocks=1),
         text_encoder=TextEncoderConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64),
         flow_adapter=FlowAdapterConfig.for_unet(UNET, width=32, hidden=32),
+        flow_generator=TINY.flow_generator,
+        flow_text_encoder=TINY.text_encoder,
         data="nothing at all",
         licence="Apache-2.0",
     ),
@@ -240,7 +243,7 @@ def test_future_format_version(saved):
         (lambda v: v.update(tokenizer={"kind": "bpe", "merges": []}), "expected 520 tokens"),
         (lambda v: v.update(tokenizer=None), "expected kind 'bpe', got None"),
         (
-            lambda v: v.update(unet=None, vae=None, text_encoder=None, flow_adapter=None),
+            lambda v: v.update(dict.fromkeys(PARTS)),
             "got none",
         ),
     ],

@@ -11,8 +11,11 @@ from s2dm.sector import (
     StepNoise,
     add_noise,
     alphas_cumprod,
+    betas,
     draw_noise,
     guide,
+    implied_prediction,
+    predicted_x0,
     sample,
     sector_loss,
     training_target,
@@ -77,8 +80,8 @@ def test_alphas_cumprod_are_those_of_stable_diffusion():
     ours = alphas_cumprod()
     theirs = diffusers.DDPMScheduler(**SCHEDULE).alphas_cumprod
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
-    with pytest.raises(ValueError, match="cosine"):
-        alphas_cumprod(beta_schedule="cosine")
+    with pytest.raises(ValueError, match="sigmoid"):
+        alphas_cumprod(beta_schedule="sigmoid")
 
 
 def test_forward_process_agrees_with_diffusers():
@@ -178,3 +181,25 @@ def test_sampling_starts_from_the_forward_process_and_can_be_stopped():
     assert len(started) == 2
     expected = (1 - scheduler.alphas_cumprod[timestep]).sqrt() * noise
     torch.testing.assert_close(first, expected)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_prediction_and_the_clean_sample_imply_each_other(kind):
+    x0, noise = torch.randn(3, 4, 2, 8, 8), torch.randn(3, 1, 2, 8, 8)
+    alpha_bar = alphas_cumprod(beta_schedule="cosine")[torch.tensor([10, 500, 900])]
+    x_t = add_noise(x0, noise, alpha_bar)
+    target = training_target(x0, noise, alpha_bar, kind)
+    torch.testing.assert_close(predicted_x0(target, x_t, alpha_bar, kind), x0, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        implied_prediction(x0, x_t, alpha_bar, kind), target, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_the_cosine_schedule_is_the_published_one():
+    """diffusers has the same schedule with another cap on beta."""
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(beta_schedule="squaredcos_cap_v2").betas.double()
+    ours = betas(beta_schedule="cosine")
+    torch.testing.assert_close(ours[:-1], theirs[:-1], rtol=1e-4, atol=1e-6)
+    assert float(ours[-1]) == 0.9999
