@@ -7,57 +7,27 @@ import pickle
 
 import pytest
 import torch
-from random_checkpoint import TINY
+from random_checkpoint import TINY, random_states
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from s2dm.models import (
     PARTS,
     CheckpointError,
-    FlowAdapterConfig,
-    S2DMConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    VAEConfig,
     checkpoint,
     load_checkpoint,
     read_config,
     save_checkpoint,
-    train_tokenizer,
-    with_tokenizer,
 )
 
-UNET = UNetConfig(
-    model_channels=32,
-    channel_mult=(1, 1),
-    num_res_blocks=1,
-    attention_levels=(True, True),
-    num_heads=2,
-    context_dim=32,
-)
-CONFIG = with_tokenizer(
-    S2DMConfig(
-        unet=UNET,
-        vae=VAEConfig(channels=32, channel_mult=(1, 1), num_res_blocks=1),
-        text_encoder=TextEncoderConfig(hidden_size=32, layers=1, heads=2, intermediate_size=64),
-        flow_adapter=FlowAdapterConfig.for_unet(UNET, width=32, hidden=32),
-        flow_generator=TINY.flow_generator,
-        flow_text_encoder=TINY.text_encoder,
-        data="nothing at all",
-        licence="Apache-2.0",
-    ),
-    train_tokenizer(["a man in a red shirt is jogging"], 520),
-)
+CONFIG = dataclasses.replace(TINY, flow_text_encoder=TINY.text_encoder, data="nothing at all")
+VOCABULARY = CONFIG.text_encoder.vocab_size
 ADAPTER_KEY = "s2dm.flow_adapter.layers.middle_0_0.to_v.weight"
 
 
 @pytest.fixture(scope="module")
 def states():
-    torch.manual_seed(0)
-    return {
-        name: {key.ldm: torch.randn(key.ldm_shape) for key in part.keys(getattr(CONFIG, name))}
-        for name, part in PARTS.items()
-    }
+    return random_states(CONFIG)
 
 
 @pytest.fixture
@@ -240,7 +210,10 @@ def test_future_format_version(saved):
         (lambda v: v["flow_adapter"].update(fusion="sum"), "fusion: expected one of"),
         (lambda v: v.update(unet=3), "UNetConfig: expected a dictionary, got int"),
         (lambda v: v.update(schedule=None), "S2DMConfig.schedule: expected"),
-        (lambda v: v.update(tokenizer={"kind": "bpe", "merges": []}), "expected 520 tokens"),
+        (
+            lambda v: v.update(tokenizer={"kind": "bpe", "merges": []}),
+            f"expected {VOCABULARY} tokens",
+        ),
         (lambda v: v.update(tokenizer=None), "expected kind 'bpe', got None"),
         (
             lambda v: v.update(dict.fromkeys(PARTS)),
@@ -279,13 +252,13 @@ def test_position_ids_of_older_tools_are_ignored(saved):
 
 
 def test_wrong_shapes(saved):
-    rewrite(saved, lambda tensors: tensors.update({ADAPTER_KEY: torch.zeros(32, 31)}))
-    assert f"expected shape (32, 32) for '{ADAPTER_KEY}', got (32, 31)" in refused(saved)
+    rewrite(saved, lambda tensors: tensors.update({ADAPTER_KEY: torch.zeros(64, 31)}))
+    assert f"expected shape (64, 32) for '{ADAPTER_KEY}', got (64, 31)" in refused(saved)
 
 
 def test_wrong_types(saved):
     rewrite(
-        saved, lambda tensors: tensors.update({ADAPTER_KEY: torch.zeros(32, 32, dtype=torch.int8)})
+        saved, lambda tensors: tensors.update({ADAPTER_KEY: torch.zeros(64, 32, dtype=torch.int8)})
     )
     assert f"expected floating-point weights, got I8 in '{ADAPTER_KEY}'" in refused(saved)
 
@@ -322,7 +295,7 @@ def test_saving_refuses_what_loading_would_refuse(tmp_path, states):
     large = {**adapter, "null": torch.full_like(adapter["null"], 1e6)}
     refuses("not saved: .*infinity", states={"flow_adapter": large}, dtype=torch.float16)
     wrong = dataclasses.replace(CONFIG, tokenizer={"kind": "bpe", "merges": []})
-    refuses("not saved: tokenizer: expected 520 tokens", wrong, states)
+    refuses(f"not saved: tokenizer: expected {VOCABULARY} tokens", wrong, states)
 
 
 def test_a_save_that_fails_leaves_the_old_file(saved, states, monkeypatch):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from random_checkpoint import tiny_config, write_random_checkpoint
 from safetensors.torch import load_file
 
 from s2dm import cli
@@ -22,21 +22,10 @@ pytest.importorskip("av")
 PROMPT = "A man wearing a red coat and blue jeans is squat"
 
 
-def _tiny():
-    """The tiny model of test_pipelines.py, whichever way the tests are imported."""
-    path = Path(__file__).with_name("test_pipelines.py")
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    tiny = _tiny()
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
-    tiny.tiny_pipeline(tiny.tiny_config()).save_single_file(path)
-    return path
+    return write_random_checkpoint(path, tiny_config(flow_generator=None))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from random_checkpoint import TINY
 
 from s2dm.models import (
     FORMAT_VERSION,
@@ -23,14 +24,7 @@ from s2dm.models.config import ConfigError
 
 build = pytest.importorskip("s2dm.models.build")
 
-UNET = UNetConfig(
-    model_channels=32,
-    channel_mult=(1, 2),
-    num_res_blocks=1,
-    attention_levels=(False, True),
-    num_heads=2,
-    context_dim=32,
-)
+UNET = dataclasses.replace(TINY.unet, attention_levels=(False, True))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +48,7 @@ def inputs(frames=3, length=77):
     return (
         torch.randn(frames, 4, 8, 8, generator=generator),
         torch.full((frames,), 500),
-        torch.randn(1, length, 32, generator=generator).expand(frames, -1, -1),
+        torch.randn(1, length, UNET.context_dim, generator=generator).expand(frames, -1, -1),
     )
 
 
@@ -135,15 +129,11 @@ def test_an_adapter_for_another_unet_is_refused(unet):
     [
         (UNET, build.build_unet, build.unet_state),
         (
-            VAEConfig(channels=32, channel_mult=(1, 2), num_res_blocks=1),
+            dataclasses.replace(TINY.vae, channel_mult=(1, 2)),
             build.build_vae,
             build.vae_state,
         ),
-        (
-            TextEncoderConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64),
-            build.build_text_encoder,
-            build.text_encoder_state,
-        ),
+        (TINY.text_encoder, build.build_text_encoder, build.text_encoder_state),
     ],
 )
 def test_networks_survive_the_files_keys(part, make, read):

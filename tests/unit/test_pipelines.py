@@ -7,77 +7,33 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_checkpoint import tiny_config, write_random_checkpoint
 from safetensors.torch import load_file
 
 from s2dm.flow import FlowField
-from s2dm.models import (
-    FlowAdapterConfig,
-    S2DMConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    VAEConfig,
-    build,
-)
 from s2dm.models.checkpoint import read_config
-from s2dm.models.tokenizer import train_tokenizer, with_tokenizer
-from s2dm.pipelines import FlowAdapterModel, FlowToVideoPipeline
-from s2dm.pipelines.flow_to_video import ddim_scheduler
+from s2dm.pipelines import FlowToVideoPipeline
 from s2dm.sector import draw_noise
 
 PROMPT = "A man wearing a red coat and blue jeans is squat"
 
 
-def tiny_config(fusion: str = "channel") -> S2DMConfig:
-    unet = UNetConfig(
-        model_channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_levels=(True, True),
-        num_heads=2,
-        context_dim=32,
-    )
-    config = S2DMConfig(
-        unet=unet,
-        vae=VAEConfig(channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1),
-        text_encoder=TextEncoderConfig(
-            hidden_size=32,
-            layers=2,
-            heads=2,
-            intermediate_size=64,
-            vocab_size=600,
-            bos_token_id=598,
-            eos_token_id=599,
-        ),
-        flow_adapter=FlowAdapterConfig.for_unet(unet, fusion=fusion, width=32, hidden=32),
-        resolution=(64, 48),
-        frames=4,
-    )
-    return with_tokenizer(config, train_tokenizer([PROMPT], 600))
-
-
-def tiny_pipeline(config: S2DMConfig) -> FlowToVideoPipeline:
-    torch.manual_seed(0)
-    adapter = build.build_flow_adapter(config.flow_adapter)
-    for layer in adapter.layers.values():  # an untrained adapter has no effect at all
-        for projection in layer.values():
-            torch.nn.init.normal_(projection.weight, std=0.2)
-    pipeline = FlowToVideoPipeline(
-        vae=build.build_vae(config.vae),
-        text_encoder=build.build_text_encoder(config.text_encoder),
-        tokenizer=build.build_tokenizer(config),
-        unet=build.build_unet(config.unet),
-        scheduler=ddim_scheduler(config.schedule),
-        flow_adapter=FlowAdapterModel.wrap(adapter),
-        s2dm_config=config.to_dict(),
-    )
+def load(path) -> FlowToVideoPipeline:
+    pipeline = FlowToVideoPipeline.from_single_file(path)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture(scope="module")
-def pipeline() -> FlowToVideoPipeline:
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    return write_random_checkpoint(path, tiny_config(flow_generator=None))
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint) -> FlowToVideoPipeline:
     torch.set_num_threads(1)
-    return tiny_pipeline(tiny_config())
+    return load(checkpoint)
 
 
 def sliding_flow(frames: int, height: int, width: int) -> FlowField:
@@ -192,11 +148,11 @@ def test_size_follows_the_arguments_whatever_the_size_of_the_flow(pipeline):
 def test_long_prompts_are_encoded_in_pieces(pipeline):
     short = pipeline.encode_prompt(PROMPT)
     long = pipeline.encode_prompt(" ".join([PROMPT] * 12))
-    assert short.shape == (1, 77, 32)
+    assert short.shape == (1, 77, 64)
     assert long.shape[1] % 77 == 0 and long.shape[1] > 77
     clip = pipeline(" ".join([PROMPT] * 12), sliding_flow(2, 32, 32), **SHORT).frames
     assert torch.isfinite(clip).all()
-    assert pipeline.encode_prompt("").shape == (1, 77, 32)
+    assert pipeline.encode_prompt("").shape == (1, 77, 64)
 
 
 def test_prompt_is_encoded_as_the_tokenizer_pads_it(pipeline):
@@ -270,10 +226,10 @@ def test_folder_round_trip(pipeline, tmp_path):
 @pytest.mark.parametrize("fusion", ["channel", "token"])
 def test_single_file_round_trip(tmp_path, fusion):
     flow = sliding_flow(2, 32, 32)
-    pipeline = tiny_pipeline(tiny_config(fusion))
+    config = tiny_config(fusion, flow_generator=None)
+    pipeline = load(write_random_checkpoint(tmp_path / "first.safetensors", config))
     pipeline.save_single_file(tmp_path / "model.safetensors")
-    again = FlowToVideoPipeline.from_single_file(tmp_path / "model.safetensors")
-    again.set_progress_bar_config(disable=True)
+    again = load(tmp_path / "model.safetensors")
     assert torch.equal(again(PROMPT, flow, **SHORT).frames, pipeline(PROMPT, flow, **SHORT).frames)
     half = tmp_path / "half.safetensors"
     again.save_single_file(half, dtype=torch.float16)
@@ -302,10 +258,10 @@ def test_a_pipeline_without_config_says_why_it_cannot_write_a_file(pipeline, tmp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_close(pipeline, dtype):
+def test_half_precision_stays_close(pipeline, checkpoint, dtype):
     flow = sliding_flow(2, 32, 32)
     whole = pipeline(PROMPT, flow, guidance_scale=2.0, **SHORT).frames
-    half = tiny_pipeline(tiny_config()).to(dtype)
+    half = load(checkpoint).to(dtype)
     latents = half(PROMPT, flow, guidance_scale=2.0, **SHORT).frames
     assert latents.dtype == torch.float32
     assert difference(latents, whole) < 0.1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import importlib.util
-import math
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_checkpoint import tiny_config, write_random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
 PACK = "comfyui_s2dm_pack"
@@ -126,64 +126,6 @@ class Rig:
         return loading.load_model(config, state["unet"])
 
 
-def random_state(keys: Any, seed: int, gain: float = 1.0) -> dict[str, torch.Tensor]:
-    """Weights of a sensible size for a table of keys."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for key in keys:
-        if len(key.ldm_shape) == 1:
-            weight = torch.full(key.ldm_shape, float(key.ldm.endswith("weight")))
-        else:
-            fan_in = math.prod(key.ldm_shape[1:])
-            weight = torch.randn(key.ldm_shape, generator=generator) * gain / math.sqrt(fan_in)
-        state[key.ldm] = weight
-    return state
-
-
-def tiny_config(models: ModuleType, tokenizers: ModuleType, fusion: str = "channel") -> Any:
-    unet = models.UNetConfig(
-        model_channels=32,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_levels=(True, True),
-        num_heads=2,
-        context_dim=64,
-    )
-    config = models.S2DMConfig(
-        unet=unet,
-        vae=models.VAEConfig(channels=32, channel_mult=(1, 1, 1, 1), num_res_blocks=1),
-        text_encoder=models.TextEncoderConfig(
-            hidden_size=64,
-            layers=2,
-            heads=2,
-            intermediate_size=128,
-            vocab_size=600,
-            bos_token_id=0,
-            eos_token_id=1,
-        ),
-        flow_adapter=models.FlowAdapterConfig.for_unet(unet, width=32, hidden=32, fusion=fusion),
-    )
-    return tokenizers.with_tokenizer(config, tokenizers.train_tokenizer([PROMPT], 560))
-
-
-def tiny_states(pack: str, config: Any) -> dict[str, dict[str, torch.Tensor]]:
-    keys = importlib.import_module(f"{pack}.s2dm.models.keys")
-    torch.manual_seed(5)
-    adapter = importlib.import_module(f"{pack}.s2dm.models").FlowAdapter(config.flow_adapter)
-    states = {
-        "unet": random_state(keys.unet_keys(config.unet), 1),
-        "vae": random_state(keys.vae_keys(config.vae), 2),
-        "text_encoder": random_state(keys.text_encoder_keys(config.text_encoder), 3),
-    }
-    generator = torch.Generator().manual_seed(4)
-    adapter_state = {name: weight.clone() for name, weight in adapter.state_dict().items()}
-    for name, weight in adapter_state.items():
-        if ".to_" in name or name == "null":
-            weight.copy_(torch.randn(weight.shape, generator=generator) / 6)
-    states["flow_adapter"] = adapter_state
-    return states
-
-
 @pytest.fixture(scope="session")
 def comfy() -> Path:
     """ComfyUI, importable, on the CPU."""
@@ -223,21 +165,13 @@ def node_classes(pack: ModuleType) -> dict[str, Any]:
     return {node.GET_SCHEMA().node_id: node for node in asyncio.run(collect())}
 
 
-def write_checkpoint(path: Path, fusion: str = "channel") -> Path:
-    models = importlib.import_module(f"{PACK}.s2dm.models")
-    tokenizers = importlib.import_module(f"{PACK}.s2dm.models.tokenizer")
-    config = tiny_config(models, tokenizers, fusion)
-    files = importlib.import_module(f"{PACK}.s2dm.models.checkpoint")
-    files.save_checkpoint(path, config, tiny_states(PACK, config))
-    return path
-
-
 @pytest.fixture(scope="session")
 def rig(
     pack: ModuleType, node_classes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Rig:
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
-    return Rig(pack, node_classes, write_checkpoint(path))
+    config = tiny_config(flow_generator=None)
+    return Rig(pack, node_classes, write_random_checkpoint(path, config))
 
 
 @pytest.fixture(scope="session")
@@ -246,4 +180,5 @@ def token_rig(
 ) -> Rig:
     """The same with token fusion."""
     path = tmp_path_factory.mktemp("tiny") / "token.safetensors"
-    return Rig(rig.pack, node_classes, write_checkpoint(path, "token"))
+    config = tiny_config("token", flow_generator=None)
+    return Rig(rig.pack, node_classes, write_random_checkpoint(path, config))
