@@ -316,7 +316,8 @@ class FlowGeneratorConfig(_Config):
     stands for a dropped condition: a learned label or zeros. ``motion_strength`` adds that
     input. ``norm`` is what a group normalisation spans: one frame, so that frames meet in
     temporal attention only, or the whole clip as in LFDM. ``upsample`` is a transposed
-    convolution, or nearest neighbours and a convolution.
+    convolution, or nearest neighbours and a convolution. The finest level works on squares of
+    ``patch`` x ``patch`` cells of the flow: 2 is a quarter of the work.
 
     The network was trained on ``frames`` frames of ``size`` (height, width), with displacements
     counted in units of ``displacement_scale`` half-frames, and on clips that move by ``motion``
@@ -333,6 +334,7 @@ class FlowGeneratorConfig(_Config):
     norm_groups: int = 8
     norm: str = "clip"
     upsample: str = "transposed"
+    patch: int = 1
     null_reference: str = "zero"
     null_text: str = "zero"
     motion_strength: bool = False
@@ -353,6 +355,7 @@ class FlowGeneratorConfig(_Config):
             "num_heads",
             "head_dim",
             "norm_groups",
+            "patch",
             "frames",
         )
         self._expect_multipliers("size")
@@ -391,7 +394,7 @@ class FlowGeneratorConfig(_Config):
     @property
     def factor(self) -> int:
         """Height and width of a clip have to be multiples of this number (8 for LFDM)."""
-        return 2 ** (len(self.channel_mult) - 1)
+        return self.patch * 2 ** (len(self.channel_mult) - 1)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Section 3.4 of the paper (arXiv 2403.13408) generates flow with a 3D U-Net, as L
 (arXiv 2303.13744). The network here is LFDM's: convolutions act within a frame, frames meet
 in temporal attention. ``FlowGeneratorConfig()`` has the published sizes, and ``lfdm.py`` the
 names of LFDM's weights. Ours beside it: normalisation frame by frame, learned null labels,
-and the strength of the motion as a condition, after HiGen (arXiv 2312.04483).
+patches, and the strength of the motion as a condition, after HiGen (arXiv 2312.04483).
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ class FlowGenerator(nn.Module):
         width, widths = config.model_channels, config.widths
         time = 4 * width
         embedding = time + config.text_dim
+        cells = config.patch**2
 
         self.position_bias = RelativePositionBias(config.num_heads)
         self.time_embed = nn.Sequential(nn.Linear(width, time), nn.GELU(), nn.Linear(time, time))
-        self.first = nn.Conv2d(FLOW_CHANNELS + config.reference_channels, width, 7, padding=3)
+        self.first = nn.Conv2d(
+            FLOW_CHANNELS * cells + config.reference_channels, width, 7, padding=3
+        )
         self.first_attention = TemporalAttention(width, config.num_heads, config.head_dim)
 
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -55,8 +58,8 @@ class FlowGenerator(nn.Module):
             self.up.insert(0, up)
             before = after
         self.middle = Middle(before, embedding, config)
-        self.flow_head = Head(2 * width, width, 2, config)
-        self.occlusion_head = Head(2 * width, width, 1, config)
+        self.flow_head = Head(2 * width, width, 2 * cells, config)
+        self.occlusion_head = Head(2 * width, width, cells, config)
 
         self.null_reference = self.null_text = self.motion_embed = self.null_motion = None
         if config.null_reference == "learned":
@@ -94,7 +97,7 @@ class FlowGenerator(nn.Module):
                 multiples of ``config.factor``.
             timesteps: (B,), or one for all clips.
             reference: features of the reference frame (B, reference_channels, h, w), not
-                noised. Resized if of another size.
+                noised. Resized to (h, w) / patch if of another size.
             text: one embedding for each prompt, (B, text_dim).
             motion: mean length of the displacement over a whole clip in half-frames, (B,).
             keep_reference, keep_text, keep_motion: (B,) of true and false; false puts the
@@ -108,6 +111,7 @@ class FlowGenerator(nn.Module):
             ValueError: if a shape does not fit, or motion is given to a network without it.
         """
         self._check(sample, reference, text, motion)
+        sample = per_frame(lambda frame: F.pixel_unshuffle(frame, self.config.patch), sample)
         batch, frames, _, *size = sample.shape
         reference = _or_null(reference, self.null_reference, keep_reference)
         if reference is None:
@@ -128,12 +132,15 @@ class FlowGenerator(nn.Module):
             x = stage(torch.cat([x, skips.pop()], dim=2), embedding, bias)
             x = x if stage.resample is None else per_frame(stage.resample, x)
         x = torch.cat([x, first], dim=2)
-        return torch.cat([self.flow_head(x), self.occlusion_head(x)], dim=2)
+        return torch.cat([self._cells(self.flow_head(x)), self._cells(self.occlusion_head(x))], 2)
+
+    def _cells(self, x: Tensor) -> Tensor:
+        return per_frame(lambda frame: F.pixel_shuffle(frame, self.config.patch), x)
 
     def _first(self, sample: Tensor, reference: Tensor) -> Tensor:
         # One convolution over both, but what is the same in all frames is computed once.
         weight, bias = self.first.weight, self.first.bias
-        noisy, steady = weight[:, :FLOW_CHANNELS], weight[:, FLOW_CHANNELS:]
+        noisy, steady = weight.split((sample.shape[2], reference.shape[1]), dim=1)
         x = per_frame(lambda frame: F.conv2d(frame, noisy, bias, padding=3), sample)
         return x + F.conv2d(reference, steady, padding=3)[:, None]
 

@@ -479,3 +479,23 @@ def test_it_computes_what_lfdm_computes(name):
     golden = torch.from_numpy(np.load(HERE / "data" / "lfdm_golden.npz")[name])
     assert golden.std() > 0.1
     torch.testing.assert_close(recipe.seen(out), golden, rtol=0, atol=1e-4)
+
+
+def test_a_patch_is_a_square_of_the_flow():
+    """The channels of the heads become the cells of each square, in reading order."""
+    net = make(patch=2)
+    with torch.no_grad():
+        for head, values in (
+            (net.flow_head, torch.arange(8.0)),
+            (net.occlusion_head, -torch.ones(4)),
+        ):
+            head.conv.weight.zero_()
+            head.conv.bias.copy_(values)
+    out = net(torch.randn(1, 3, 3, 8, 12), torch.tensor([5]))
+    assert out.shape == (1, 3, 3, 8, 12)
+    squares = out[0, 0].unfold(1, 2, 2).unfold(2, 2, 2)
+    assert torch.equal(squares[0], torch.tensor([[0.0, 1], [2, 3]]).expand(4, 6, 2, 2))
+    assert torch.equal(squares[1], torch.tensor([[4.0, 5], [6, 7]]).expand(4, 6, 2, 2))
+    assert torch.equal(squares[2], -torch.ones(4, 6, 2, 2))
+    with pytest.raises(ValueError, match="multiples of 4"):
+        net(torch.randn(1, 3, 3, 8, 6), torch.tensor([5]))
