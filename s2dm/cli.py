@@ -311,6 +311,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     networks = parser.add_subparsers(dest="network", required=True, metavar="NETWORK")
     for name, text in (
         ("vae", "the autoencoder"),
+        ("stage1", "the flow generator"),
         ("stage2", "the U-Net with its flow adapter and text encoder"),
     ):
         network = networks.add_parser(name, help=text, description=f"Train {text}.")
@@ -325,6 +326,10 @@ def _train(options: argparse.Namespace) -> None:
         from .training.vae import VAETrainingConfig, train_vae
 
         train_vae(config_from_arguments(VAETrainingConfig, options))
+    elif options.network == "stage1":
+        from .training.stage1 import Stage1TrainingConfig, train_stage1
+
+        train_stage1(config_from_arguments(Stage1TrainingConfig, options))
     else:
         from .training.stage2 import Stage2TrainingConfig, train_stage2
 

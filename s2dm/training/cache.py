@@ -133,6 +133,23 @@ def build_latent_cache(
     return np.load(path, mmap_mode="r")
 
 
+def clip_latents(
+    cache: ClipCache, vae: nn.Module, scale: float, device: torch.device, half: bool
+) -> np.ndarray:
+    """Latents of every cached frame on the scale that the U-Net sees, in bfloat16 if ``half``."""
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+    @torch.no_grad()
+    def encode(frames: Tensor) -> Tensor:
+        frames = (frames * 2 - 1).contiguous(memory_format=torch.channels_last)
+        with autocast:
+            latents = vae.encode(frames).latent_dist.mode()
+        return latents.float() * scale
+
+    encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
+    return build_latent_cache(cache, encoder, encode, device)
+
+
 def weights_hash(model: nn.Module) -> str:
     """A short hash of a model's weights."""
     digest = hashlib.sha256()

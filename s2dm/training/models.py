@@ -45,14 +45,26 @@ def save_vae(path: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     save_checkpoint(path, S2DMConfig(vae=config), {"vae": to_ldm(state, vae_keys(config))})
 
 
-def save_model(path: Path, config: S2DMConfig, parts: Mapping[str, nn.Module]) -> None:
-    """Write a whole checkpoint in half precision."""
-    states = {
-        "unet": unet_state(parts["unet"], config.unet),
-        "text_encoder": text_encoder_state(parts["text_encoder"], config.text_encoder),
-        "vae": vae_state(parts["vae"], config.vae),
-        "flow_adapter": parts["flow_adapter"].state_dict(),
-    }
+_STATES = {
+    "unet": unet_state,
+    "text_encoder": text_encoder_state,
+    "vae": vae_state,
+    "flow_adapter": lambda module, config: module.state_dict(),
+    "flow_generator": lambda module, config: module.state_dict(),
+    "flow_text_encoder": text_encoder_state,
+}
+
+
+def save_model(
+    path: Path,
+    config: S2DMConfig,
+    parts: Mapping[str, nn.Module],
+    others: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Write a whole checkpoint in half precision: trained ``parts`` and the ``others`` as read."""
+    states = dict(others)
+    for name, module in parts.items():
+        states[name] = _STATES[name](module, getattr(config, name))
     save_checkpoint(path, config, states, torch.float16)
 
 

@@ -28,7 +28,7 @@ from ..models.build import (
 from ..models.config import FlowAdapterConfig, S2DMConfig, UNetConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..sector import NOISE_SHARING, alphas_cumprod, draw_noise, guide, sample, sector_loss
-from .cache import CONDITION_SIZE, ClipCache, build_clip_cache, build_latent_cache
+from .cache import CONDITION_SIZE, ClipCache, build_clip_cache, clip_latents
 from .config import TrainingConfig, TrainingConfigError
 from .cpu import speed_up
 from .datasets import build_dataset, pixels
@@ -40,6 +40,7 @@ from .vae import cache_root
 logger = logging.getLogger(__name__)
 
 PARTS = ("unet", "flow_adapter", "text_encoder")
+STAGE_1 = ("flow_generator", "flow_text_encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +167,11 @@ class Stage2Task:
         tokenizer: Any,
         clips: ClipCache,
         latents: np.ndarray,
+        others: dict[str, dict[str, Tensor]] | None = None,
     ) -> None:
         self.config = config
         self.model_config = model_config
+        self.others = others or {}
         self.model = model
         self.vae = vae
         self.clips = clips
@@ -278,14 +281,14 @@ class Stage2Task:
         return {"sample_error": float(torch.stack(errors).mean())}
 
     def export(self, model: Stage2Model, path: Path) -> None:
-        """Write the whole checkpoint: U-Net, text encoder, VAE, flow adapter, tokenizer."""
+        """Write the whole checkpoint, with the parts of stage 1 as the start had them."""
         parts = {
             "unet": model.unet,
             "text_encoder": model.text_encoder,
             "vae": self.vae,
             "flow_adapter": model.flow_adapter,
         }
-        save_model(path.with_suffix(".safetensors"), self.model_config, parts)
+        save_model(path.with_suffix(".safetensors"), self.model_config, parts, self.others)
 
 
 def step_generator_for(number: int) -> torch.Generator:
@@ -376,19 +379,11 @@ def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Sta
         getattr(model, part).requires_grad_(part in config.train)
     model.unet.to(memory_format=torch.channels_last)
 
-    half = torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
-
-    @torch.no_grad()
-    def encode(frames: Tensor) -> Tensor:
-        frames = (frames * 2 - 1).contiguous(memory_format=torch.channels_last)
-        with half:
-            latents = vae.encode(frames).latent_dist.mode()
-        return latents.float() * model_config.vae.scaling_factor
-
-    encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
-    latents = build_latent_cache(clips, encoder, encode, device)
+    half = config.mixed_precision == "bf16"
+    latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
     tokenizer = build_tokenizer(model_config)
-    return Stage2Task(config, model_config, model, vae, tokenizer, clips, latents)
+    others = {name: states[name] for name in STAGE_1 if name in states}
+    return Stage2Task(config, model_config, model, vae, tokenizer, clips, latents, others)
 
 
 def _start(
@@ -401,6 +396,7 @@ def _start(
         model_config, states = preset(config.preset), {}
         unet = UNetConfig.from_dict({**model_config.unet.to_dict(), **config.unet})
         model_config = dataclasses.replace(model_config, unet=unet, flow_adapter=None)
+        model_config = dataclasses.replace(model_config, **dict.fromkeys(STAGE_1))
         if model_config.tokenizer is None:
             spec = train_tokenizer(captions, model_config.text_encoder.vocab_size)
             model_config = with_tokenizer(model_config, spec)

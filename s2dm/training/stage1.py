@@ -1,0 +1,349 @@
+"""Train stage 1: the flow generator ε_φ, from prompt and reference frame (paper, section 3.4).
+
+Starts from a checkpoint of stage 2, whose VAE makes the features of the reference frame and
+whose tokenizer reads the prompt, and writes that checkpoint with the parts of stage 1 in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..flow import flow_to_image
+from ..flow.geometry import resample
+from ..models import FlowGenerator, decode_flow, encode_flow, mean_motion
+from ..models.build import (
+    build_flow_generator,
+    build_text_encoder,
+    build_tokenizer,
+    build_vae,
+)
+from ..models.config import S2DMConfig
+from ..pipelines.flow_generation import embed_prompts, flow_scheduler, generate_flow
+from ..sector import add_noise, alphas_cumprod, training_target
+from .cache import ClipCache, build_clip_cache, clip_latents
+from .config import TrainingConfig, TrainingConfigError
+from .cpu import speed_up
+from .datasets import build_dataset, pixels
+from .loop import Progress, TrainingLoop, make_accelerator
+from .models import load_model, preset, save_model
+from .sheets import save_sheet
+from .stage2 import step_generator_for, tokenize
+from .vae import cache_root
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("flow_generator", "flow_text_encoder")
+_MOVING = 0.01  # half-frames: what moves further sets the scale of the displacement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1TrainingConfig(TrainingConfig):
+    """Settings of the stage-1 trainer.
+
+    ``checkpoint`` is a file with a VAE and a text encoder; it is gone on from where it holds a
+    flow generator, else the one of ``preset`` is new. ``train`` names the parts that learn;
+    with ``flow_text_encoder`` among them stage 1 gets a text encoder of its own, a new one if
+    the checkpoint has none, and without it the prompt is read by what the checkpoint has.
+
+    A batch is ``clips`` whole clips. ``reference_null``, ``text_null`` and ``motion_null`` are
+    the probabilities of the null labels, each drawn for itself. Where the motion is not given
+    the network moves as the data do, which is the default in use: hence half of the time.
+    """
+
+    output: str = "runs/stage1"
+    preset: str = "puppets"
+    checkpoint: str = ""
+    train: tuple[str, ...] = PARTS
+    clips: int = 8
+    reference_null: float = 0.1
+    text_null: float = 0.1
+    motion_null: float = 0.5
+    validation_clips: int = 4
+    sample_frames: int = 8
+    sample_steps: int = 20
+    guidance_scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = sorted(set(self.train) - set(PARTS))
+        if unknown or not self.train:
+            raise TrainingConfigError(
+                f"train must name some of {', '.join(PARTS)}, got {list(self.train)}."
+            )
+        if not self.checkpoint:
+            raise TrainingConfigError(
+                "stage 1 needs a checkpoint with a VAE and a text encoder: set checkpoint to the "
+                "export of the stage-2 trainer."
+            )
+
+
+class Stage1Model(nn.Module):
+    """Flow generator and text encoder with the loss of diffusion, as the loop wants it."""
+
+    def __init__(self, flow_generator: FlowGenerator, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.flow_generator = flow_generator
+        self.text_encoder = text_encoder
+        schedule = flow_generator.config.schedule
+        self.prediction_type = schedule.prediction_type
+        alpha_bars = alphas_cumprod(
+            schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
+        )
+        self.register_buffer("alpha_bars", alpha_bars, persistent=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch of :meth:`Stage1Task.batch`; each frame has noise of its own."""
+        clean, noise = batch["flow"], batch["noise"]
+        alpha_bar = self.alpha_bars[batch["timesteps"]]
+        prediction = self.flow_generator(
+            add_noise(clean, noise, alpha_bar),
+            batch["timesteps"],
+            batch["reference"],
+            self.text_encoder(batch["token_ids"]).pooler_output,
+            batch["motion"],
+            keep_reference=batch["keep_reference"],
+            keep_text=batch["keep_text"],
+            keep_motion=batch["keep_motion"],
+        )
+        target = training_target(clean, noise, alpha_bar, self.prediction_type)
+        return {"loss": F.mse_loss(prediction.float(), target)}
+
+
+class Stage1Task:
+    """What the loop needs to train stage 1."""
+
+    def __init__(
+        self,
+        config: Stage1TrainingConfig,
+        model_config: S2DMConfig,
+        model: Stage1Model,
+        tokenizer: Any,
+        flows: np.ndarray,
+        references: np.ndarray,
+        captions: list[str],
+        validation: list[dict[str, Any]],
+        others: dict[str, dict[str, Tensor]],
+    ) -> None:
+        self.config = config
+        self.model_config = model_config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.flows = flows
+        self.references = references
+        self.token_ids = tokenize(tokenizer, captions, model_config)
+        self.validation = validation
+        self.others = others
+
+    def compile(self) -> None:
+        self.model.flow_generator.compile(dynamic=False)
+
+    def batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+        config, network = self.config, self.model.flow_generator.config
+        count = config.clips
+        chosen = torch.randint(len(self.flows), (count,), generator=generator)
+        # One t a clip, drawn in strata over the batch: the same distribution, less variance.
+        strata = torch.randperm(count, generator=generator)
+        where = (strata + torch.rand(count, generator=generator)) / count
+        steps = network.schedule.steps
+        conditions = torch.from_numpy(self.flows[chosen.numpy()].astype(np.float32))
+        flow = encode_flow(conditions, network)
+        draw = torch.rand((3, count), generator=generator)
+        values = {
+            "flow": flow,
+            "noise": torch.randn(flow.shape, generator=generator),
+            "timesteps": (where * steps).long().clamp(max=steps - 1),
+            "reference": torch.from_numpy(self.references[chosen.numpy()].astype(np.float32)),
+            "token_ids": self.token_ids[chosen],
+            "motion": mean_motion(conditions) if network.motion_strength else None,
+            "keep_reference": draw[0] >= config.reference_null,
+            "keep_text": draw[1] >= config.text_null,
+            "keep_motion": draw[2] >= config.motion_null,
+        }
+        return {key: None if v is None else v.to(device) for key, v in values.items()}
+
+    def sample(self, model: Stage1Model, path: Path) -> dict[str, float]:
+        """For each held-out clip: reference frame, true flow, flow generated from both labels.
+
+        The figure is the mean motion of the generated clips over that of the true ones.
+        """
+        config = self.config
+        network = model.flow_generator
+        device = next(network.parameters()).device
+        captions = [clip["caption"] for clip in self.validation]
+        text = embed_prompts(model.text_encoder, self.tokenizer, captions)
+        references = torch.stack([clip["reference"] for clip in self.validation]).to(device)
+        scheduler = flow_scheduler(network.config.schedule)
+        samples = generate_flow(
+            network,
+            scheduler,
+            text,
+            references,
+            config.sample_steps,
+            config.guidance_scale,
+            step_generator_for(0),
+        ).cpu()
+        rows, motion = [], []
+        for clip, generated in zip(self.validation, samples, strict=True):
+            true = clip["flow"]
+            flow = decode_flow(generated, network.config, true.height, true.width)
+            scale = max(true.magnitude().max().item(), 1.0)
+            keep = torch.linspace(0, len(flow) - 1, config.sample_frames).round().long().tolist()
+            rows.append(
+                torch.cat(
+                    [
+                        clip["frame"][None],
+                        flow_to_image(true.retime(len(flow)).select(keep), scale),
+                        clip["frame"][None],
+                        flow_to_image(flow.select(keep), scale),
+                    ]
+                )
+            )
+            motion.append((flow.magnitude().mean(), true.magnitude().mean()))
+        save_sheet(path, rows)
+        generated, true = torch.tensor(motion).sum(0)
+        return {"motion_ratio": float(generated / true)}
+
+    def export(self, model: Stage1Model, path: Path) -> None:
+        """Write the whole checkpoint: the parts of stage 1, the others as they were."""
+        parts = {"flow_generator": model.flow_generator}
+        if self.model_config.flow_text_encoder is not None:
+            parts["flow_text_encoder"] = model.text_encoder
+        save_model(path.with_suffix(".safetensors"), self.model_config, parts, self.others)
+
+
+def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Stage1Task:
+    """Prepare data, latents and model for ``config``."""
+    clips = build_clip_cache(cache_root(config), config.data, workers=config.workers)
+    model_config, states = load_model(config.checkpoint)
+    _check(config, model_config)
+    vae = build_vae(model_config.vae, states["vae"]).requires_grad_(False).eval().to(device)
+    if device.type == "cpu":
+        speed_up(vae)
+    half = config.mixed_precision == "bf16"
+    latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
+    model_config = _with_stage_1(config, model_config, clips)
+    network = model_config.flow_generator
+    flows = _flows(clips, network.size)
+
+    torch.manual_seed(config.seed)  # whatever preparing the data has drawn
+    generator = build_flow_generator(network, states.get("flow_generator"))
+    generator.to(memory_format=torch.channels_last)
+    own = model_config.flow_text_encoder
+    encoder_state = states.get("flow_text_encoder" if own else "text_encoder")
+    encoder = build_text_encoder(own or model_config.text_encoder, encoder_state)
+    model = Stage1Model(generator, encoder)
+    generator.requires_grad_("flow_generator" in config.train)
+    encoder.requires_grad_(own is not None and "flow_text_encoder" in config.train)
+    others = {name: state for name, state in states.items() if name not in PARTS}
+    return Stage1Task(
+        config,
+        model_config,
+        model,
+        build_tokenizer(model_config),
+        flows,
+        latents[:, 0],
+        clips.captions,
+        _validation(config, vae, model_config.vae.scaling_factor, device),
+        others,
+    )
+
+
+def _check(config: Stage1TrainingConfig, model_config: S2DMConfig) -> None:
+    lacking = [part for part in ("vae", "text_encoder") if getattr(model_config, part) is None]
+    if lacking:
+        raise TrainingConfigError(
+            f"stage 1 needs a checkpoint with a VAE and a text encoder, got {config.checkpoint} "
+            f"without {' and '.join(lacking)}. Use the export of the stage-2 trainer."
+        )
+
+
+def _with_stage_1(
+    config: Stage1TrainingConfig, model_config: S2DMConfig, clips: ClipCache
+) -> S2DMConfig:
+    """The config with the parts of stage 1; what depends on the data is measured on it."""
+    if model_config.flow_generator is not None:
+        return model_config
+    start = preset(config.preset)
+    network = start.flow_generator
+    own = start.flow_text_encoder if "flow_text_encoder" in config.train else None
+    if network is None:
+        raise TrainingConfigError(f"the preset {config.preset!r} has no flow generator.")
+    if own is not None:
+        read = model_config.text_encoder
+        special = ("vocab_size", "bos_token_id", "eos_token_id", "max_length")
+        own = dataclasses.replace(own, **{name: getattr(read, name) for name in special})
+    scale, motion = _scales(clips)
+    network = dataclasses.replace(
+        network,
+        reference_channels=model_config.vae.latent_channels,
+        text_dim=(own or model_config.text_encoder).hidden_size,
+        frames=config.data.frames,
+        displacement_scale=scale,
+        motion=motion,
+    )
+    return dataclasses.replace(model_config, flow_generator=network, flow_text_encoder=own)
+
+
+def _scales(clips: ClipCache) -> tuple[float, float]:
+    """Root mean square displacement of what moves, and mean motion of a clip, in half-frames.
+
+    With the first as the unit the samples have about the variance that noise has.
+    """
+    squares, count, motion = 0.0, 0, 0.0
+    for clip in range(len(clips)):
+        condition = torch.from_numpy(clips.conditions[clip].astype(np.float32))
+        length = condition[:, :2].norm(dim=1)
+        moving = length[length > _MOVING]
+        squares += float(moving.square().sum())
+        count += len(moving)
+        motion += float(mean_motion(condition))
+    if not count:
+        raise TrainingConfigError("stage 1 learns motion, and in these clips nothing moves.")
+    return (squares / count) ** 0.5, motion / len(clips)
+
+
+def _flows(clips: ClipCache, size: tuple[int, int]) -> np.ndarray:
+    """The flow conditions of all clips at the network's size, (C,N,3,h,w) float16."""
+    count, frames = clips.conditions.shape[:2]
+    flows = np.empty((count, frames, 3, *size), np.float16)
+    for clip in range(count):
+        condition = torch.from_numpy(clips.conditions[clip].astype(np.float32))
+        flows[clip] = resample(condition, *size).half().numpy()
+    return flows
+
+
+@torch.no_grad()
+def _validation(
+    config: Stage1TrainingConfig, vae: nn.Module, scale: float, device: torch.device
+) -> list[dict[str, Any]]:
+    data = build_dataset(config.data, config.data.validation_split)
+    count = min(config.validation_clips, len(data))
+    clips = []
+    for index in torch.linspace(0, len(data) - 1, count).long().tolist():
+        clip = data[index]
+        frame = pixels(clip.frames)[0]
+        latents = vae.encode(frame[None].to(device) * 2 - 1).latent_dist.mode() * scale
+        clips.append(
+            {"frame": frame, "reference": latents[0], "flow": clip.flow, "caption": clip.caption}
+        )
+    return clips
+
+
+def train_stage1(config: Stage1TrainingConfig) -> Progress:
+    """Train stage 1 as ``config`` says, or go on with the run in its folder.
+
+    The folder's ``export.safetensors`` is the whole checkpoint with averaged weights, as of the
+    newest sample sheet.
+    """
+    accelerator = make_accelerator(config)
+    task = build_stage1_task(config, accelerator.device)
+    return TrainingLoop(config, task, accelerator).run()

@@ -1,0 +1,170 @@
+"""The trainer of stage 1: what a batch holds, what learns, what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+
+from random_checkpoint import tiny_config, write_random_checkpoint
+from tiny_training import DATA, FRAMES
+
+from s2dm.models import load_checkpoint, mean_motion, presets
+from s2dm.training.config import TrainingConfigError, config_from_dict
+from s2dm.training.loop import RunFolder, step_generator
+from s2dm.training.stage1 import Stage1TrainingConfig, build_stage1_task, train_stage1
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def preset():
+    """The preset `generator`: stage 1 with a text encoder of its own."""
+    config = tiny_config()
+    config = dataclasses.replace(config, flow_text_encoder=config.text_encoder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presets, "GENERATOR", config, raising=False)
+        yield config
+
+
+@pytest.fixture(scope="module")
+def stage2_file(tmp_path_factory) -> Path:
+    """A checkpoint as the stage-2 trainer writes it, of random weights."""
+    path = tmp_path_factory.mktemp("stage2") / "stage2.safetensors"
+    return write_random_checkpoint(path, tiny_config(flow_generator=None))
+
+
+def _config(folder: Path, checkpoint: Path, **settings) -> Stage1TrainingConfig:
+    values = {
+        "output": str(folder),
+        "checkpoint": str(checkpoint),
+        "preset": "generator",
+        "data": DATA,
+        "steps": 3,
+        "clips": 3,
+        "mixed_precision": "no",
+        "workers": 0,
+        "warmup_steps": 1,
+        "log_every": 1,
+        "validation_clips": 2,
+        "sample_frames": 2,
+        "sample_steps": 2,
+    }
+    return config_from_dict(Stage1TrainingConfig, {**values, **settings})
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory, stage2_file, preset):
+    return build_stage1_task(_config(tmp_path_factory.mktemp("run"), stage2_file), CPU)
+
+
+def test_the_export_adds_stage_1_and_leaves_the_rest(tmp_path, stage2_file, preset):
+    train_stage1(_config(tmp_path, stage2_file))
+    before = load_checkpoint(stage2_file)[1]
+    config, after = load_checkpoint(tmp_path / "export.safetensors")
+    assert set(after) == {*before, "flow_generator", "flow_text_encoder"}
+    for part, state in before.items():
+        assert all(torch.equal(value.half(), after[part][key]) for key, value in state.items())
+    assert config.flow_generator.frames == FRAMES
+    assert any((tmp_path / "samples").glob("step_*.png"))
+    assert "motion_ratio" in RunFolder(tmp_path).records()[-1]
+
+
+def test_what_depends_on_the_data_is_measured_on_it(task):
+    """A square of 12x12 of 32x32 pixels moves by 0, 1, 2 and 3 pixels, a half-frame is 16."""
+    network = task.model_config.flow_generator
+    rms = ((1 + 4 + 9) / 3) ** 0.5 / 16
+    assert network.displacement_scale == pytest.approx(rms, rel=0.1)
+    mean = (1 + 2 + 3) / 4 * (12 * 12) / 32**2 / 16
+    assert network.motion == pytest.approx(mean, rel=0.1)
+
+
+def test_a_batch_is_whole_clips_with_noise_in_every_frame(task):
+    batch = task.batch(step_generator(0, 0), CPU)
+    height, width = task.model_config.flow_generator.size
+    assert batch["flow"].shape == batch["noise"].shape == (3, FRAMES, 3, height, width)
+    assert batch["reference"].shape == (3, 4, 4, 4)
+    assert not torch.equal(batch["noise"][:, 0], batch["noise"][:, 1])
+    assert (batch["flow"][:, 0, :2] == 0).all()
+    assert (batch["flow"][:, 0, 2] == -1).all()
+    scale = task.model_config.flow_generator.displacement_scale
+    moved = batch["flow"].clone()
+    moved[:, :, :2] *= scale
+    torch.testing.assert_close(batch["motion"], mean_motion(moved))
+
+
+@pytest.mark.parametrize("dropped", ["reference", "text", "motion"])
+def test_null_labels_are_drawn_each_for_itself(task, dropped):
+    labels = ("reference", "text", "motion")
+    settings = {f"{label}_null": float(label == dropped) for label in labels}
+    before = task.config
+    task.config = dataclasses.replace(before, **settings)
+    try:
+        batch = task.batch(step_generator(0, 0), CPU)
+    finally:
+        task.config = before
+    assert {label: bool(batch[f"keep_{label}"].any()) for label in labels} == {
+        label: label != dropped for label in labels
+    }
+
+
+def test_without_an_encoder_of_its_own_the_prompt_is_read_as_in_stage_2(
+    tmp_path, stage2_file, preset
+):
+    train_stage1(_config(tmp_path, stage2_file, train=["flow_generator"], steps=1))
+    config, states = load_checkpoint(tmp_path / "export.safetensors")
+    assert config.flow_text_encoder is None and "flow_text_encoder" not in states
+    before = load_checkpoint(stage2_file, ["text_encoder"])[1]["text_encoder"]
+    assert all(torch.equal(v.half(), states["text_encoder"][k]) for k, v in before.items())
+
+
+def test_a_run_that_is_stopped_ends_where_one_that_was_not_does(tmp_path, stage2_file, preset):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train_stage1(_config(whole, stage2_file, steps=4, schedule="constant"))
+    train_stage1(_config(parted, stage2_file, steps=2, schedule="constant"))
+    train_stage1(_config(parted, stage2_file, steps=4, schedule="constant"))
+    first, second = (
+        load_checkpoint(run / "export.safetensors")[1]["flow_generator"] for run in (whole, parted)
+    )
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_the_loss_falls_on_data_as_simple_as_this(tmp_path, stage2_file, preset):
+    config = _config(tmp_path, stage2_file, steps=60, learning_rate=3e-3, ema_decay=0.9)
+    train_stage1(config)
+    losses = [r["loss"] for r in RunFolder(tmp_path).records() if "loss" in r]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+
+
+def test_a_checkpoint_with_stage_1_is_gone_on_from(tmp_path, stage2_file, preset):
+    train_stage1(_config(tmp_path / "first", stage2_file, steps=1))
+    start = tmp_path / "first" / "export.safetensors"
+    going_on = build_stage1_task(_config(tmp_path / "second", start), CPU)
+    state = load_checkpoint(start, ["flow_generator"])[1]["flow_generator"]
+    network = going_on.model.flow_generator.state_dict()
+    assert all(torch.equal(value.float(), network[key]) for key, value in state.items())
+
+
+def test_bad_settings_are_refused(tmp_path, stage2_file, preset):
+    with pytest.raises(TrainingConfigError, match="set checkpoint"):
+        Stage1TrainingConfig(output=str(tmp_path))
+    with pytest.raises(TrainingConfigError, match="train must name"):
+        _config(tmp_path, stage2_file, train=["unet"])
+
+
+def test_a_checkpoint_without_text_encoder_is_refused(tmp_path, preset):
+    config = tiny_config(text_encoder=None, tokenizer=None, flow_generator=None, unet=None)
+    path = write_random_checkpoint(tmp_path / "vae.safetensors", config)
+    with pytest.raises(TrainingConfigError, match="without text_encoder"):
+        build_stage1_task(_config(tmp_path, path), CPU)
+
+
+def test_clips_in_which_nothing_moves_are_refused(tmp_path, stage2_file, preset):
+    one_frame = {**DATA, "frames": 1}
+    with pytest.raises(TrainingConfigError, match="nothing moves"):
+        build_stage1_task(_config(tmp_path, stage2_file, data=one_frame), CPU)
