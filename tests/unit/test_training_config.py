@@ -1,0 +1,69 @@
+"""The settings of the trainers."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+import pytest
+
+pytest.importorskip("diffusers")
+
+from s2dm.training.config import (
+    TrainingConfig,
+    TrainingConfigError,
+    config_from_dict,
+    config_to_dict,
+    read_config,
+)
+from s2dm.training.stage2 import Stage2TrainingConfig
+from s2dm.training.vae import VAETrainingConfig
+
+
+def test_unknown_setting_is_named():
+    with pytest.raises(TrainingConfigError, match=r"data\.'colour'"):
+        config_from_dict(TrainingConfig, {"data": {"colour": 1}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": "many"}, "steps must be of type int"),
+        ({"steps": True}, "steps must be of type int"),
+        ({"data": 3}, "data must be a table"),
+        ({"betas": 0.9}, "betas must be a list"),
+        ({"schedule": "linear"}, "schedule must be"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be"),
+        ({"data": {"estimated_flow": 1.2}}, "a share from 0 to 1, got 1.2"),
+        ({"data": {"estimated_flow": -0.1}}, "a share from 0 to 1, got -0.1"),
+    ],
+)
+def test_wrong_settings_are_refused(values, message):
+    with pytest.raises(TrainingConfigError, match=message):
+        config_from_dict(TrainingConfig, values)
+
+
+def test_stage2_settings_are_checked():
+    with pytest.raises(TrainingConfigError, match="noise_sharing"):
+        Stage2TrainingConfig(noise_sharing="sometimes")
+    with pytest.raises(TrainingConfigError, match="train must name"):
+        Stage2TrainingConfig(train=("vae",))
+
+
+def test_overrides_reach_into_tables(tmp_path):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"steps": 5, "data": {"takes": 3}}))
+    config = read_config(TrainingConfig, file, ["data.size=64", "output=somewhere", "threads=2"])
+    assert (config.steps, config.data.takes, config.data.size) == (5, 3, 64)
+    assert (config.output, config.threads) == ("somewhere", 2)
+    assert config_from_dict(TrainingConfig, config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("puppets_vae.toml", VAETrainingConfig), ("puppets_stage2.toml", Stage2TrainingConfig)],
+)
+def test_shipped_configs_are_valid(name, kind):
+    with resources.as_file(resources.files("s2dm.training") / "configs" / name) as path:
+        assert read_config(kind, path).data.name == "puppets"

@@ -1,0 +1,90 @@
+"""Data sets by name, and the cache of their clips."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from tiny_training import Squares, data_config
+
+from s2dm.flow import estimate_flow
+from s2dm.training.cache import CONDITION_SIZE, ClipCache, build_clip_cache
+from s2dm.training.config import DataConfig, TrainingConfigError
+from s2dm.training.datasets import build_dataset, pixels
+
+
+def test_unknown_data_set_lists_the_known():
+    with pytest.raises(TrainingConfigError, match=r"unknown data set 'films'.*puppets"):
+        build_dataset(DataConfig(name="films"))
+
+
+def test_cache_holds_what_the_data_set_gives(tmp_path):
+    data = data_config()
+    cache = build_clip_cache(tmp_path, data)
+    clip = Squares(data, "train")[3]
+    assert len(cache) == 6
+    assert cache.captions[3] == clip.caption
+    assert torch.equal(torch.from_numpy(cache.frames[3].copy()), clip.frames)
+    expected = clip.flow.condition(88, 56)
+    assert torch.allclose(torch.from_numpy(cache.conditions[3]).float(), expected, atol=1e-3)
+
+
+def test_interrupted_cache_goes_on(tmp_path, monkeypatch):
+    data = data_config()
+    monkeypatch.setattr(Squares, "fail_after", Squares.asked + 4)
+    with pytest.raises(RuntimeError):
+        build_clip_cache(tmp_path, data)
+    monkeypatch.setattr(Squares, "fail_after", None)
+    done_before = Squares.asked
+    cache = build_clip_cache(tmp_path, data)
+    # One clip is rendered to learn the shapes; three were there already.
+    assert Squares.asked - done_before == 1 + 3
+    assert cache.captions == [f"square number {i}" for i in range(6)]
+    build_clip_cache(tmp_path, data)
+    assert Squares.asked - done_before == 4
+    other = build_clip_cache(tmp_path, dataclasses.replace(data, size=16))
+    assert isinstance(other, ClipCache) and other.frames.shape[-1] == 16
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (0.0, []),
+        (1 / 3, [2, 5]),
+        (0.4, [2, 4]),
+        (0.5, [1, 3, 5]),
+        (1.0, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_a_share_of_the_clips_carries_estimated_flow(tmp_path, share, expected):
+    data = data_config(estimated_flow=share)
+    cache = build_clip_cache(tmp_path, data)
+    clips = Squares(data, "train")
+    estimated = []
+    for number in range(len(clips)):
+        clip = clips[number]
+        given, guessed = (
+            flow.condition(*CONDITION_SIZE).half()
+            for flow in (clip.flow, estimate_flow(pixels(clip.frames)))
+        )
+        assert not torch.equal(given, guessed)
+        stored = torch.from_numpy(cache.conditions[number].copy())
+        if torch.equal(stored, guessed):
+            estimated.append(number)
+        else:
+            assert torch.equal(stored, given)
+    assert estimated == expected
+
+
+def test_estimated_flow_has_a_cache_of_its_own(tmp_path):
+    data = data_config()
+    shares = (0.0, 0.5, 1.0)
+    caches = [
+        build_clip_cache(tmp_path, dataclasses.replace(data, estimated_flow=share))
+        for share in shares
+    ]
+    assert len({cache.folder for cache in caches}) == len(shares)

@@ -1,0 +1,144 @@
+"""The loop that all trainers share: schedule, averages, records, resuming, sheets."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+
+from tiny_training import stage2_config
+
+from s2dm.models import load_checkpoint
+from s2dm.training.config import TrainingConfig
+from s2dm.training.loop import EMA, Progress, RunFolder, TrainingLoop, learning_rate, step_generator
+from s2dm.training.sheets import save_sheet
+from s2dm.training.stage2 import Stage2Task, build_stage2_task, train_stage2
+
+pytestmark = pytest.mark.usefixtures("tiny_preset")
+
+
+@given(st.integers(0, 99), st.floats(0, 600))
+def test_learning_rate_stays_between_its_ends(step, seconds):
+    config = TrainingConfig(
+        steps=100, max_minutes=10, learning_rate=1.0, final_learning_rate=0.1, warmup_steps=1
+    )
+    rate = learning_rate(config, Progress(step, seconds))
+    assert 0.1 - 1e-9 <= rate <= 1.0
+    later = learning_rate(config, Progress(step, seconds + 60))
+    assert later <= rate + 1e-9
+
+
+def test_learning_rate_warms_up_and_anneals_by_time():
+    config = TrainingConfig(steps=10**6, max_minutes=10, learning_rate=1.0, warmup_steps=10)
+    assert learning_rate(config, Progress(0, 0.0)) == pytest.approx(0.1)
+    assert learning_rate(config, Progress(10, 300.0)) == pytest.approx(0.5)
+    assert learning_rate(config, Progress(10, 600.0)) == pytest.approx(0.0)
+    assert Progress(10, 600.0).fraction(config) == 1.0
+
+
+def test_ema_follows_and_gives_the_weights_back():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, decay=0.999)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    for _ in range(20):
+        ema.update()
+    with ema.applied():
+        assert model.weight.item() > 0.95  # a fixed decay of 0.999 would be at 0.02
+    assert model.weight.item() == 1.0
+
+
+def test_ema_leaves_frozen_weights_out():
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    assert set(EMA(model, 0.9).average) == {"weight"}
+
+
+def test_step_generator_depends_on_the_place_alone():
+    first = torch.rand(4, generator=step_generator(0, 7, 0, 0))
+    again = torch.rand(4, generator=step_generator(0, 7, 0, 0))
+    other = torch.rand(4, generator=step_generator(0, 8, 0, 0))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_log_forgets_what_is_made_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.append({"step": step, "loss": 1.0 / step})
+    folder.forget_after(2)
+    assert [r["step"] for r in folder.records()] == [1, 2]
+
+
+def test_sheet_has_rows_and_columns(tmp_path):
+    from PIL import Image
+
+    save_sheet(tmp_path / "sheet.png", [torch.zeros(3, 3, 8, 8), torch.ones(2, 3, 8, 8)], gap=2)
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size == (28, 18)
+        assert image.getpixel((0, 0)) == (0, 0, 0)
+    assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
+
+
+def _stop_after(monkeypatch, steps: int, stop) -> None:
+    """Call ``stop`` while the batch of step ``steps`` is drawn, which that step still ends."""
+    original = Stage2Task.batch
+    drawn = []
+
+    def batch(self, generator, device):
+        drawn.append(1)
+        if len(drawn) == steps:
+            stop()
+        return original(self, generator, device)
+
+    monkeypatch.setattr(Stage2Task, "batch", batch)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_run_equals_uninterrupted_one(tmp_path, vae_file, monkeypatch, accumulation):
+    settings = {"gradient_accumulation": accumulation, "cache": str(tmp_path / "cache")}
+    whole = stage2_config(tmp_path / "whole", vae_file, **settings)
+    train_stage2(whole)
+    parts = stage2_config(tmp_path / "parts", vae_file, **settings)
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 2 * accumulation, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train_stage2(parts).step == 2
+    assert not (tmp_path / "parts" / "export.safetensors").exists()
+    assert train_stage2(parts).step == 4
+    for part, state in load_checkpoint(tmp_path / "whole" / "export.safetensors")[1].items():
+        resumed = load_checkpoint(tmp_path / "parts" / "export.safetensors")[1][part]
+        assert all(torch.equal(value, resumed[key]) for key, value in state.items()), part
+    records = [RunFolder(tmp_path / name).records() for name in ("whole", "parts")]
+    losses = [[r["loss"] for r in log if "loss" in r] for log in records]
+    assert losses[0] == losses[1]
+
+
+def test_export_only_leaves_the_run_alone(tmp_path, vae_file):
+    config = stage2_config(tmp_path, vae_file, steps=2)
+    train_stage2(config)
+    export = tmp_path / "export.safetensors"
+    before = load_file(export)
+    export.unlink()
+    train_stage2(dataclasses.replace(config, export_only=True, steps=100))
+    after = load_file(export)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_diverged_run_stops(tmp_path, vae_file):
+    task = build_stage2_task(stage2_config(tmp_path, vae_file), torch.device("cpu"))
+    loop = TrainingLoop(task.config, task)
+    loop._collect({"loss": torch.tensor(float("nan"))})
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        loop._write_log()

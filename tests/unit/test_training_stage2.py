@@ -1,0 +1,115 @@
+"""The trainer of stage 2: what a batch holds, what learns, what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+
+from tiny_training import FRAMES, SIZE, stage2_config
+
+from s2dm.models import load_checkpoint
+from s2dm.training.loop import RunFolder, step_generator
+from s2dm.training.stage2 import build_stage2_task, train_stage2
+
+pytestmark = pytest.mark.usefixtures("tiny_preset")
+
+
+def test_stage2_export_is_a_whole_checkpoint(tmp_path, vae_file):
+    train_stage2(stage2_config(tmp_path, vae_file, steps=2))
+    config, states = load_checkpoint(tmp_path / "export.safetensors")
+    assert set(states) == {"unet", "text_encoder", "vae", "flow_adapter"}
+    assert config.tokenizer["kind"] == "bpe"
+    assert (config.resolution, config.frames) == ((SIZE, SIZE), FRAMES)
+    assert all(t.dtype == torch.float16 for state in states.values() for t in state.values())
+
+
+def test_only_the_named_parts_learn(tmp_path, vae_file):
+    first = tmp_path / "first"
+    train_stage2(stage2_config(first, vae_file, steps=1))
+    start = first / "export.safetensors"
+    config = stage2_config(
+        tmp_path / "second", "", checkpoint=str(start), train=["flow_adapter"], steps=2
+    )
+    train_stage2(config)
+    before = load_checkpoint(start)[1]
+    after = load_checkpoint(tmp_path / "second" / "export.safetensors")[1]
+    same = {
+        part: all(torch.equal(value, after[part][key]) for key, value in state.items())
+        for part, state in before.items()
+    }
+    assert same == {"unet": True, "text_encoder": True, "vae": True, "flow_adapter": False}
+
+
+@pytest.fixture(scope="module")
+def stage2_task(tmp_path_factory, vae_file):
+    config = stage2_config(tmp_path_factory.mktemp("stage2"), vae_file)
+    return build_stage2_task(config, torch.device("cpu"))
+
+
+def _batch(task, number=0, **settings):
+    config = task.config
+    task.config = dataclasses.replace(config, **settings)
+    try:
+        return task.batch(step_generator(0, number), torch.device("cpu"))
+    finally:
+        task.config = config
+
+
+@pytest.mark.parametrize("sharing", ["shared", "independent", "mixed"])
+def test_frames_share_their_noise_as_configured(stage2_task, sharing):
+    noise = _batch(stage2_task, noise_sharing=sharing)["noise"]
+    assert noise.shape == (3, 2, 4, 4, 4)
+    assert torch.equal(noise[:, 0], noise[:, 1]) == (sharing == "shared")
+    assert not torch.equal(noise[0], noise[1])
+
+
+@pytest.mark.parametrize(
+    ("both", "text", "flow"), [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)]
+)
+def test_null_labels_are_dropped_together_or_alone(stage2_task, both, text, flow):
+    empty = stage2_task.token_ids[-1]
+    batch = _batch(stage2_task, both_null=both, text_null=text, flow_null=flow)
+    assert bool((batch["token_ids"] == empty).all()) == bool(both or text)
+    assert bool(batch["flow_null"].all()) == bool(both or flow)
+
+
+def test_frame_one_comes_with_zero_flow(stage2_task):
+    always = _batch(stage2_task, first_frame=1.0)
+    assert (always["conditions"][:, 0, :2] == 0).all()
+    never = _batch(stage2_task, first_frame=0.0)
+    assert (never["conditions"][:, :, :2].abs().amax((2, 3, 4)) > 0).all()
+
+
+def test_timesteps_cover_the_schedule(stage2_task):
+    timesteps = _batch(stage2_task, clips=8)["timesteps"]
+    assert sorted((timesteps * 8 // 1000).tolist()) == list(range(8))
+
+
+def test_null_flow_replaces_the_tokens(stage2_task):
+    model = stage2_task.model
+    conditions = torch.randn(2, 3, 88, 56)
+    tokens = model.flow_tokens(conditions, torch.tensor([False, True]))
+    assert torch.equal(tokens[1:], model.flow_adapter.null_tokens(1))
+    assert torch.allclose(tokens[:1], model.flow_adapter.encode(conditions[:1]), atol=1e-5)
+
+
+def test_latents_are_those_of_the_frames(stage2_task):
+    frames = stage2_task.clips.pixels(2)
+    with torch.no_grad():
+        expected = stage2_task.vae.encode(frames * 2 - 1).latent_dist.mode()
+    got = torch.from_numpy(np.array(stage2_task.latents[2])).float()
+    assert torch.allclose(got, expected, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_stage2_learns(tmp_path, vae_file):
+    config = stage2_config(tmp_path, vae_file, steps=60, clips=8, log_every=20, learning_rate=3e-3)
+    train_stage2(config)
+    losses = [r["loss"] for r in RunFolder(tmp_path).records() if "loss" in r]
+    assert losses[-1] < 0.7 * losses[0]
