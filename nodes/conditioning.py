@@ -11,11 +11,29 @@ from comfy_api.latest import io
 
 from ..s2dm.flow import FlowField
 from .native.labels import LABEL, FlowLabel
-from .schema import known, named_errors, schema
+from .schema import advanced, flow_strength, named_errors, schema
 from .types import Flow
 
 _STEP = 8
 """Pixels along each side of one latent."""
+
+
+def _percent(name: str, default: float, tooltip: str) -> io.Input:
+    return advanced(
+        io.Float.Input, name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip
+    )
+
+
+def _side(name: str) -> io.Input:
+    return advanced(
+        io.Int.Input,
+        name,
+        default=0,
+        min=0,
+        max=8192,
+        step=_STEP,
+        tooltip=f"{name.capitalize()} of the clip in pixels; the flow is resized. 0: as the flow.",
+    )
 
 
 class EncodeFlow(io.ComfyNode):
@@ -46,36 +64,18 @@ class EncodeFlow(io.ComfyNode):
                     "flow",
                     tooltip="The motion of each frame. One frame of flow is one frame of the clip.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip=(
-                        "0: no flow, the model moves as it likes; 1: the flow as it is. To move "
-                        "less far, change the flow itself."
-                    ),
+                flow_strength(
+                    "0: no flow, the model moves as it likes; 1: the flow as it is. To move "
+                    "less far, change the flow itself."
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="From which part of the sampling steps on the flow acts.",
-                    **known(io.Float.Input, advanced=True),
+                _percent(
+                    "start_percent", 0.0, "From which part of the sampling steps on the flow acts."
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Up to which part of the sampling steps the flow acts.",
-                    **known(io.Float.Input, advanced=True),
+                _percent(
+                    "end_percent", 1.0, "Up to which part of the sampling steps the flow acts."
                 ),
-                io.Boolean.Input(
+                advanced(
+                    io.Boolean.Input,
                     "guide_flow",
                     default=True,
                     tooltip=(
@@ -83,26 +83,9 @@ class EncodeFlow(io.ComfyNode):
                         "the negative prompt sees the flow too, so guidance strengthens the "
                         "prompt alone."
                     ),
-                    **known(io.Boolean.Input, advanced=True),
                 ),
-                io.Int.Input(
-                    "width",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=_STEP,
-                    tooltip="Width of the clip in pixels; the flow is resized. 0: as the flow.",
-                    **known(io.Int.Input, advanced=True),
-                ),
-                io.Int.Input(
-                    "height",
-                    default=0,
-                    min=0,
-                    max=8192,
-                    step=_STEP,
-                    tooltip="Height of the clip in pixels; the flow is resized. 0: as the flow.",
-                    **known(io.Int.Input, advanced=True),
-                ),
+                _side("width"),
+                _side("height"),
                 io.Mask.Input(
                     "mask",
                     optional=True,

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..s2dm.sector import NOISE_SHARING
 from .native import noise as native
-from .schema import known, named_errors, schema
+from .schema import advanced, named_errors, schema
 
 _LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -28,14 +28,14 @@ def _sharing_inputs() -> list[io.Input]:
                 "say stays still. independent: each frame its own. mixed: some of both."
             ),
         ),
-        io.Float.Input(
+        advanced(
+            io.Float.Input,
             "share",
             default=0.5,
             min=0.0,
             max=1.0,
             step=0.01,
             tooltip="How much of the noise all frames have in common, for mixed alone.",
-            **known(io.Float.Input, advanced=True),
         ),
     ]
 

@@ -31,6 +31,16 @@ def schema(**fields: Any) -> io.Schema:
     return io.Schema(**known(io.Schema, **fields))
 
 
+def advanced(kind: type[io.Input], name: str, **fields: Any) -> io.Input:
+    """An input that few change: folded away where the version can do that."""
+    return kind(name, **fields, **known(kind, advanced=True))
+
+
+def flow_strength(tooltip: str) -> io.Input:
+    """How strongly flow acts, from not at all to four times as strongly as in training."""
+    return io.Float.Input("strength", default=1.0, min=0.0, max=4.0, step=0.05, tooltip=tooltip)
+
+
 @contextmanager
 def named_errors(node: type[io.ComfyNode]) -> Iterator[None]:
     """Put the node's display name before what the library says is wrong (a ValueError)."""
