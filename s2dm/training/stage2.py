@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..models.build import (
     build_unet,
     build_vae,
 )
-from ..models.config import FlowAdapterConfig, S2DMConfig, UNetConfig
+from ..models.config import FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..sector import NOISE_SHARING, alphas_cumprod, draw_noise, guide, sample, sector_loss
 from .cache import CONDITION_SIZE, ClipCache, build_clip_cache, clip_latents
@@ -48,23 +48,21 @@ class Stage2TrainingConfig(TrainingConfig):
     """Settings of the stage-2 trainer.
 
     Start: ``checkpoint`` (a file with a U-Net and a text encoder; parts it lacks are new) or else
-    random weights in the sizes of ``preset``, of which ``unet`` may change some. ``vae`` is a file
-    to take the VAE from, if it is not the checkpoint's. ``train`` names the parts that learn.
+    random weights in the sizes of ``preset``. ``vae`` is a file to take the VAE from, if it is not
+    the checkpoint's. ``train`` names the parts that learn.
 
     A batch is ``clips`` clips with ``clip_frames`` frames each, drawn from the clip; with
     probability ``first_frame`` one of them is frame 1, which the flow starts from. The
     labels of a clip are replaced by null labels with fixed probabilities: ``both_null`` for text
     and flow together, which guidance starts from, ``text_null`` and ``flow_null`` for one of them
-    alone. ``adapter_gain`` is the initial
-    size of the adapter's projections: 0 keeps a pretrained U-Net as it is at the start, 1 lets a
-    new one learn sooner.
+    alone. ``adapter_gain`` is the initial size of the adapter's projections: 0 keeps a pretrained
+    U-Net as it is at the start, 1 lets a new one learn sooner.
     """
 
     output: str = "runs/stage2"
     preset: str = "puppets"
     checkpoint: str = ""
     vae: str = ""
-    unet: dict[str, Any] = field(default_factory=dict)
     fusion: str = "channel"
     train: tuple[str, ...] = PARTS
     adapter_gain: float = 0.0
@@ -394,8 +392,6 @@ def _start(
         model_config, states = load_model(config.checkpoint)
     else:
         model_config, states = preset(config.preset), {}
-        unet = UNetConfig.from_dict({**model_config.unet.to_dict(), **config.unet})
-        model_config = dataclasses.replace(model_config, unet=unet, flow_adapter=None)
         model_config = dataclasses.replace(model_config, **dict.fromkeys(STAGE_1))
         if model_config.tokenizer is None:
             spec = train_tokenizer(captions, model_config.text_encoder.vocab_size)
