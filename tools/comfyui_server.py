@@ -175,10 +175,6 @@ class ComfyServer:
         """The schema of every node the server knows, by class type."""
         return self.get("/object_info")
 
-    def interrupt(self) -> None:
-        """Cancel the prompt that is running."""
-        self.post("/interrupt", {})
-
     def run(
         self, prompt: Mapping[str, Any], timeout: float = 300.0, on_event: Event | None = None
     ) -> dict[str, Any]:
