@@ -306,7 +306,8 @@ def _resized(image: Tensor, size: list[int]) -> Tensor:
         return image
     if image.shape[2:] == (1, 1):
         return image.expand(-1, -1, *size)
-    return F.interpolate(image, size=size, mode="bilinear", antialias=True)
+    # In float32, because CPUs have no antialiasing in half precision.
+    return F.interpolate(image.float(), size=size, mode="bilinear", antialias=True).to(image)
 
 
 def _refuse(name: str, expected: str, got: Tensor, remedy: str) -> None:

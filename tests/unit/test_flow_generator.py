@@ -277,6 +277,15 @@ def test_reference_of_another_size_is_resized():
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_reference_in_half_precision_is_resized_too(dtype):
+    net, arguments = make().to(dtype), draw()
+    arguments = {name: x if name == "timesteps" else x.to(dtype) for name, x in arguments.items()}
+    arguments["reference"] = arguments["reference"].repeat(1, 1, 2, 2)
+    with torch.no_grad():
+        assert torch.isfinite(net(**arguments)).all()
+
+
 def test_the_reference_is_one_more_input_of_the_first_convolution():
     net, arguments = make(), draw()
     sample, reference = arguments["sample"], arguments["reference"]
