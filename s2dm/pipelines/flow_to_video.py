@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,18 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..flow import FlowField
-from ..models import S2DMConfig, ScheduleConfig
+from ..models import (
+    PARTS,
+    S2DMConfig,
+    ScheduleConfig,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+)
 from ..models import build as models
-from ..models.checkpoint import load_checkpoint, save_checkpoint
 from ..sector import draw_noise, guide, sample
 from .flow_adapter import FlowAdapterModel
 
-PARTS = ("unet", "text_encoder", "vae", "flow_adapter")
 OUTPUT_TYPES = ("pt", "pil", "latent")
 
 
@@ -106,22 +111,31 @@ class FlowToVideoPipeline(DiffusionPipeline):
         Raises:
             CheckpointError: the file is broken, or one of the parts is missing.
         """
-        config, state = load_checkpoint(path, parts=PARTS)
-        config = dataclasses.replace(config, flow_generator=None, flow_text_encoder=None)
-        adapter = models.build_flow_adapter(config.flow_adapter, state["flow_adapter"])
-        pipeline = cls(
-            vae=models.build_vae(config.vae, state["vae"]),
-            text_encoder=models.build_text_encoder(config.text_encoder, state["text_encoder"]),
-            tokenizer=models.build_tokenizer(config),
-            unet=models.build_unet(config.unet, state["unet"]),
-            scheduler=ddim_scheduler(config.schedule),
-            flow_adapter=FlowAdapterModel.wrap(adapter),
-            s2dm_config=config.to_dict(),
-        )
-        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet, pipeline.flow_adapter):
-            # Not the pipeline's own `to`, which warns of a mistake that this is not.
-            torch.nn.Module.to(part.eval(), torch_dtype)
-        return pipeline
+        config, states = load_checkpoint(path, cls._parts(read_config(path)))
+        components = cls._build(config, states)
+        for component in components.values():
+            if isinstance(component, torch.nn.Module):
+                # Not the pipeline's own `to`, which warns of a mistake that this is not.
+                torch.nn.Module.to(component.eval(), torch_dtype)
+        return cls(**components, s2dm_config=_only(config, states).to_dict())
+
+    @classmethod
+    def _parts(cls, config: S2DMConfig) -> tuple[str, ...]:
+        """The parts of a checkpoint that the pipeline is built from."""
+        return ("unet", "text_encoder", "vae", "flow_adapter")
+
+    @classmethod
+    def _build(cls, config: S2DMConfig, states: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+        """The pipeline's modules, built from the parts of a checkpoint."""
+        adapter = models.build_flow_adapter(config.flow_adapter, states["flow_adapter"])
+        return {
+            "vae": models.build_vae(config.vae, states["vae"]),
+            "text_encoder": models.build_text_encoder(config.text_encoder, states["text_encoder"]),
+            "tokenizer": models.build_tokenizer(config),
+            "unet": models.build_unet(config.unet, states["unet"]),
+            "scheduler": ddim_scheduler(config.schedule),
+            "flow_adapter": FlowAdapterModel.wrap(adapter),
+        }
 
     def save_single_file(
         self, path: str | os.PathLike[str], dtype: torch.dtype | None = None
@@ -143,13 +157,17 @@ class FlowToVideoPipeline(DiffusionPipeline):
                 "s2dm_config=S2DMConfig(...).to_dict() when you build it."
             )
         config = S2DMConfig.from_dict(settings)
-        states = {
+        states = self._states(config)
+        save_checkpoint(path, _only(config, states), states, dtype)
+
+    def _states(self, config: S2DMConfig) -> dict[str, dict[str, Tensor]]:
+        """The weights of the pipeline's modules, as the parts of a checkpoint."""
+        return {
             "unet": models.unet_state(self.unet, config.unet),
             "vae": models.vae_state(self.vae, config.vae),
             "text_encoder": models.text_encoder_state(self.text_encoder, config.text_encoder),
             "flow_adapter": self.flow_adapter.adapter.state_dict(),
         }
-        save_checkpoint(path, config, states, dtype)
 
     # --------------------------------------------------------------- sampling
 
@@ -205,15 +223,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of its range.
         """
-        if not isinstance(prompt, str):
-            raise ValueError(f"Expected one prompt as text, got {type(prompt).__name__}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}.")
-        if chunk_size < 1 or num_inference_steps < 1:
-            raise ValueError(
-                "Expected chunk_size and num_inference_steps of at least 1, got "
-                f"{chunk_size} and {num_inference_steps}."
-            )
+        _check(prompt, output_type, chunk_size, num_inference_steps)
         if seed is not None and generator is not None:
             raise ValueError("Give a seed or a generator, not both.")
         if generator is None:
@@ -222,9 +232,9 @@ class FlowToVideoPipeline(DiffusionPipeline):
         height, width = height or flow.height, width or flow.width
 
         device = self._execution_device
-        factor = self.vae_factor
-        shape = (self.vae.config.latent_channels, -(-height // factor), -(-width // factor))
-        flow = _on_canvas(flow, (height, width), (shape[1] * factor, shape[2] * factor))
+        canvas = self._canvas(height, width)
+        shape = (self.vae.config.latent_channels, *(side // self.vae_factor for side in canvas))
+        flow = _on_canvas(flow, (height, width), canvas)
         labels = self._labels(prompt, negative_prompt, flow, guidance_scale, flow_guidance_scale)
         noise = draw_noise(len(flow), shape, generator, noise_sharing, noise_share).to(device)
 
@@ -259,12 +269,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
                 noise_share,
                 on_step,
             )
-        if output_type == "latent":
-            result: Any = latents
-        else:
-            result = self.decode_latents(latents, chunk_size)[..., :height, :width]
-        if output_type == "pil":
-            result = _to_pil(result)
+        result = self._output(latents, (height, width), output_type, chunk_size)
         self.maybe_free_model_hooks()
         return FlowToVideoOutput(frames=result)
 
@@ -272,6 +277,11 @@ class FlowToVideoPipeline(DiffusionPipeline):
     def vae_factor(self) -> int:
         """Pixels along each side of one latent cell."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def _canvas(self, height: int, width: int) -> tuple[int, int]:
+        """The size in pixels that is generated for a clip of this size, in whole latent cells."""
+        factor = self.vae_factor
+        return -(-height // factor) * factor, -(-width // factor) * factor
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:
@@ -306,6 +316,15 @@ class FlowToVideoPipeline(DiffusionPipeline):
             for part in scaled.split(chunk_size)
         ]
         return torch.cat(frames).clamp_(0, 1)
+
+    def _output(
+        self, latents: Tensor, size: tuple[int, int], output_type: str, chunk_size: int
+    ) -> Tensor | list[Any]:
+        """Latents (N, 4, h, w) as frames of `size` (height, width) in the form asked for."""
+        if output_type == "latent":
+            return latents
+        frames = self.decode_latents(latents, chunk_size)[..., : size[0], : size[1]]
+        return _to_pil(frames) if output_type == "pil" else frames
 
     def _labels(
         self,
@@ -346,6 +365,23 @@ class FlowToVideoPipeline(DiffusionPipeline):
             cross_attention_kwargs={"flow_tokens": tokens},
         ).sample
         return list(prediction.to(latents.dtype).chunk(len(labels)))
+
+
+def _only(config: S2DMConfig, parts: Iterable[str]) -> S2DMConfig:
+    """The config of a file that holds none but these parts."""
+    return dataclasses.replace(config, **{part: None for part in PARTS if part not in parts})
+
+
+def _check(prompt: str, output_type: str, chunk_size: int, num_inference_steps: int) -> None:
+    if not isinstance(prompt, str):
+        raise ValueError(f"Expected one prompt as text, got {type(prompt).__name__}.")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}.")
+    if chunk_size < 1 or num_inference_steps < 1:
+        raise ValueError(
+            "Expected chunk_size and num_inference_steps of at least 1, got "
+            f"{chunk_size} and {num_inference_steps}."
+        )
 
 
 def _on_canvas(flow: FlowField, size: tuple[int, int], canvas: tuple[int, int]) -> FlowField:

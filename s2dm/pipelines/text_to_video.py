@@ -1,0 +1,365 @@
+"""S2DM from a prompt alone, in two stages (paper, section 3.4)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import BaseOutput
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..flow import FlowField
+from ..models import CheckpointError, FlowGeneratorConfig, S2DMConfig, decode_flow, read_config
+from ..models import build as models
+from ..video import cover
+from ..video.frames import from_uint8
+from .flow_adapter import FlowAdapterModel
+from .flow_generation import embed_prompts, flow_scheduler, generate_flow
+from .flow_generator import FlowGeneratorModel
+from .flow_to_video import FlowToVideoPipeline, _check
+
+MAX_FRAMES = 64
+"""The longest clip. Stage 1 always makes as many frames as it was trained with, and what lies
+between them is linear motion: further apart, it shows."""
+
+_WITHOUT_STAGE_1 = (
+    "expected the part flow_generator (stage 1, which makes flow from the prompt), got stage 2 "
+    "alone. Choose a checkpoint with both, or give the motion of a clip: FlowToVideoPipeline, "
+    "s2dm generate --clip."
+)
+
+
+@dataclass
+class TextToVideoOutput(BaseOutput):
+    """What the pipeline returns.
+
+    frames: (N, 3, H, W) float32 in [0, 1] for "pt", a list of PIL images for "pil", latents
+        (N, 4, h, w) for "latent".
+    flow: what stage 1 made, as the clip was asked to follow it: N frames of H x W pixels.
+    reference: the frame that stage 1 started from, in the form of one of `frames`.
+    """
+
+    frames: Tensor | list[Any]
+    flow: FlowField
+    reference: Tensor | Any
+
+
+class TextToVideoPipeline(FlowToVideoPipeline):
+    """Text to video: reference frame, then flow, then the clip.
+
+    1. ε_θ makes the reference frame from noise ν, with the prompt and zero flow.
+    2. ε_φ, the flow generator, makes a sequence of flows from the prompt and that frame.
+    3. ε_θ makes the clip from **the same ν**, with the prompt and that flow. Its first frame has
+       zero flow, so it comes out as the reference frame, which the flow was made for.
+
+    Args:
+        vae, text_encoder, tokenizer, unet, scheduler, flow_adapter, s2dm_config: as in
+            `FlowToVideoPipeline`.
+        flow_generator: ε_φ; its reference features are the VAE's latents.
+        flow_text_encoder: encodes the prompt for the flow generator; `text_encoder` does if None.
+
+    Raises:
+        CheckpointError: there is no flow generator.
+        ValueError: the flow generator was made for other features than this VAE's latents.
+    """
+
+    model_cpu_offload_seq = "text_encoder->flow_text_encoder->unet->vae"
+    # Called below its wrapper, past the hooks that would bring it to the device.
+    _exclude_from_cpu_offload = ["flow_adapter", "flow_generator"]  # noqa: RUF012
+    # The flow generator is not, but only so does a folder without it get as far as our message.
+    _optional_components = ["flow_text_encoder", "flow_generator"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: Any,
+        flow_adapter: FlowAdapterModel,
+        flow_generator: FlowGeneratorModel,
+        flow_text_encoder: CLIPTextModel | None = None,
+        s2dm_config: dict[str, Any] | None = None,
+    ) -> None:
+        if flow_generator is None:
+            raise CheckpointError(f"Text to video: {_WITHOUT_STAGE_1}")
+        expected = vae.config.latent_channels
+        got = flow_generator.network.config.reference_channels
+        if expected != got:
+            raise ValueError(
+                f"flow generator: expected {expected} reference channels, the VAE's latents, got "
+                f"{got}. It was trained on features of another encoder: train it on latents."
+            )
+        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, flow_adapter, s2dm_config)
+        self.register_modules(flow_generator=flow_generator, flow_text_encoder=flow_text_encoder)
+
+    # ------------------------------------------------------------------ files
+
+    @classmethod
+    def from_single_file(
+        cls, path: str | os.PathLike[str], torch_dtype: torch.dtype = torch.float32
+    ) -> TextToVideoPipeline:
+        """Build the pipeline from an S2DM checkpoint that holds both stages.
+
+        Args, raises: as `FlowToVideoPipeline.from_single_file`.
+        """
+        if read_config(path).flow_generator is None:
+            raise CheckpointError(f"{os.path.basename(path)}: {_WITHOUT_STAGE_1}")
+        return super().from_single_file(path, torch_dtype)
+
+    @classmethod
+    def _parts(cls, config: S2DMConfig) -> tuple[str, ...]:
+        own = () if config.flow_text_encoder is None else ("flow_text_encoder",)
+        return (*super()._parts(config), "flow_generator", *own)
+
+    @classmethod
+    def _build(cls, config: S2DMConfig, states: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+        network = models.build_flow_generator(config.flow_generator, states["flow_generator"])
+        components = super()._build(config, states)
+        components["flow_generator"] = FlowGeneratorModel.wrap(network)
+        if "flow_text_encoder" in states:
+            components["flow_text_encoder"] = models.build_text_encoder(
+                config.flow_text_encoder, states["flow_text_encoder"]
+            )
+        return components
+
+    def _states(self, config: S2DMConfig) -> dict[str, dict[str, Tensor]]:
+        states = super()._states(config)
+        states["flow_generator"] = self.flow_generator.network.state_dict()
+        if self.flow_text_encoder is not None:
+            states["flow_text_encoder"] = models.text_encoder_state(
+                self.flow_text_encoder, config.flow_text_encoder
+            )
+        return states
+
+    # --------------------------------------------------------------- sampling
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        frames: int | None = None,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 7.5,
+        flow_guidance_scale: float | None = None,
+        flow_steps: int = 20,
+        flow_text_guidance_scale: float = 1.0,
+        flow_sampler: str = "dpmpp_2m",
+        motion_strength: float | None = None,
+        reference: Any | None = None,
+        seed: int | None = None,
+        noise_sharing: str = "shared",
+        noise_share: float = 0.5,
+        chunk_size: int = 8,
+        output_type: str = "pt",
+        callback_on_step_end: Callable[[int, Tensor], None] | None = None,
+    ) -> TextToVideoOutput:
+        """Generate a clip from a prompt.
+
+        Args:
+            prompt: what the clip shows and what happens in it. Stage 1 reads its first 77
+                tokens. The empty prompt is allowed, and gives a clip of anything.
+            frames: from 1 to `MAX_FRAMES`; as many as stage 1 was trained with if None. Stage 1
+                makes that many in any case, and its flow is retimed, see `FlowField.retime`.
+            negative_prompt: of stage 2. Stage 1 has a null label of its own.
+            height, width: pixels of the clip; those of the checkpoint if None.
+            num_inference_steps, guidance_scale, flow_guidance_scale: of stage 2, see
+                `FlowToVideoPipeline`.
+            flow_steps, flow_sampler: of stage 1; the sampler is one of `FLOW_SAMPLERS`.
+            flow_text_guidance_scale: how far stage 1 goes from its null text to the prompt; the
+                reference frame is kept. 1 turns guidance off.
+            motion_strength: how much moves, as a multiple of the mean motion of the training
+                clips. None leaves it open, as the data have it. For a number the flow generator
+                must have been trained with this input.
+            reference: a picture of yours for stage 1 to start from, in place of the one that it
+                would get from ν: a PIL image, or (3, H, W) in [0, 1]. It is scaled to cover the
+                clip and cropped at the centre. **Stage 1 alone sees it**: a picture has no ν
+                from which stage 2 could start, so the clip shows the prompt as ν has it, moving
+                as your picture would. Let the prompt describe the picture.
+            seed: of ν, of the step noise, and (through a seed drawn from it) of stage 1; random
+                if None.
+            noise_sharing, noise_share: as in `FlowToVideoPipeline`. Frame 1 is the reference
+                frame with "shared" noise, the paper's; "mixed" noise and stochastic samplers
+                with unshared noise make it another.
+            chunk_size: how many frames of the clip stage 2 sees at a time. The flow does not
+                depend on it, the clip only in rounding.
+            output_type: "pt", "pil" or "latent".
+            callback_on_step_end: called after each step with its number, counted from 0 through
+                reference frame, flow and clip, and what is denoised there: latents
+                (1, 4, h, w), flow (1, N, 3, h, w), latents (N, 4, h, w). May raise to stop.
+
+        Returns:
+            `TextToVideoOutput`
+
+        Raises:
+            ValueError: an argument is out of its range, or not what it should be.
+        """
+        network = self.flow_generator.network
+        frames = network.config.frames if frames is None else frames
+        _check(prompt, output_type, chunk_size, num_inference_steps)
+        if not isinstance(frames, int) or not 1 <= frames <= MAX_FRAMES:
+            raise ValueError(
+                f"Expected a whole number of frames from 1 to {MAX_FRAMES}, got {frames!r}. For "
+                "a longer clip, interpolate the frames of this one, or retime its flow and give "
+                "that to FlowToVideoPipeline."
+            )
+        if flow_steps < 1:
+            raise ValueError(f"Expected flow_steps of at least 1, got {flow_steps}.")
+        height, width = self._size(height, width)
+        picture = None if reference is None else _picture(reference, height, width)
+        scheduler = flow_scheduler(network.config.schedule, flow_sampler)
+        motion = _motion(motion_strength, network.config)
+        seed = torch.Generator().seed() if seed is None else seed
+        steps = itertools.count()
+
+        def on_step(_: int, state: Tensor) -> None:
+            if callback_on_step_end is not None:
+                callback_on_step_end(next(steps), state)
+
+        # With one seed the reference frame and the clip draw the same ν, see `draw_noise`.
+        from_nu = {
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "flow_guidance_scale": flow_guidance_scale,
+            "seed": seed,
+            "noise_sharing": noise_sharing,
+            "noise_share": noise_share,
+            "chunk_size": chunk_size,
+            "callback_on_step_end": on_step,
+        }
+        if picture is None:
+            still = FlowField.zeros(1, height, width)
+            latents = super().__call__(prompt, still, output_type="latent", **from_nu).frames
+        else:
+            latents = self._encode(picture)
+        flow = self._generate_flow(
+            prompt, latents, scheduler, flow_steps, flow_text_guidance_scale, motion, seed, on_step
+        )
+        flow = _cropped(flow, height, width).retime(frames)
+        clip = super().__call__(prompt, flow, output_type=output_type, **from_nu).frames
+        start = self._output(latents, (height, width), output_type, chunk_size)[0]
+        self.maybe_free_model_hooks()
+        return TextToVideoOutput(frames=clip, flow=flow, reference=start)
+
+    def _generate_flow(
+        self,
+        prompt: str,
+        reference: Tensor,
+        scheduler: Any,
+        steps: int,
+        guidance_scale: float,
+        motion: Tensor | None,
+        seed: int,
+        on_step: Callable[[int, Tensor], None],
+    ) -> FlowField:
+        """Stage 1: from latents (1, 4, h, w) to as many flows as it was trained with, 8 h x 8 w."""
+        network, encoder = self.flow_generator.network, self.flow_text_encoder or self.text_encoder
+        with self.progress_bar(total=steps) as progress:
+
+            def on_flow_step(number: int, state: Tensor) -> None:
+                progress.update()
+                on_step(number, state)
+
+            sample = generate_flow(
+                network,
+                scheduler,
+                embed_prompts(encoder, self.tokenizer, [prompt]),
+                reference,
+                steps,
+                guidance_scale,
+                torch.Generator().manual_seed(_seed_of_flow(seed)),
+                motion,
+                on_flow_step,
+            )
+        height, width = (side * self.vae_factor for side in reference.shape[-2:])
+        return decode_flow(sample[0].cpu(), network.config, height, width)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """The size asked for, or that of the checkpoint."""
+        settings = self.config.get("s2dm_config")
+        if settings is None and None in (height, width):
+            raise ValueError(
+                "Expected height and width, got none, and the pipeline has no s2dm_config that "
+                "would say the size it was trained with. Give both."
+            )
+        if settings is not None:
+            trained = settings["resolution"]
+            height, width = height or trained[0], width or trained[1]
+        if height < 1 or width < 1:
+            raise ValueError(f"Expected a size of at least 1x1 pixels, got {width}x{height}.")
+        return height, width
+
+    def _encode(self, picture: Tensor) -> Tensor:
+        """A frame (1, 3, H, W) as latents (1, 4, h, w), as the U-Net sees them."""
+        height, width = picture.shape[-2:]
+        canvas = self._canvas(height, width)
+        picture = F.pad(picture, (0, canvas[1] - width, 0, canvas[0] - height), mode="replicate")
+        picture = picture.to(self._execution_device, self.vae.dtype)
+        latents = self.vae.encode(picture * 2 - 1).latent_dist.mode()
+        return latents.float() * self.vae.config.scaling_factor
+
+
+def _picture(reference: Any, height: int, width: int) -> Tensor:
+    """The user's reference frame as (1, 3, height, width)."""
+    from PIL import Image
+
+    if isinstance(reference, Image.Image):
+        reference = from_uint8(np.array(reference.convert("RGB")))
+    if not isinstance(reference, Tensor):
+        raise ValueError(
+            f"reference: expected a PIL image or a tensor, got {type(reference).__name__}."
+        )
+    if reference.ndim != 3 or reference.shape[0] != 3 or 0 in reference.shape:
+        raise ValueError(
+            f"reference: expected one RGB picture, (3, height, width), got "
+            f"{tuple(reference.shape)}. Choose one frame, drop an alpha channel, repeat grey."
+        )
+    if not reference.is_floating_point() or not _within_unit_range(reference):
+        raise ValueError(
+            f"reference: expected numbers from 0 to 1, got {reference.dtype} from "
+            f"{reference.min().item():g} to {reference.max().item():g}. Divide bytes by 255."
+        )
+    return cover(reference.detach().float().cpu()[None], height, width)
+
+
+def _within_unit_range(picture: Tensor) -> bool:
+    return bool(((picture >= 0) & (picture <= 1)).all())  # false for NaN
+
+
+def _motion(strength: float | None, config: FlowGeneratorConfig) -> Tensor | None:
+    """Motion strength as the flow generator reads it, mean motion in half-frames (1,)."""
+    if strength is None:
+        return None
+    if not math.isfinite(strength) or strength < 0:
+        raise ValueError(f"motion_strength: expected a number from 0, got {strength}.")
+    if not config.motion_strength or config.motion == 0:
+        raise ValueError(
+            f"motion_strength: expected None, got {strength}. This flow generator was trained "
+            "without that input: leave it out, and scale the flow instead (FlowField.scale)."
+        )
+    return torch.tensor([strength * config.motion])
+
+
+def _seed_of_flow(seed: int) -> int:
+    """Stage 1's own seed. With that of ν, its noise would begin with the numbers of ν."""
+    return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
+
+
+def _cropped(flow: FlowField, height: int, width: int) -> FlowField:
+    """The top left of a field."""
+    return FlowField(flow.displacement[..., :height, :width], flow.occlusion[..., :height, :width])
