@@ -67,7 +67,7 @@ PUPPETS = S2DMConfig(
     # hardly tell one action from another.
     flow_text_encoder=_PUPPETS_TEXT,
     # Prompt and flow decide most where there is much noise. There the error of ε hardly counts
-    # (at t = 950 it is 130 times smaller than that of the picture), that of v does.
+    # (at t = 950 it is 120 times smaller than that of the picture), that of v does.
     schedule=ScheduleConfig(prediction_type="v_prediction"),
 )
 """The model that is trained on puppets and ships with the pack.
