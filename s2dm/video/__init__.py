@@ -7,7 +7,7 @@ file behind. PyAV and Pillow are imported when they are first needed.
 """
 
 from .frames import DEFAULT_FPS, VideoError, cover, to_uint8
-from .read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iter_frames, read_clip
+from .read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iter_frames, read_clip, read_image
 from .sheet import contact_sheet, write_contact_sheet
 from .write import WRITABLE_SUFFIXES, replacing, write_clip
 
@@ -22,6 +22,7 @@ __all__ = [
     "frame_rate",
     "iter_frames",
     "read_clip",
+    "read_image",
     "replacing",
     "to_uint8",
     "write_clip",

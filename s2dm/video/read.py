@@ -93,6 +93,18 @@ def read_clip(
     return torch.stack(kept), fps
 
 
+def read_image(path: str | os.PathLike[str]) -> Tensor:
+    """Read a picture (3, H, W) in [0, 1]; transparency is dropped.
+
+    Raises:
+        VideoError: the path is missing or not an image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VideoError(f"There is no image at {path}.")
+    return from_uint8(_read_pixels(path))
+
+
 def frame_rate(path: str | os.PathLike[str]) -> float:
     """Frames a second of a video file; `DEFAULT_FPS` for a folder or where the file has none."""
     path = Path(path)
@@ -107,18 +119,8 @@ def _iter_pixels(path: Path, decode_only: bool = False) -> Iterator[np.ndarray]:
     """Yield (H, W, 3) uint8 frames; with `decode_only`, empty arrays (to count quickly)."""
     empty = np.empty(0, np.uint8)
     if path.is_dir():
-        from PIL import Image, UnidentifiedImageError
-
         for file in sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-            if decode_only:
-                yield empty
-                continue
-            try:
-                with Image.open(file) as image:
-                    pixels = np.array(image.convert("RGB"))
-            except (UnidentifiedImageError, OSError) as error:
-                raise VideoError(f"{file} is not an image that can be read: {error}") from error
-            yield pixels
+            yield empty if decode_only else _read_pixels(file)
         return
 
     import av
@@ -132,6 +134,17 @@ def _iter_pixels(path: Path, decode_only: bool = False) -> Iterator[np.ndarray]:
             raise VideoError(
                 f"{path} can't be decoded: {error}. The file may be cut short; make it anew."
             ) from error
+
+
+def _read_pixels(file: Path) -> np.ndarray:
+    """An image as (H, W, 3) uint8."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            return np.array(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise VideoError(f"{file} is not an image that can be read: {error}") from error
 
 
 @contextlib.contextmanager

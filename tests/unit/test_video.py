@@ -148,6 +148,17 @@ def test_a_folder_of_frames_is_replaced_but_nothing_else(tmp_path, clip):
     assert (folder / "notes.txt").exists()
 
 
+def test_an_image_is_read_as_a_frame_is(tmp_path, clip):
+    video.write_clip(tmp_path / "c", clip[3:4])
+    got = video.read_image(tmp_path / "c" / "frame_00001.png")
+    assert torch.equal(got, video.read_clip(tmp_path / "c")[0][0])
+    with pytest.raises(video.VideoError, match="There is no image at"):
+        video.read_image(tmp_path / "c")
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(video.VideoError, match=r"text\.png is not an image"):
+        video.read_image(tmp_path / "text.png")
+
+
 def test_reading_errors_are_clear(tmp_path, clip):
     with pytest.raises(video.VideoError, match="There is no clip"):
         video.read_clip(tmp_path / "missing.mp4")
