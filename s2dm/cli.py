@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="s2dm", description="Video from a prompt and the motion of a clip (arXiv 2403.13408)."
+        prog="s2dm",
+        description="Video from a prompt, alone or with the motion of a clip (arXiv 2403.13408).",
     )
     parser.add_argument("--version", action="version", version=f"s2dm {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -73,11 +74,12 @@ def _version() -> str:
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "generate",
-        help="make a clip from a prompt and the motion of another clip",
-        description="Make a clip that shows the prompt and moves like a given clip or flow.",
+        help="make a clip from a prompt, alone or with the motion of another clip",
+        description="Make a clip that shows the prompt. It moves like a given clip or flow; "
+        "without one, the motion is made from the prompt too.",
     )
     parser.add_argument("prompt", help='such as "A man wearing a red coat and blue jeans is squat"')
-    motion = parser.add_mutually_exclusive_group(required=True)
+    motion = parser.add_mutually_exclusive_group()
     motion.add_argument("--clip", type=Path, help="video or folder of images to take motion from")
     motion.add_argument(
         "--flow", type=Path, help="flow to follow: .npz, or a folder of numbered .flo files"
@@ -116,8 +118,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--frames",
         type=_positive,
-        help="frames of the clip (those of the flow; of a clip, as many as the checkpoint was "
-        "trained with, spread over it)",
+        help="frames of the clip (those of the flow; else as many as the checkpoint was trained "
+        "with, of a clip spread over it)",
     )
     parser.add_argument(
         "--size", type=_size, metavar="WxH", help="size in pixels (the checkpoint's)"
@@ -125,6 +127,20 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--method", default="dis", help="flow estimator: dis or farneback")
     parser.add_argument("--save-flow", type=Path, metavar="FILE", help="keep the flow as .npz")
     parser.add_argument("--fps", type=float, help="frames a second (those of the clip, or 8)")
+    stage_1 = parser.add_argument_group("motion from the prompt (without --clip and --flow)")
+    stage_1.add_argument(
+        "--motion-strength",
+        type=float,
+        metavar="FACTOR",
+        help="how much moves, 1 for the mean of the training clips (as the prompt has it)",
+    )
+    stage_1.add_argument("--flow-steps", type=_positive, help="sampling steps of the flow (20)")
+    stage_1.add_argument(
+        "--reference",
+        type=Path,
+        metavar="IMAGE",
+        help="make the motion for this picture; the clip still shows the prompt",
+    )
     parser.add_argument(
         "--chunk", type=_positive, default=8, help="frames computed at a time (%(default)s)"
     )
@@ -136,7 +152,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from .video import DEFAULT_FPS, WRITABLE_SUFFIXES, write_clip
+    from .video import DEFAULT_FPS, WRITABLE_SUFFIXES, read_image, write_clip
 
     suffix = options.output.suffix.lower()
     if suffix and suffix not in WRITABLE_SUFFIXES:
@@ -144,47 +160,81 @@ def _generate(options: argparse.Namespace) -> None:
             f"Can't write {options.output}. Give a name that ends in "
             f"{', '.join(WRITABLE_SUFFIXES)}, or one without an ending for a folder of frames."
         )
-    pipeline = _load_pipeline(options.checkpoint, options.half)
-    pipeline.to(options.device or _best_device())
-    settings = pipeline.config.s2dm_config or {}
-
-    if options.flow is not None:
-        from .flow import load_flow
-
-        flow, fps = load_flow(options.flow), DEFAULT_FPS
-        if options.frames is not None:
-            flow = flow.retime(options.frames)
-        width, height = options.size or (flow.width, flow.height)
+    from_prompt = options.clip is None and options.flow is None
+    stage_1 = {
+        "--motion-strength": options.motion_strength,
+        "--flow-steps": options.flow_steps,
+        "--reference": options.reference,
+    }
+    given = [name for name, value in stage_1.items() if value is not None]
+    if given and not from_prompt:
+        raise CommandError(
+            f"{given[0]} is for motion that is made from the prompt: leave it out, or leave out "
+            "--clip and --flow."
+        )
+    pipeline = _load_pipeline(options, from_prompt)
+    settings = {
+        "negative_prompt": options.negative,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "flow_guidance_scale": options.flow_guidance,
+        "seed": options.seed,
+        "noise_sharing": options.sharing,
+        "noise_share": options.share,
+        "chunk_size": options.chunk,
+    }
+    if from_prompt:
+        width, height = options.size or (None, None)
+        result = pipeline(
+            options.prompt,
+            options.frames,
+            height=height,
+            width=width,
+            flow_steps=options.flow_steps or 20,
+            motion_strength=options.motion_strength,
+            reference=None if options.reference is None else read_image(options.reference),
+            **settings,
+        )
+        flow, fps = result.flow, DEFAULT_FPS
     else:
-        height, width = settings.get("resolution", (512, 512))
-        width, height = options.size or (width, height)
-        frames = options.frames or settings.get("frames", 16)
-        flow, fps = _flow_of_clip(options.clip, frames, (height, width), options.method)
+        flow, fps, (height, width) = _given_flow(options, pipeline.config.s2dm_config or {})
+        result = pipeline(options.prompt, flow, height=height, width=width, **settings)
     if options.save_flow is not None:
         from .flow import save_flow
 
         save_flow(options.save_flow, flow)
-
-    result = pipeline(
-        options.prompt,
-        flow,
-        negative_prompt=options.negative,
-        height=height,
-        width=width,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance,
-        flow_guidance_scale=options.flow_guidance,
-        seed=options.seed,
-        noise_sharing=options.sharing,
-        noise_share=options.share,
-        chunk_size=options.chunk,
-    )
     print(write_clip(options.output, result.frames, options.fps or fps))
 
 
-def _load_pipeline(checkpoint: Path, half: bool):
+def _given_flow(
+    options: argparse.Namespace, settings: dict
+) -> tuple[FlowField, float, tuple[int, int]]:
+    """The flow of the clip or file that was given, its frame rate, and the size to generate."""
+    from .video import DEFAULT_FPS
+
+    if options.flow is not None:
+        from .flow import load_flow
+
+        flow = load_flow(options.flow)
+        if options.frames is not None:
+            flow = flow.retime(options.frames)
+        width, height = options.size or (flow.width, flow.height)
+        return flow, DEFAULT_FPS, (height, width)
+    from .flow import estimate_flow
+    from .video import read_clip
+
+    height, width = settings.get("resolution", (512, 512))
+    width, height = options.size or (width, height)
+    frames = options.frames or settings.get("frames", 16)
+    pictures, fps = read_clip(options.clip, frames=frames, size=(height, width))
+    return estimate_flow(pictures, options.method), fps, (height, width)
+
+
+def _load_pipeline(options: argparse.Namespace, from_prompt: bool):
+    """The pipeline of two stages or of the second alone, on the device to compute on."""
     import torch
 
+    checkpoint = options.checkpoint
     if not checkpoint.exists():
         if checkpoint == DEFAULT_CHECKPOINT:
             raise CommandError(
@@ -192,12 +242,16 @@ def _load_pipeline(checkpoint: Path, half: bool):
                 "or give another one with --checkpoint."
             )
         raise CommandError(f"There is no checkpoint at {checkpoint}.")
-    from .pipelines import FlowToVideoPipeline
+    from diffusers.utils import logging as diffusers_logging
 
-    dtype = torch.float16 if half else torch.float32
-    if checkpoint.is_dir():
-        return FlowToVideoPipeline.from_pretrained(checkpoint, torch_dtype=dtype)
-    return FlowToVideoPipeline.from_single_file(checkpoint, torch_dtype=dtype)
+    from .pipelines import FlowToVideoPipeline, TextToVideoPipeline
+
+    # It warns of the parts of a folder that the pipeline asked for has no use for.
+    diffusers_logging.set_verbosity_error()
+    kind = TextToVideoPipeline if from_prompt else FlowToVideoPipeline
+    load = kind.from_pretrained if checkpoint.is_dir() else kind.from_single_file
+    pipeline = load(checkpoint, torch_dtype=torch.float16 if options.half else torch.float32)
+    return pipeline.to(options.device or _best_device())
 
 
 def _best_device() -> torch.device:
@@ -208,16 +262,6 @@ def _best_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
-
-
-def _flow_of_clip(
-    clip: Path, frames: int, size: tuple[int, int], method: str
-) -> tuple[FlowField, float]:
-    from .flow import estimate_flow
-    from .video import read_clip
-
-    pictures, fps = read_clip(clip, frames=frames, size=size)
-    return estimate_flow(pictures, method), fps
 
 
 # ---------------------------------------------------------------------------------- render
@@ -344,8 +388,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "convert",
         help="convert between a checkpoint file, a diffusers folder and pickled weights",
         description="Convert a diffusers folder to one .safetensors file or back, or pickled "
-        "weights (.ckpt, .pt, .pth, .bin) to .safetensors. Pickles are read as plain weights: "
-        "code in them is never run.",
+        "weights (.ckpt, .pt, .pth, .bin) to .safetensors. LFDM's diffusion model becomes a "
+        "checkpoint with the flow generator alone. Pickles are read as plain weights: code in "
+        "them is never run.",
     )
     parser.add_argument("input", type=Path, help="file or folder to read")
     parser.add_argument("output", type=Path, help=".safetensors file, or folder, to write")

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .models import S2DMConfig, read_config, save_checkpoint
 from .models.checkpoint import METADATA_KEY
+from .models.lfdm import PREFIX as LFDM_PREFIX
+from .models.lfdm import from_lfdm, lfdm_config
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 # What unpickling raises, depending on where the bytes stop making sense.
@@ -39,6 +42,11 @@ def convert(source: str | Path, target: str | Path, half: bool = False) -> None:
     - a diffusers folder (of `save_pretrained`) to an S2DM checkpoint `.safetensors`
     - an S2DM checkpoint `.safetensors` to a diffusers folder, or to another `.safetensors`
     - pickled weights (`.ckpt`, `.pt`, `.pth`, `.bin`) to `.safetensors`, key by key
+    - LFDM's pickled diffusion model (`flowdiff_*.pth`) to an S2DM checkpoint that holds the flow
+      generator alone. It is LFDM's network, with LFDM's inputs and outputs: features of LFDM's own
+      encoder as reference, BERT's embedding as prompt, and in place of displacement and
+      occlusion the position that a pixel comes from and 1 where it is *visible*. So it can't
+      join a stage 2 as it is: it is a start for training, and for comparison.
 
     Args:
         source: a file or folder.
@@ -67,21 +75,27 @@ def convert(source: str | Path, target: str | Path, half: bool = False) -> None:
             f"Can't write {target.suffix}. Give a name that ends in .safetensors, or one without "
             "an ending for a diffusers folder."
         )
-    from .pipelines import FlowToVideoPipeline
-
-    dtype = torch.float16 if half else None
-    if source.is_dir():
-        if not (source / "model_index.json").is_file():
-            raise ConversionError(f"{source} is no diffusers folder: it has no model_index.json.")
-        pipeline = FlowToVideoPipeline.from_pretrained(source)
-    else:
-        pipeline = FlowToVideoPipeline.from_single_file(source)
+    pipeline = _load(source)
     if to_file:
-        pipeline.save_single_file(target, dtype)
+        pipeline.save_single_file(target, torch.float16 if half else None)
     else:
         if half:
             pipeline.to(torch.float16)
         pipeline.save_pretrained(target)
+
+
+def _load(source: Path) -> Any:
+    """The pipeline of a folder or file, of both stages if it holds both."""
+    from .pipelines import FlowToVideoPipeline, TextToVideoPipeline
+
+    if source.is_file():
+        both = read_config(source).flow_generator is not None
+        return (TextToVideoPipeline if both else FlowToVideoPipeline).from_single_file(source)
+    index = source / "model_index.json"
+    if not index.is_file():
+        raise ConversionError(f"{source} is no diffusers folder: it has no model_index.json.")
+    both = "flow_generator" in json.loads(index.read_text("utf-8"))
+    return (TextToVideoPipeline if both else FlowToVideoPipeline).from_pretrained(source)
 
 
 def _unpickle(source: Path, target: Path, half: bool) -> None:
@@ -90,15 +104,11 @@ def _unpickle(source: Path, target: Path, half: bool) -> None:
 
     from .video import replacing
 
-    try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(
-            f"{source} could not be read as plain weights ({first_line}). It is damaged, or it "
-            "holds Python objects beside the weights, which could run code and are not loaded. "
-            "Ask its author for a .safetensors file."
-        ) from error
+    content = _read_pickle(source)
+    diffusion = content.get("diffusion") if isinstance(content, dict) else None
+    if isinstance(diffusion, dict) and any(str(name).startswith(LFDM_PREFIX) for name in diffusion):
+        _convert_lfdm(diffusion, source, target, half)
+        return
     weights = _weights_in(content)
     if not weights:
         raise ConversionError(f"{source} holds no weights: expected tensors by name.")
@@ -115,6 +125,35 @@ def _unpickle(source: Path, target: Path, half: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def _convert_lfdm(diffusion: dict[str, Tensor], source: Path, target: Path, half: bool) -> None:
+    generator = lfdm_config(diffusion)
+    try:
+        weights = from_lfdm(diffusion, generator)
+    except ValueError as error:
+        raise ConversionError(
+            f"{source}: expected LFDM's diffusion model as published. {error}"
+        ) from error
+    config = S2DMConfig(
+        flow_generator=generator,
+        frames=generator.frames,
+        data=f"LFDM's weights (arXiv 2303.13744) from {source.name}",
+    )
+    states = {"flow_generator": weights}
+    save_checkpoint(target, config, states, torch.float16 if half else None)
+
+
+def _read_pickle(source: Path) -> Any:
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConversionError(
+            f"{source} could not be read as plain weights ({first_line}). It is damaged, or it "
+            "holds Python objects beside the weights, which could run code and are not loaded. "
+            "Ask its author for a .safetensors file."
+        ) from error
 
 
 def _weights_in(content: Any) -> dict[str, Tensor]:

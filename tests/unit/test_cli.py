@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from random_checkpoint import tiny_config, write_random_checkpoint
 from safetensors.torch import load_file
 
 from s2dm import cli
 from s2dm.convert import ConversionError, convert
 from s2dm.flow import FlowField, load_flow, save_flow
-from s2dm.models.checkpoint import load_checkpoint
+from s2dm.models import FlowGeneratorConfig, load_checkpoint, read_config
+from s2dm.models.lfdm import lfdm_keys
 from s2dm.video import read_clip, write_clip
 
 pytest.importorskip("av")
@@ -26,6 +28,11 @@ PROMPT = "A man wearing a red coat and blue jeans is squat"
 def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
     return write_random_checkpoint(path, tiny_config(flow_generator=None))
+
+
+@pytest.fixture(scope="module")
+def both_stages(tmp_path_factory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("both") / "both.safetensors")
 
 
 @pytest.fixture
@@ -67,6 +74,41 @@ def test_generate_from_a_flow_follows_its_size_and_length(tmp_path, checkpoint):
     assert read_clip(tmp_path / "b")[0].shape == (3, 3, 32, 48)
 
 
+def test_generate_from_a_prompt_alone(tmp_path, both_stages, capsys):
+    base = ["generate", PROMPT, "--checkpoint", both_stages, "--steps", 1, "--flow-steps", 1]
+    assert run(*base, "-o", tmp_path / "a.mp4", "--save-flow", tmp_path / "a.npz") == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "a.mp4")
+    frames, fps = read_clip(tmp_path / "a.mp4")
+    assert frames.shape == (4, 3, 64, 48)  # the frames of stage 1, the checkpoint's resolution
+    assert fps == pytest.approx(8)
+    first = load_flow(tmp_path / "a.npz")
+    assert (first.frames, first.height, first.width) == (4, 64, 48)
+    assert first.magnitude().max() > 0
+
+    assert run(*base, "--frames", 6, "--size", "24x32", "-o", tmp_path / "b") == 0
+    assert read_clip(tmp_path / "b")[0].shape == (6, 3, 32, 24)
+
+    image = tmp_path / "a picture.png"
+    Image.new("RGB", (100, 80), (200, 30, 60)).save(image)
+    for change in (["--motion-strength", 3], ["--reference", image], ["--flow-steps", 2]):
+        assert run(*base, *change, "-o", tmp_path / "c", "--save-flow", tmp_path / "c.npz") == 0
+        assert not torch.equal(load_flow(tmp_path / "c.npz").displacement, first.displacement)
+
+
+def test_a_checkpoint_of_both_stages_follows_a_clip_too(tmp_path, clip, both_stages, capsys):
+    assert run("convert", both_stages, tmp_path / "folder") == 0
+    for source, name in ((both_stages, "a"), (tmp_path / "folder", "b")):
+        for motion in (["--clip", clip], []):
+            capsys.readouterr()
+            code = run("generate", PROMPT, *motion, "--checkpoint", source, "--steps", 1,
+                       "-o", tmp_path / f"{name}{len(motion)}")  # fmt: skip
+            assert code == 0
+            assert "flow_generator" not in capsys.readouterr().err  # no warning of a part unused
+    for count in (0, 2):
+        first, second = (read_clip(tmp_path / f"{name}{count}")[0] for name in "ab")
+        assert (first - second).abs().max() < 1.5 / 255
+
+
 def test_same_seed_same_clip_from_file_and_folder(tmp_path, checkpoint):
     save_flow(tmp_path / "flow.npz", FlowField.zeros(2, 32, 32))
     options = ["--flow", tmp_path / "flow.npz", "--steps", 1, "--seed", 3, "--sharing", "mixed"]
@@ -76,7 +118,7 @@ def test_same_seed_same_clip_from_file_and_folder(tmp_path, checkpoint):
     assert torch.equal(read_clip(tmp_path / "a")[0], read_clip(tmp_path / "b")[0])
 
 
-def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, capsys):
+def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, both_stages, capsys):
     def fails(expected: str, *arguments: object) -> None:
         assert run(*arguments) == 1
         captured = capsys.readouterr()
@@ -94,13 +136,22 @@ def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, cap
         "generate", PROMPT, "--clip", clip, "--checkpoint", tmp_path / "bad.safetensors",
     )  # fmt: skip
     fails("between 0 and 1", *base, "--clip", clip, "--sharing", "mixed", "--share", "2")
+    fails("Choose a checkpoint with both, or give the motion of a clip", *base)
+    for option in ("--motion-strength", "--flow-steps", "--reference"):
+        fails(f"{option} is for motion that is made from", *base, "--clip", clip, option, "1")
+    base = ("generate", PROMPT, "--checkpoint", both_stages, "-o", tmp_path / "o.mp4")
+    fails("from 1 to 64, got 65", *base, "--frames", 65)
+    fails("motion_strength: expected a number from 0", *base, "--motion-strength", -1)
+    fails("There is no image", *base, "--reference", tmp_path / "missing.png")
+    fails("not an image", *base, "--reference", tmp_path / "bad.safetensors")
     assert not (tmp_path / "o.mp4").exists()
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", PROMPT],  # neither clip nor flow
+        ["generate"],
+        ["generate", PROMPT, "--flow-steps", "0"],
         ["generate", PROMPT, "--clip", "a.mp4", "--flow", "b.npz"],
         ["generate", PROMPT, "--clip", "a.mp4", "--size", "big"],
         ["generate", PROMPT, "--clip", "a.mp4", "--steps", "0"],
@@ -166,12 +217,15 @@ def test_render_refuses_what_does_not_exist(tmp_path, capsys):
     assert "moonwalk" in capsys.readouterr().err
 
 
-def test_convert_between_file_and_folder(tmp_path, checkpoint):
+@pytest.mark.parametrize("stages", ["checkpoint", "both_stages"])
+def test_convert_between_file_and_folder(tmp_path, stages, request):
+    checkpoint = request.getfixturevalue(stages)
     convert(checkpoint, tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "again.safetensors")
     first, again = load_file(checkpoint), load_file(tmp_path / "again.safetensors")
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
+    assert read_config(tmp_path / "again.safetensors") == read_config(checkpoint)
     convert(checkpoint, tmp_path / "half.safetensors", half=True)
     assert all(w.dtype == torch.float16 for w in load_file(tmp_path / "half.safetensors").values())
 
@@ -190,6 +244,47 @@ def test_convert_reads_pickled_weights(tmp_path, checkpoint):
     torch.save(weights, tmp_path / "plain.pt")
     convert(tmp_path / "plain.pt", tmp_path / "plain.safetensors", half=True)
     assert load_file(tmp_path / "plain.safetensors").keys() == weights.keys()
+
+
+def lfdm_pickle(path: Path, **changes: torch.Tensor | None) -> Path:
+    """LFDM's diffusion model at its published size; each weight is one number, to keep it small."""
+    generator = torch.Generator().manual_seed(0)
+    diffusion = {
+        key.lfdm: torch.rand(1, generator=generator).expand(key.lfdm_shape)
+        for key in lfdm_keys(FlowGeneratorConfig())
+    }
+    diffusion |= {"betas": torch.rand(1000), **changes}
+    diffusion = {name: weight for name, weight in diffusion.items() if weight is not None}
+    optimizer = {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 1e-4}]}
+    content = {"example": torch.zeros(2), "diffusion": diffusion, "optimizer_diff": optimizer}
+    torch.save(content, path)
+    return path
+
+
+def test_convert_makes_a_flow_generator_of_lfdm(tmp_path):
+    target = tmp_path / "generator.safetensors"
+    assert run("convert", lfdm_pickle(tmp_path / "flowdiff.pth"), target, "--half") == 0
+    config, states = load_checkpoint(target)
+    assert config.flow_generator == FlowGeneratorConfig()
+    assert config.frames == 40
+    assert "LFDM" in config.data and "flowdiff.pth" in config.data
+    assert list(states) == ["flow_generator"]
+    source = torch.load(tmp_path / "flowdiff.pth", weights_only=True)["diffusion"]
+    for key in lfdm_keys(config.flow_generator):
+        weight = states["flow_generator"][key.ours]
+        assert weight.shape == key.shape and weight.dtype == torch.float16
+        assert torch.equal(weight, source[key.lfdm].half().reshape(key.shape))
+
+
+def test_convert_refuses_a_diffusion_model_that_is_not_lfdms(tmp_path, capsys):
+    name = "denoise_fn.mid_block1.block1.norm.weight"
+    for number, change in enumerate(({name: None}, {name: torch.zeros(3)})):
+        pickled = lfdm_pickle(tmp_path / f"{number}.pth", **change)
+        with pytest.raises(ConversionError, match=f"LFDM's diffusion model as published.*{name}"):
+            convert(pickled, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    with pytest.raises(ConversionError, match=r"\.safetensors"):
+        convert(lfdm_pickle(tmp_path / "whole.pth"), tmp_path / "folder")
 
 
 class Evil:
