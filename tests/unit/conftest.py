@@ -7,14 +7,6 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with every part that there is, of random weights."""
-    from random_checkpoint import write_random_checkpoint
-
-    return write_random_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny.safetensors")
-
-
-@pytest.fixture(scope="session")
 def tiny_preset() -> Iterator[None]:
     """The preset `tiny`: stage 2 alone, its tokenizer not trained yet."""
     from random_checkpoint import tiny_config
