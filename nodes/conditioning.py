@@ -62,7 +62,11 @@ class EncodeFlow(io.ComfyNode):
                 ),
                 Flow.Input(
                     "flow",
-                    tooltip="The motion of each frame. One frame of flow is one frame of the clip.",
+                    optional=True,
+                    tooltip=(
+                        "The motion of each frame. One frame of flow is one frame of the clip. "
+                        "Without it: one frame that doesn't move, of this width and height."
+                    ),
                 ),
                 flow_strength(
                     "0: no flow, the model moves as it likes; 1: the flow as it is. To move "
@@ -120,7 +124,7 @@ class EncodeFlow(io.ComfyNode):
         cls,
         positive: Any,
         negative: Any,
-        flow: FlowField,
+        flow: FlowField | None = None,
         strength: float = 1.0,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
@@ -130,6 +134,7 @@ class EncodeFlow(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            flow = _still_frame(width, height) if flow is None else flow
             _check(flow, start_percent, end_percent, mask)
         label = FlowLabel(flow, strength, start_percent, end_percent, mask)
         size = (_latents(height or flow.height), _latents(width or flow.width))
@@ -141,6 +146,16 @@ class EncodeFlow(io.ComfyNode):
             node_helpers.conditioning_set_values(negative, {LABEL: None if guide_flow else label}),
             {"samples": samples},
         )
+
+
+def _still_frame(width: int, height: int) -> FlowField:
+    """The flow of a reference frame, from which others are measured: zero."""
+    if not width or not height:
+        raise ValueError(
+            "expected a flow, or width and height for one frame that doesn't move, got no flow "
+            f"and {width}x{height}. Connect a flow, or set both."
+        )
+    return FlowField.zeros(1, height, width)
 
 
 def _latents(pixels: int) -> int:
