@@ -4,7 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .conditioning import EncodeFlow
 from .example import place_example_clip
-from .flow import EstimateFlow, VisualizeFlow
+from .flow import EstimateFlow, GenerateFlow, VisualizeFlow
 from .loaders import ApplyFlowAdapter, CheckpointLoader
 from .native.files import register_folder
 from .sampling import SharedNoise, SharedNoiseKSampler, SharedNoiseSampler
@@ -13,6 +13,7 @@ NODES: list[type[io.ComfyNode]] = [
     CheckpointLoader,
     ApplyFlowAdapter,
     EstimateFlow,
+    GenerateFlow,
     EncodeFlow,
     SharedNoiseKSampler,
     SharedNoise,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import comfy.model_management
 import comfy.utils
 import torch
@@ -10,8 +13,9 @@ from comfy_api.latest import io
 
 from ..s2dm.flow import FlowField, estimate_flow, flow_to_image
 from ..s2dm.flow.estimate import METHODS, FlowModel
-from .schema import named_errors, schema
-from .types import Flow, OpticalFlowModel
+from .native.flow_generator import FLOW_SAMPLERS, MAX_FRAMES, MIN_FRAMES, Stage1, generate_flow
+from .schema import advanced, named_errors, schema
+from .types import Flow, FlowGenerator, OpticalFlowModel
 
 _MODEL = "model"
 
@@ -71,13 +75,148 @@ class EstimateFlow(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             estimator = _flow_model(optical_flow) if method == _MODEL else method
-            bar = comfy.utils.ProgressBar(len(frames))
-
-            def progress(done: int, total: int) -> None:
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                bar.update_absolute(done, total)
-
+            progress = _progress(len(frames))
             return io.NodeOutput(estimate_flow(_library_frames(frames), estimator, progress))
+
+
+class GenerateFlow(io.ComfyNode):
+    """Stage 1: flow from words (paper, section 3.4)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMGenerateFlow",
+            display_name="Generate Flow (S2DM)",
+            category="s2dm/flow",
+            description=(
+                "Makes the motion of a clip from a prompt and the frame that the clip starts "
+                "from: stage 1 of text to video."
+            ),
+            search_aliases=["s2dm", "text to video", "animate", "motion", "stage 1", "image2video"],
+            inputs=[
+                FlowGenerator.Input(
+                    "flow_generator",
+                    tooltip="From Load Checkpoint (S2DM), if the checkpoint holds stage 1.",
+                ),
+                io.Image.Input(
+                    "reference",
+                    tooltip=(
+                        "The frame that the clip starts from; of several the first. Any size: the "
+                        "flow comes out as large. Alpha is dropped."
+                    ),
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip=(
+                        "What happens, in the words of the prompt for the picture. Empty: "
+                        "whatever fits the frame."
+                    ),
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=16,
+                    min=MIN_FRAMES,
+                    max=MAX_FRAMES,
+                    tooltip=(
+                        "Frames of the flow, and so of the clip. The motion is generated in as "
+                        "many frames as in training, then retimed: more frames are slower "
+                        "motion, not more of it."
+                    ),
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps of the sampler.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip=(
+                        "Guidance scale: how closely to keep to the prompt. 1: no guidance, and "
+                        "half the time."
+                    ),
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip=(
+                        "Seed of the motion. It may be another than that of the picture: the same "
+                        "frame then moves in another way."
+                    ),
+                ),
+                io.Float.Input(
+                    "motion_strength",
+                    default=0.0,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip=(
+                        "How much to move: 1 is the mean of the training clips, 2 twice as much. "
+                        "0: as the prompt suggests."
+                    ),
+                ),
+                advanced(
+                    io.Combo.Input,
+                    "sampler_name",
+                    options=list(FLOW_SAMPLERS),
+                    default=FLOW_SAMPLERS[0],
+                    tooltip="dpmpp_2m: of second order, for few steps. ddim: of first order.",
+                ),
+            ],
+            outputs=[
+                Flow.Output(
+                    "flow",
+                    display_name="flow",
+                    tooltip="Motion and occlusion of every frame, for Encode Flow or to look at.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        flow_generator: Any,
+        reference: torch.Tensor,
+        prompt: str,
+        frames: int = 16,
+        steps: int = 20,
+        cfg: float = 1.0,
+        seed: int = 0,
+        motion_strength: float = 0.0,
+        sampler_name: str = FLOW_SAMPLERS[0],
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            if not isinstance(flow_generator, Stage1):
+                raise ValueError(
+                    f"expected a checkpoint with stage 1, got {flow_generator!r}. Load one that "
+                    "holds it, or take the motion of a clip with Estimate Flow (S2DM)."
+                )
+            progress = _progress(steps)
+            return io.NodeOutput(
+                generate_flow(
+                    flow_generator,
+                    reference,
+                    prompt,
+                    frames,
+                    steps,
+                    cfg,
+                    seed,
+                    motion_strength,
+                    sampler_name,
+                    lambda step, denoised, noisy, total: progress(step + 1, total),
+                )
+            )
 
 
 class VisualizeFlow(io.ComfyNode):
@@ -127,6 +266,17 @@ class VisualizeFlow(io.ComfyNode):
         with named_errors(cls):
             image = flow_to_image(flow, full_colour_at or None)
             return io.NodeOutput(image.movedim(1, -1).contiguous(), flow.occlusion[:, 0].clone())
+
+
+def _progress(total: int) -> Callable[[int, int], None]:
+    """A bar that takes (done, total), and stops the node when the user cancels."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def progress(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return progress
 
 
 def _library_frames(images: torch.Tensor) -> torch.Tensor:

@@ -9,16 +9,15 @@ from comfy_api.latest import io
 from .native.adapter import apply_adapter
 from .native.files import find_file, list_files
 from .native.loading import load_adapter, load_all
-from .schema import known, named_errors, schema
-
-FlowGenerator = io.Custom("S2DM_FLOW_GENERATOR")
-"""Stage 1: a network that makes flow from a prompt and a reference frame."""
+from .schema import advanced, flow_strength, named_errors, schema
+from .types import FlowGenerator
 
 _FILES = "in models/s2dm, or bundled with the pack"
 
 
 def _frames_at_once() -> io.Input:
-    return io.Int.Input(
+    return advanced(
+        io.Int.Input,
         "frames_at_once",
         default=0,
         min=0,
@@ -27,7 +26,6 @@ def _frames_at_once() -> io.Input:
             "How many frames the U-Net sees at a time. The result is the same, fewer frames "
             "need less memory. 0: chosen from free memory."
         ),
-        **known(io.Int.Input, advanced=True),
     )
 
 
@@ -80,8 +78,7 @@ class CheckpointLoader(io.ComfyNode):
                     "flow_generator",
                     display_name="flow_generator",
                     tooltip=(
-                        "Stage 1, which makes flow from a prompt. Empty if the checkpoint holds "
-                        "stage 2 alone."
+                        "Stage 1, for Generate Flow. Empty if the checkpoint holds stage 2 alone."
                     ),
                 ),
             ],
@@ -91,7 +88,8 @@ class CheckpointLoader(io.ComfyNode):
     def execute(cls, checkpoint: str, frames_at_once: int = 0) -> io.NodeOutput:
         with named_errors(cls):
             loaded = load_all(find_file(checkpoint), frames_at_once)
-            return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, NoFlowGenerator(checkpoint))
+            stage1 = loaded.stage1 or NoFlowGenerator(checkpoint)
+            return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, stage1)
 
 
 class ApplyFlowAdapter(io.ComfyNode):
@@ -121,14 +119,7 @@ class ApplyFlowAdapter(io.ComfyNode):
                     options=list_files(),
                     tooltip=f"A flow adapter, or a checkpoint that holds one, {_FILES}.",
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="How strongly flow acts. 0: the model as it was.",
-                ),
+                flow_strength("How strongly flow acts. 0: the model as it was."),
                 _frames_at_once(),
             ],
             outputs=[

@@ -20,31 +20,33 @@ from comfy.model_base import ModelType
 from torch import Tensor
 
 from ...s2dm.models import S2DMConfig, TextEncoderConfig, UNetConfig, VAEConfig
-from ...s2dm.models.checkpoint import CheckpointError, load_checkpoint
+from ...s2dm.models.checkpoint import CheckpointError, load_checkpoint, read_config
 from ...s2dm.models.tokenizer import write_tokenizer
 from .adapter import apply_adapter
+from .flow_generator import MODEL_TYPES, Stage1, load_network
 from .previews import fit_preview
 
 State = dict[str, Tensor]
 
 _PARTS = ("unet", "text_encoder", "vae", "flow_adapter")
+_STAGE_1_PARTS = ("flow_generator", "flow_text_encoder")
 _LATENT_FACTOR = 8
-_MODEL_TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
 # Core calls by "linear" what others call "scaled_linear": linear in the root of beta.
 _BETA_SCHEDULES = {"scaled_linear": "linear"}
 
 
 class Checkpoint(NamedTuple):
-    """What `load_all` gives: core's objects, the adapter on the model."""
+    """What `load_all` gives: core's objects, the adapter on the model, stage 1 if it is there."""
 
     config: S2DMConfig
     model: comfy.model_patcher.ModelPatcher
     clip: comfy.sd.CLIP
     vae: comfy.sd.VAE
+    stage1: Stage1 | None
 
 
 def load_all(path: str, frames: int = 0) -> Checkpoint:
-    """Load a checkpoint with all parts.
+    """Load a checkpoint of stage 2, and stage 1 with it where the file holds it.
 
     Args:
         path: of the file.
@@ -53,7 +55,8 @@ def load_all(path: str, frames: int = 0) -> Checkpoint:
     Raises:
         CheckpointError: the file is broken, or a part is missing or not for ComfyUI.
     """
-    config, state = load_checkpoint(path, parts=_PARTS)
+    there = [part for part in _STAGE_1_PARTS if getattr(read_config(path), part) is not None]
+    config, state = load_checkpoint(path, parts=(*_PARTS, *there))
     if config.vae.factor != _LATENT_FACTOR or config.vae.latent_channels != config.unet.in_channels:
         raise CheckpointError(
             f"vae: expected {config.unet.in_channels} latent channels of {_LATENT_FACTOR} pixels "
@@ -65,12 +68,26 @@ def load_all(path: str, frames: int = 0) -> Checkpoint:
     model.cached_patcher_init = (_reload_model, (path,))
     vae = load_vae(config.vae, state["vae"])
     fit_preview(model.model.latent_format, config.vae, vae)
-    return Checkpoint(
-        config,
-        apply_adapter(model, config.flow_adapter, state["flow_adapter"], frames=frames),
-        load_clip(config.text_encoder, config.tokenizer, state["text_encoder"]),
-        vae,
-    )
+    model = apply_adapter(model, config.flow_adapter, state["flow_adapter"], frames=frames)
+    clip = load_clip(config.text_encoder, config.tokenizer, state["text_encoder"])
+    return Checkpoint(config, model, clip, vae, _stage1(config, state, clip, vae))
+
+
+def _stage1(
+    config: S2DMConfig, state: dict[str, State], clip: comfy.sd.CLIP, vae: comfy.sd.VAE
+) -> Stage1 | None:
+    generator = config.flow_generator
+    if generator is None:
+        return None
+    if generator.reference_channels != config.vae.latent_channels:
+        raise CheckpointError(
+            f"flow_generator: expected {config.vae.latent_channels} reference channels, the "
+            f"VAE's latents, got {generator.reference_channels}. It was trained on features of "
+            "another encoder, which ComfyUI can't make."
+        )
+    if config.flow_text_encoder is not None:
+        clip = load_clip(config.flow_text_encoder, config.tokenizer, state["flow_text_encoder"])
+    return Stage1(config, load_network(generator, state["flow_generator"]), clip, vae)
 
 
 def load_adapter(path: str) -> tuple[S2DMConfig, State]:
@@ -144,7 +161,7 @@ class _ModelConfig(comfy.supported_models.SD15):
         }
 
     def model_type(self, state_dict: State, prefix: str = "") -> ModelType:
-        return _MODEL_TYPES[self.prediction_type]
+        return MODEL_TYPES[self.prediction_type]
 
 
 def _unet_config(config: UNetConfig) -> dict[str, Any]:

@@ -22,6 +22,10 @@ SOCKETS = {
     ),
     "S2DMApplyFlowAdapter": ("model adapter strength frames_at_once", "MODEL"),
     "S2DMEstimateFlow": ("frames method optical_flow", "S2DM_FLOW"),
+    "S2DMGenerateFlow": (
+        "flow_generator reference prompt frames steps cfg seed motion_strength sampler_name",
+        "S2DM_FLOW",
+    ),
     "S2DMEncodeFlow": (
         "positive negative flow strength start_percent end_percent guide_flow width height mask",
         "CONDITIONING CONDITIONING LATENT",

@@ -1,0 +1,271 @@
+"""Stage 1 as a model of ComfyUI: the flow generator, sampled and looked after by core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from comfy.model_base import ModelType
+from torch import Tensor, nn
+
+from ...s2dm.flow import FlowField
+from ...s2dm.flow.geometry import resample
+from ...s2dm.models import FlowGenerator, FlowGeneratorConfig, S2DMConfig, constrain, decode_flow
+from ...s2dm.models.flow_generator import FLOW_CHANNELS
+from ...s2dm.sector import betas
+
+MODEL_TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
+MIN_FRAMES, MAX_FRAMES = 2, 64
+
+# DDIM without noise of its own is Euler's method, and core's ddim is its euler.
+_SAMPLERS = {"dpmpp_2m": "dpmpp_2m", "ddim": "euler"}
+FLOW_SAMPLERS = tuple(_SAMPLERS)
+"""Those that the diffusers pipeline has too, so that a flow can be made again outside ComfyUI."""
+
+_CONDITIONS = "s2dm_flow_generator"
+"""Key of the network's conditions in a conditioning entry."""
+
+
+class Stage1(NamedTuple):
+    """What an S2DM_FLOW_GENERATOR socket carries.
+
+    config: of the whole checkpoint.
+    network: ε_φ, the flow generator.
+    clip: reads the prompt for it.
+    vae: its latents are the features of the reference frame.
+    """
+
+    config: S2DMConfig
+    network: comfy.model_patcher.ModelPatcher
+    clip: comfy.sd.CLIP
+    vae: comfy.sd.VAE
+
+
+def load_network(
+    config: FlowGeneratorConfig, state: dict[str, Tensor]
+) -> comfy.model_patcher.ModelPatcher:
+    """The flow generator as a model that core samples, loads and offloads."""
+    model = _Model(config)
+    model.diffusion_model.generator.load_state_dict(state)
+    management = comfy.model_management
+    patcher = _Whole(model, management.get_torch_device(), management.unet_offload_device())
+
+    # Not a method of the model: core copies these options deeply, with all that they hold.
+    def constrained(arguments: dict[str, Any]) -> Tensor:
+        return constrain(arguments["denoised"].transpose(1, 2), config).transpose(1, 2)
+
+    patcher.set_model_sampler_post_cfg_function(constrained)
+    return patcher
+
+
+def generate_flow(
+    stage1: Stage1,
+    reference: Tensor,
+    prompt: str,
+    frames: int,
+    steps: int,
+    cfg: float,
+    seed: int,
+    motion_strength: float = 0.0,
+    sampler: str = FLOW_SAMPLERS[0],
+    on_step: Callable[..., None] | None = None,
+) -> FlowField:
+    """A flow that fits a prompt and a reference frame.
+
+    Args:
+        stage1: from a checkpoint with a flow generator.
+        reference: IMAGE (B, H, W, 1, 3 or 4) in [0, 1]; the first one counts, without alpha. The
+            network sees it stretched to the checkpoint's resolution, because every pixel of the
+            frame needs flow and half-frames don't depend on its shape.
+        prompt: what happens; the null label if it is blank.
+        frames: of the result, from 2 to 64. The network makes as many as it was trained on, and
+            the flow is retimed.
+        steps: of the sampler, at most as many as the schedule has.
+        cfg: how far to go from the null label to the prompt; 1 for no guidance.
+        seed: of the noise.
+        motion_strength: mean motion as a multiple of the training clips' mean; 0 leaves it open.
+        sampler: one of `FLOW_SAMPLERS`.
+        on_step: core's sampling callback.
+
+    Returns:
+        A field of `frames` frames in the size of the reference.
+
+    Raises:
+        ValueError: an argument is out of its range, or the network lacks what it asks for.
+    """
+    config = stage1.config.flow_generator
+    _check(config, frames, steps, sampler)
+    known = {
+        "reference": _features(stage1, reference),
+        "text": torch.zeros(1, config.text_dim),
+        "keep_text": torch.tensor([False]),
+        **_motion(motion_strength, config),
+    }
+    unknown = dict(known)
+    if prompt.strip():
+        known |= {"text": _embed(stage1.clip, prompt), "keep_text": torch.tensor([True])}
+    shape = (1, config.frames, FLOW_CHANNELS, *config.size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    noise = noise.transpose(1, 2).contiguous()
+    sample = comfy.sample.sample_custom(
+        stage1.network,
+        noise,
+        cfg,
+        comfy.samplers.ksampler(_SAMPLERS[sampler]),
+        _sigmas(stage1.network.get_model_object("model_sampling"), steps),
+        [[None, {_CONDITIONS: known}]],
+        [[None, {_CONDITIONS: unknown}]],
+        torch.zeros_like(noise),
+        callback=on_step,
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    height, width = reference.shape[1:3]
+    return decode_flow(sample[0].transpose(0, 1).cpu(), config, height, width).retime(frames)
+
+
+def _check(config: FlowGeneratorConfig, frames: int, steps: int, sampler: str) -> None:
+    if not MIN_FRAMES <= frames <= MAX_FRAMES:
+        remedy = (
+            "A single frame has no motion: sample it from Encode Flow (S2DM) without a flow."
+            if frames < MIN_FRAMES
+            else "The motion between the frames that are generated is linear, and would show."
+        )
+        raise ValueError(f"expected {MIN_FRAMES} to {MAX_FRAMES} frames, got {frames}. {remedy}")
+    if not 1 <= steps <= config.schedule.steps:
+        raise ValueError(
+            f"expected 1 to {config.schedule.steps} steps, as many as the flow generator's noise "
+            f"schedule has, got {steps}."
+        )
+    if sampler not in FLOW_SAMPLERS:
+        raise ValueError(f"expected a sampler among {', '.join(FLOW_SAMPLERS)}, got {sampler!r}.")
+
+
+def _features(stage1: Stage1, image: Tensor) -> Tensor:
+    """The first frame of an IMAGE as the network sees it: latents on the U-Net's scale."""
+    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
+        raise ValueError(
+            "reference: expected an image (frames, height, width, channels) in colour or grey, "
+            f"got {tuple(image.shape)}. Connect the frame that the clip starts from."
+        )
+    frame = image[:1, ..., :3].movedim(-1, 1).clamp(0, 1).expand(-1, 3, -1, -1).contiguous()
+    frame = resample(frame, *stage1.config.resolution)
+    return stage1.vae.encode(frame.movedim(1, -1)) * stage1.config.vae.scaling_factor
+
+
+def _embed(clip: comfy.sd.CLIP, prompt: str) -> Tensor:
+    """CLIP's state at the end of the prompt, (1, text_dim)."""
+    _, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled="unprojected")
+    return pooled
+
+
+def _motion(strength: float, config: FlowGeneratorConfig) -> dict[str, Tensor]:
+    if strength == 0:
+        return {}
+    if not config.motion_strength or config.motion == 0:
+        raise ValueError(
+            f"expected motion_strength 0, got {strength:g}: the flow generator of this checkpoint "
+            "was trained without it. Set it to 0."
+        )
+    return {"motion": torch.tensor([strength * config.motion])}
+
+
+def _sigmas(sampling: comfy.model_sampling.ModelSamplingDiscrete, steps: int) -> Tensor:
+    """Noise levels at timesteps spaced evenly back from the last one, and 0 ("trailing")."""
+    total = len(sampling.sigmas)
+    times = total - torch.arange(steps, dtype=torch.float64) * (total / steps)
+    return torch.cat([sampling.sigmas.cpu()[times.round().long() - 1], torch.zeros(1)])
+
+
+class _Whole(comfy.model_patcher.ModelPatcher):
+    """Loads its model whole or not at all, because the layers don't cast their weights at use.
+
+    The published sizes take 171 MB, those of the bundled checkpoint a tenth of it.
+    """
+
+    def load(
+        self,
+        device_to: torch.device | None = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
+        super().load(device_to, 0, force_patch_weights, full_load=True)
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> int:
+        return 0
+
+
+class _ModelConfig(comfy.supported_models_base.BASE):
+    """What core asks of any model: no U-Net of its own, and latents that are flow."""
+
+    class latent_format(comfy.latent_formats.LatentFormat):  # noqa: N801 (core's name)
+        latent_channels = FLOW_CHANNELS
+        latent_dimensions = 3
+
+    unet_extra_config: dict[str, Any] = {}  # noqa: RUF012 (core's type)
+    memory_usage_factor = 0.25  # by measurement: 10 KB a place and frame at the published sizes
+
+
+class _Model(comfy.model_base.BaseModel):
+    """The flow generator behind core's interface, in float32: it is small, and exact is cheap."""
+
+    def __init__(self, config: FlowGeneratorConfig) -> None:
+        schedule = config.schedule
+        settings = _ModelConfig({"disable_unet_model_creation": True})
+        settings.sampling_settings = {"timesteps": schedule.steps}
+        super().__init__(settings, MODEL_TYPES[schedule.prediction_type])
+        self.diffusion_model = _Axes(config)
+        table = betas(
+            schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
+        )
+        alphas = torch.cumprod(1 - table, dim=0)
+        self.model_sampling.set_sigmas(((1 - alphas) / alphas).sqrt())
+        self.eval().requires_grad_(False)
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, comfy.conds.CONDRegular]:
+        """Conditions of one entry as core batches them."""
+        return {
+            name: comfy.conds.CONDRegular(value.to(kwargs["device"]))
+            for name, value in kwargs[_CONDITIONS].items()
+        }
+
+
+class _Axes(nn.Module):
+    """Core has the channels of a clip before its frames, the flow generator after them."""
+
+    dtype = torch.float32
+
+    def __init__(self, config: FlowGeneratorConfig) -> None:
+        super().__init__()
+        self.generator = FlowGenerator(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        *,
+        reference: Tensor,
+        text: Tensor,
+        keep_text: Tensor,
+        motion: Tensor | None = None,
+    ) -> Tensor:
+        """(B, 3, N, h, w) -> (B, 3, N, h, w). Core passes `keep_text` as numbers."""
+        prediction = self.generator(
+            x.transpose(1, 2), timesteps, reference, text, motion, keep_text=keep_text.bool()
+        )
+        return prediction.transpose(1, 2)
