@@ -4,9 +4,9 @@ from .actions import ACTIONS
 from .captions import caption
 from .dataset import PuppetClips, split, training_captions
 from .persons import PERSONS
-from .render import Clip, render_clip
+from .render import Clip, Garment, render_clip
 
 __all__ = [
-    "ACTIONS", "PERSONS", "Clip", "PuppetClips", "caption", "render_clip", "split",
+    "ACTIONS", "PERSONS", "Clip", "Garment", "PuppetClips", "caption", "render_clip", "split",
     "training_captions",
 ]  # fmt: skip

@@ -17,11 +17,30 @@ from .actions import ACTIONS, poses
 from .backgrounds import paint_room
 from .captions import caption
 from .figure import Wardrobe
-from .persons import PERSONS
+from .persons import PERSONS, TOP_COLOURS, TROUSER_COLOURS, Colour, Person
 from .skeleton import Placement, View, body, place
 
 _SUB = 3  # samples per pixel and axis
 _ZOOM, _FEET = 1.115, 0.94
+# The pieces that are cloth all over, or nearly so: sleeves and trouser legs may be short.
+_GARMENTS = {"torso": "top", "pelvis": "trousers", "thigh": "trousers"}
+
+
+@dataclass(frozen=True, eq=False)
+class Garment:
+    """A piece of clothing whose colour the caption names.
+
+    Attributes:
+        name: "top" or "trousers".
+        colour: the word in the caption.
+        palette: every word that captions have for it, with its RGB in [0, 1].
+        mask: (H, W) bool, the pixels of frame 1 where the body part that wears it is seen.
+    """
+
+    name: str
+    colour: str
+    palette: dict[str, Colour]
+    mask: torch.Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +52,14 @@ class Clip:
         flow: the exact backward flow and occlusion.
         caption: what happens in it.
         still: (1, 1, H, W) bool, the background that no frame covers.
+        garments: top and trousers.
     """
 
     frames: torch.Tensor
     flow: FlowField
     caption: str
     still: torch.Tensor
+    garments: tuple[Garment, ...]
 
 
 def render_clip(person: int, action: int, take: int, size: int = 128, frames: int = 16) -> Clip:
@@ -86,7 +107,8 @@ def render_clip(person: int, action: int, take: int, size: int = 128, frames: in
         for name, placement in placements.items()
     ]
     room = paint_room(rng, size, (view.x, view.y), scale if what.bench else None)
-    return _Renderer(pieces, room, size, frames).clip(caption(person, action))
+    worn = [_GARMENTS.get(name.rpartition("_")[2], "") for name in placements]
+    return _Renderer(pieces, room, size, frames).clip(caption(person, action), who, worn)
 
 
 class _Piece:
@@ -145,7 +167,7 @@ class _Renderer:
         self._owner = np.concatenate([[0], np.repeat(np.arange(1, len(pieces) + 1), counts)])
         self._owner = self._owner.astype(np.uint8)
 
-    def clip(self, words: str) -> Clip:
+    def clip(self, words: str, who: Person, worn: list[str]) -> Clip:
         size, frames = self._size, self._frames
         video = np.empty((frames, size, size, 3), np.float32)
         displacement = np.zeros((frames, 2, size, size), np.float32)
@@ -169,6 +191,7 @@ class _Renderer:
             majority[window] = np.partition(owners, _SUB**2 // 2, axis=-1)[..., _SUB**2 // 2]
             if first is None:
                 first = self._owner[samples]
+                seen = np.array(["", *worn])[majority]
             else:
                 displacement[i], occlusion[i, 0] = self._flow(i, majority, first)
         return Clip(
@@ -178,6 +201,13 @@ class _Renderer:
             ),
             caption=words,
             still=torch.from_numpy(still)[None, None],
+            garments=tuple(
+                Garment(name, colour, palette, torch.from_numpy(seen == name))
+                for name, colour, palette in (
+                    ("top", who.top_colour, TOP_COLOURS),
+                    ("trousers", who.trousers_colour, TROUSER_COLOURS),
+                )
+            ),
         )
 
     def _samples(self, frame: int) -> np.ndarray:
