@@ -25,17 +25,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, RUNS, command, file_hash, machine, show, write_json
+from common import RESULTS, ROOT, RUNS, show
 from torch import Tensor
 from tqdm import tqdm
 
 from s2dm.data.puppets import Clip, render_clip, split
+from s2dm.evaluation.clip_metrics import (
+    MOVING,
+    Total,
+    flicker,
+    flow_error,
+    motion_magnitude,
+    moving_region,
+    pooled,
+    warp_error,
+)
+from s2dm.evaluation.distances import bootstrap_interval
+from s2dm.evaluation.protocol import ProtocolCard, file_hash, write_json
 from s2dm.flow import FlowField, estimate_flow, flow_to_image
 from s2dm.pipelines import FlowToVideoPipeline
 from s2dm.video import write_contact_sheet
 
 TAKE = 1000  # a take that no training run renders
-MOVING = 1.0  # pixels: what moves further belongs to the moving region
 TARGET_ERROR, TARGET_STILL = 0.5, 3.0
 
 
@@ -50,15 +61,6 @@ class Settings:
     size: int = 128
     frames: int = 16
     method: str = "dis"
-
-
-@dataclass(frozen=True)
-class Score:
-    """Sums over one clip, from which means over all clips are made."""
-
-    error: float  # end-point error, pixels, summed over the moving region
-    still: float  # standard deviation over time of still background, of 255, summed over pixels
-    warp: float  # |frame i - frame 1 warped by the given flow|, of 255, summed over visible pixels
 
 
 def main() -> None:
@@ -93,24 +95,29 @@ def main() -> None:
     guidance = f"guidance {settings.guidance:g}"
     if settings.flow_guidance is not None:
         guidance += f" (flow {settings.flow_guidance:g})"
-    protocol = {
-        "command": command(),
-        "checkpoint": f"{options.checkpoint.name} ({weights})",
-        "clips": f"{len(pairs)} of {len(split('test'))} held-out person x action combinations, "
-        f"take {TAKE}, order and noise seeded with {settings.seed}",
-        "size": f"{settings.frames} frames of {settings.size}x{settings.size}, values in [0, 1]",
-        "sampling": f"DDIM, {settings.steps} steps, {guidance}, float32",
-        "flow error": f"end-point error between given flow and {settings.method} flow of the clip, "
-        f"where the given flow is longer than {MOVING:g} pixel and not occluded, over its "
-        "mean length there",
-        "still": "standard deviation over time of background that the puppet never covers, of 255",
-        "warp error": "mean |frame i - frame 1 warped by the given flow| where visible, of 255",
-        "machine": machine(),
-    }
+    card = ProtocolCard(
+        checkpoint=f"{options.checkpoint.name} ({weights})",
+        clips=len(pairs),
+        data=f"puppets, of {len(split('test'))} held-out person x action combinations in an order "
+        f"seeded with {settings.seed}, take {TAKE}",
+        frames=settings.frames,
+        size=(settings.size, settings.size),
+        value_range=(0.0, 1.0),
+        seeds=[settings.seed],
+        notes={
+            "sampling": f"DDIM, {settings.steps} steps, {guidance}, float32",
+            "flow error": f"end-point error between given flow and {settings.method} flow of the "
+            f"clip, where the given flow is longer than {MOVING:g} pixel and not occluded, over "
+            "its mean length there",
+            "still": "standard deviation over time of background that the puppet never covers, "
+            "of 255",
+            "warp error": "mean |frame i - frame 1 warped by the given flow| where visible, of 255",
+        },
+    )
     _one_thread_of_opencv()
-    show("Flow following on held-out puppets", protocol)
+    show("Flow following on held-out puppets", card)
 
-    key = json.dumps([weights, dataclasses.asdict(settings)])
+    key = json.dumps([weights, "totals", dataclasses.asdict(settings)])
     store = RUNS / "flow_following" / hashlib.sha256(key.encode()).hexdigest()[:12]
     pipeline = FlowToVideoPipeline.from_single_file(options.checkpoint).to(options.device)
     results = []
@@ -135,7 +142,7 @@ def main() -> None:
     print(markdown(table))
     sheet = options.output.with_suffix(".jpg")
     _write_sheet(sheet, store, pairs[: options.sheet_clips], options.modes)
-    write_json(options.output, {"protocol": protocol, "table": table, "sheet": sheet.name})
+    write_json(options.output, {"protocol": card.to_dict(), "table": table, "sheet": sheet.name})
     print(f"\n{options.output}\n{sheet}")
 
 
@@ -215,64 +222,47 @@ TITLES = {
 }
 
 
-def moving_region(flow: FlowField) -> Tensor:
-    """(N, 1, H, W) bool: where the given flow moves and frame 1 shows the pixel."""
-    return (flow.magnitude() > MOVING) & (flow.occlusion < 0.5)
-
-
-def score(frames: Tensor, clip: Clip, method: str) -> Score:
+def score(frames: Tensor, clip: Clip, method: str) -> dict[str, Total]:
     """Compare a clip (N, 3, H, W) with the flow it was to follow and with standing still."""
-    moving, visible = moving_region(clip.flow), clip.flow.occlusion[1:] < 0.5
-    error = estimate_flow(frames, method).displacement - clip.flow.displacement
-    still = frames.std(dim=0, correction=0).mean(dim=0)[clip.still[0, 0]] * 255
-    warp = (frames - clip.flow.warp(frames[:1])).abs().mean(dim=1, keepdim=True)[1:] * 255
-    return Score(
-        error=error.norm(dim=1, keepdim=True)[moving].sum().item(),
-        still=still.sum().item(),
-        warp=warp[visible].sum().item(),
-    )
+    error = flow_error(estimate_flow(frames, method), clip.flow)
+    motion = motion_magnitude(clip.flow, moving_region(clip.flow))
+    return {
+        "error": error,
+        "error_pixels": Total(error.total, motion.weight),
+        "motion_pixels": motion,
+        "still": flicker(frames, clip.still),
+        "warp": warp_error(frames, clip.flow),
+    }
 
 
 def _add(
     result: dict[str, Any], clip: Clip, made: dict[str, Tensor], settings: Settings
 ) -> dict[str, Any]:
-    moving = moving_region(clip.flow)
-    return {
-        "caption": clip.caption,
-        "moving_pixels": int(moving.sum()),
-        "motion": clip.flow.magnitude()[moving].sum().item(),
-        "still_pixels": int(clip.still.sum()),
-        "visible_pixels": int((clip.flow.occlusion[1:] < 0.5).sum()),
-        "scores": result.get("scores", {})
-        | {
-            mode: dataclasses.asdict(score(frames, clip, settings.method))
-            for mode, frames in made.items()
-        },
+    scores = {
+        mode: {
+            name: dataclasses.astuple(total)
+            for name, total in score(frames, clip, settings.method).items()
+        }
+        for mode, frames in made.items()
     }
+    return {"caption": clip.caption, "scores": result.get("scores", {}) | scores}
 
 
 def summarise(results: list[dict[str, Any]], modes: list[str]) -> dict[str, dict[str, Any]]:
     """For each mode the pooled figures, with 95 % intervals over clips by bootstrap."""
-
-    def pooled(mode: str, name: str, clips: list[dict[str, Any]]) -> float:
-        over = {"error": "motion", "still": "still_pixels", "warp": "visible_pixels"}[name]
-        total = sum(clip["scores"][mode][name] for clip in clips)
-        return total / max(sum(clip[over] for clip in clips), 1e-9)
-
-    chance = random.Random(0)
-    samples = [chance.choices(results, k=len(results)) for _ in range(1000)]
     table = {}
     for mode in modes:
         row: dict[str, Any] = {}
-        for name in ("error", "still", "warp"):
-            spread = sorted(pooled(mode, name, sample) for sample in samples)
-            row[name] = pooled(mode, name, results)
-            row[f"{name}_95"] = [spread[25], spread[974]]
-        moving = sum(clip["moving_pixels"] for clip in results)
-        row["error_pixels"] = sum(c["scores"][mode]["error"] for c in results) / max(moving, 1)
-        row["motion_pixels"] = sum(c["motion"] for c in results) / max(moving, 1)
+        for name in ("error", "error_pixels", "motion_pixels", "still", "warp"):
+            totals = [Total(*result["scores"][mode][name]) for result in results]
+            row[name] = pooled(totals).figure
+            row[f"{name}_95"] = bootstrap_interval(_figure, totals, samples=1000)
         table[mode] = row
     return table
+
+
+def _figure(totals: list[Total]) -> float:
+    return pooled(totals).figure
 
 
 def markdown(table: dict[str, dict[str, Any]]) -> str:

@@ -15,7 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import RESULTS, ROOT, command, machine, show, write_json
+from common import RESULTS, ROOT, show
+
+from s2dm.evaluation.protocol import ProtocolCard, write_json
 
 TARGET = 0.5  # seconds
 _PACK = """
@@ -60,21 +62,21 @@ def main() -> None:
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH"))
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
-    protocol = {
-        "command": command(),
-        "pack": "import of the pack, its nodes and their schemas in a process that has imported "
-        "ComfyUI's core",
-        "library": "import of s2dm.flow, s2dm.sector and s2dm.models after torch",
-        "runs": f"{options.runs}, the first one not counted, median (smallest to largest)",
-        "machine": machine(),
-    }
-    show("Import time", protocol)
+    card = ProtocolCard(
+        notes={
+            "pack": "import of the pack, its nodes and their schemas in a process that has "
+            "imported ComfyUI's core",
+            "library": "import of s2dm.flow, s2dm.sector and s2dm.models after torch",
+            "runs": f"{options.runs}, the first one not counted, median (smallest to largest)",
+        },
+    )
+    show("Import time", card)
     cases = {"library": (_LIBRARY, [])}
     if options.comfyui:
         cases["pack"] = (_PACK, options.comfyui)
     else:
         print("COMFYUI_PATH is not set: the pack itself is not measured.")
-    result = {"protocol": protocol}
+    result = {"protocol": card.to_dict()}
     for name, (code, comfyui) in cases.items():
         code = code.format(comfyui=str(comfyui), pack=str(ROOT))
         seconds, processor, unwanted = _run(code, options.runs)

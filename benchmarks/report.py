@@ -14,6 +14,8 @@ from flow_following import markdown as flow_table
 from import_time import TARGET as TARGET_IMPORT
 from speed import TARGET as TARGET_MEMORY
 
+from s2dm.evaluation.protocol import protocol_markdown
+
 _HEAD = """# Results
 
 Every figure carries its protocol and the command that makes it. The tables are written by
@@ -55,7 +57,7 @@ def _flow_following(result: dict[str, Any]) -> str:
             f"{shared['still']:.1f}, {_met(shared['still'] <= TARGET_STILL)}.",
             "",
         ]
-    return "\n".join(lines) + _protocol(result["protocol"])
+    return "\n".join(lines) + _protocol(result)
 
 
 def _speed(result: dict[str, Any]) -> str:
@@ -77,7 +79,7 @@ def _speed(result: dict[str, Any]) -> str:
         f"{ratio:.2f}, {_met(ratio <= TARGET_MEMORY)}.",
         "",
     ]
-    return "\n".join(lines) + _protocol(result["protocol"])
+    return "\n".join(lines) + _protocol(result)
 
 
 def _import_time(result: dict[str, Any]) -> str:
@@ -97,7 +99,11 @@ def _import_time(result: dict[str, Any]) -> str:
             f"- The pack adds at most {TARGET_IMPORT} s to ComfyUI's start: {seconds:.2f} s, "
             f"{_met(seconds <= TARGET_IMPORT)}.",
         ]
-    return "\n".join([*lines, ""]) + _protocol(result["protocol"])
+    return "\n".join([*lines, ""]) + _protocol(result)
+
+
+def _protocol(result: dict[str, Any]) -> str:
+    return "\n" + protocol_markdown(result["protocol"]) + "\n"
 
 
 SECTIONS = {
@@ -105,16 +111,6 @@ SECTIONS = {
     "speed": _speed,
     "import_time": _import_time,
 }
-
-
-def _protocol(protocol: dict[str, Any]) -> str:
-    rest = {name: value for name, value in protocol.items() if name != "command"}
-    lines = ["", "```", protocol["command"], "```", "", "<details><summary>Protocol</summary>", ""]
-    for name, value in rest.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
-        lines.append(f"- {name}: {value}")
-    return "\n".join([*lines, "", "</details>", ""])
 
 
 def _met(is_met: bool) -> str:

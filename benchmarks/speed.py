@@ -17,7 +17,9 @@ import threading
 import time
 from pathlib import Path
 
-from common import RESULTS, ROOT, command, file_hash, machine, show, write_json
+from common import RESULTS, ROOT, show
+
+from s2dm.evaluation.protocol import ProtocolCard, file_hash, write_json
 
 TARGET = 1.15  # peak of 128 frames over that of 16 with the same chunk
 
@@ -37,16 +39,16 @@ def main() -> None:
         return
 
     cases = [(16, options.chunk), (128, options.chunk), (16, 16), (128, 128)]
-    protocol = {
-        "command": command(),
-        "checkpoint": f"{options.checkpoint.name} ({file_hash(options.checkpoint)})",
-        "sampling": f"{options.size}x{options.size}, DDIM, {options.steps} steps, guidance 7.5, "
-        "float32, CPU, without decoding",
-        "memory": "resident set of the process; `added` since model and flow were loaded",
-        "repeats": f"{options.repeats} process(es) a case, the median",
-        "machine": machine(),
-    }
-    show("Speed and memory of sampling", protocol)
+    card = ProtocolCard(
+        checkpoint=f"{options.checkpoint.name} ({file_hash(options.checkpoint)})",
+        size=(options.size, options.size),
+        notes={
+            "sampling": f"DDIM, {options.steps} steps, guidance 7.5, float32, CPU, no decoding",
+            "memory": "resident set of the process; `added` since model and flow were loaded",
+            "repeats": f"{options.repeats} process(es) a case, the median",
+        },
+    )
+    show("Speed and memory of sampling", card)
     rows = []
     for frames, chunk in cases:
         runs = sorted(
@@ -58,7 +60,9 @@ def main() -> None:
     peak = rows[1]["peak_mib"] / rows[0]["peak_mib"]
     print(f"\npeak memory, 128 frames over 16 in chunks of {options.chunk}: {peak:.3f}")
     print(f"target: at most {TARGET}: {'met' if peak <= TARGET else 'MISSED'}")
-    write_json(RESULTS / "speed.json", {"protocol": protocol, "rows": rows, "peak_ratio": peak})
+    write_json(
+        RESULTS / "speed.json", {"protocol": card.to_dict(), "rows": rows, "peak_ratio": peak}
+    )
 
 
 def _in_own_process(options: argparse.Namespace, frames: int, chunk: int) -> dict[str, float]:
