@@ -168,6 +168,19 @@ def test_a_text_encoder_of_its_own_reads_the_prompt(loaded, tiny):
     assert tiny.loaded.stage1.clip is tiny.loaded.clip
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_the_engines_agree_on_the_bundled_checkpoint(rig, text_in_float32, sampler):
+    bundled = type(rig)(rig.pack, rig.nodes, BUNDLED)
+    if bundled.loaded.stage1 is None:
+        pytest.skip("the bundled checkpoint holds stage 2 alone (no part flow_generator)")
+    prompt = "A woman, wearing a red jumper and black trousers is squat"
+    inputs = {"steps": 20, "cfg": 3.0, "seed": 3, "sampler_name": sampler}
+    ours = generate(bundled, picture(128, 128), prompt, frames=16, **inputs)
+    theirs = by_diffusers(bundled, picture(128, 128), prompt, motion_strength=0.0, **inputs)
+    assert relative(ours.displacement, theirs.displacement) <= TOLERANCE
+
+
 def test_every_input_counts(tiny):
     """What makes agreement of the engines more than a coincidence."""
     base = generate(tiny, cfg=2.0)
