@@ -355,6 +355,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     networks = parser.add_subparsers(dest="network", required=True, metavar="NETWORK")
     for name, text in (
         ("vae", "the autoencoder"),
+        ("text", "the text encoder of a new model"),
         ("stage1", "the flow generator"),
         ("stage2", "the U-Net with its flow adapter and text encoder"),
     ):
@@ -370,6 +371,10 @@ def _train(options: argparse.Namespace) -> None:
         from .training.vae import VAETrainingConfig, train_vae
 
         train_vae(config_from_arguments(VAETrainingConfig, options))
+    elif options.network == "text":
+        from .training.text import TextTrainingConfig, train_text
+
+        train_text(config_from_arguments(TextTrainingConfig, options))
     elif options.network == "stage1":
         from .training.stage1 import Stage1TrainingConfig, train_stage1
 

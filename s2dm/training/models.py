@@ -40,6 +40,23 @@ def load_vae(path: str | Path) -> tuple[Any, dict[str, Tensor]]:
     return config.vae, _float(states["vae"])
 
 
+def load_text_encoder(path: str | Path) -> tuple[S2DMConfig, dict[str, Tensor]]:
+    """Config (with the tokenizer) and float32 weights of the text encoder in a checkpoint."""
+    config, states = load_checkpoint(path, ["text_encoder"])
+    return config, _float(states["text_encoder"])
+
+
+def tokenize(tokenizer: Any, captions: list[str], config: S2DMConfig) -> Tensor:
+    """Captions to token ids (B, max_length), padded and cut as CLIP does."""
+    return tokenizer(
+        captions,
+        padding="max_length",
+        max_length=config.text_encoder.max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
 def save_vae(path: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     """Write a VAE alone, float32; ``state`` is in diffusers' keys."""
     save_checkpoint(path, S2DMConfig(vae=config), {"vae": to_ldm(state, vae_keys(config))})

@@ -33,7 +33,14 @@ from .config import TrainingConfig, TrainingConfigError
 from .cpu import speed_up
 from .datasets import build_dataset, pixels
 from .loop import Progress, TrainingLoop, make_accelerator
-from .models import load_model, load_vae, preset, save_model
+from .models import (
+    load_model,
+    load_text_encoder,
+    load_vae,
+    preset,
+    save_model,
+    tokenize,
+)
 from .sheets import save_sheet
 from .vae import cache_root
 
@@ -48,8 +55,9 @@ class Stage2TrainingConfig(TrainingConfig):
     """Settings of the stage-2 trainer.
 
     Start: ``checkpoint`` (a file with a U-Net and a text encoder; parts it lacks are new) or else
-    random weights in the sizes of ``preset``. ``vae`` is a file to take the VAE from, if it is not
-    the checkpoint's. ``train`` names the parts that learn.
+    random weights in the sizes of ``preset``. ``vae`` and ``text_encoder`` are files to take the
+    VAE, and the text encoder with its tokenizer, from if they are not the checkpoint's. ``train``
+    names the parts that learn.
 
     A batch is ``clips`` clips with ``clip_frames`` frames each, drawn from the clip; with
     probability ``first_frame`` one of them is frame 1, which the flow starts from. The
@@ -63,6 +71,7 @@ class Stage2TrainingConfig(TrainingConfig):
     preset: str = "puppets"
     checkpoint: str = ""
     vae: str = ""
+    text_encoder: str = ""
     fusion: str = "channel"
     train: tuple[str, ...] = PARTS
     adapter_gain: float = 0.0
@@ -294,17 +303,6 @@ def step_generator_for(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 + number)
 
 
-def tokenize(tokenizer: Any, captions: list[str], config: S2DMConfig) -> Tensor:
-    """Captions to token ids (B, max_length), padded and cut as CLIP does."""
-    return tokenizer(
-        captions,
-        padding="max_length",
-        max_length=config.text_encoder.max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-
-
 @torch.no_grad()
 def generate(
     model: Stage2Model,
@@ -393,9 +391,14 @@ def _start(
     else:
         model_config, states = preset(config.preset), {}
         model_config = dataclasses.replace(model_config, **dict.fromkeys(STAGE_1))
-        if model_config.tokenizer is None:
+        if model_config.tokenizer is None and not config.text_encoder:
             spec = train_tokenizer(captions, model_config.text_encoder.vocab_size)
             model_config = with_tokenizer(model_config, spec)
+    if config.text_encoder:
+        read, states["text_encoder"] = load_text_encoder(config.text_encoder)
+        model_config = dataclasses.replace(
+            model_config, text_encoder=read.text_encoder, tokenizer=read.tokenizer
+        )
     if config.vae:
         vae_config, states["vae"] = load_vae(config.vae)
         model_config = dataclasses.replace(model_config, vae=vae_config)

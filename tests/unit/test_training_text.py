@@ -1,0 +1,127 @@
+"""The trainer of the text encoder: what a batch asks, what it writes, what it keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+
+from random_checkpoint import tiny_config, write_random_checkpoint
+from tiny_training import DATA, stage2_config
+
+from s2dm.models import load_checkpoint
+from s2dm.models.build import build_text_encoder, build_tokenizer
+from s2dm.training.config import TrainingConfigError, config_from_dict
+from s2dm.training.loop import RunFolder, step_generator
+from s2dm.training.models import load_text_encoder, tokenize
+from s2dm.training.stage2 import build_stage2_task
+from s2dm.training.text import TextTrainingConfig, build_text_task, train_text
+
+pytestmark = pytest.mark.usefixtures("tiny_preset")
+
+CPU = torch.device("cpu")
+
+
+def _config(folder: Path, **settings) -> TextTrainingConfig:
+    values = {
+        "output": str(folder),
+        "preset": "tiny",
+        "data": DATA,
+        "steps": 3,
+        "batch_size": 4,
+        "from_start": 4,
+        "from_end": 3,
+        "mixed_precision": "no",
+        "workers": 0,
+        "warmup_steps": 1,
+        "log_every": 1,
+    }
+    return config_from_dict(TextTrainingConfig, {**values, **settings})
+
+
+def test_the_export_is_a_text_encoder_that_stage_2_takes(tmp_path, vae_file):
+    train_text(_config(tmp_path / "text"))
+    path = tmp_path / "text" / "export.safetensors"
+    config, state = load_text_encoder(path)
+    assert config.unet is None and config.tokenizer["kind"] == "bpe"
+    stage2 = stage2_config(tmp_path / "stage2", vae_file, text_encoder=str(path))
+    task = build_stage2_task(stage2, CPU)
+    encoder = build_text_encoder(config.text_encoder, state).state_dict()
+    taken = task.model.text_encoder.state_dict()
+    assert all(torch.equal(value, taken[key]) for key, value in encoder.items())
+    assert task.model_config.tokenizer == config.tokenizer
+
+
+def test_a_batch_asks_for_the_words_of_its_captions(tmp_path):
+    task = build_text_task(_config(tmp_path))
+    batch = task.batch(step_generator(0, 0), CPU)
+    end = task.end
+    for ids, positions, words, weights in zip(
+        batch["token_ids"], batch["positions"], batch["words"], batch["weights"], strict=True
+    ):
+        text = ids[1 : ids.tolist().index(end)].tolist()
+        assert positions[0] == len(text) + 1
+        assert (ids[positions] == end).all()
+        padded = [*text, *[end] * 4][:4]
+        assert words[:4].tolist() == padded
+        assert words[4:].tolist() == text[::-1][:3]
+        assert torch.equal(weights == 1, words != end)
+
+
+def test_it_learns_to_tell_captions_apart(tmp_path):
+    config = _config(tmp_path, steps=150, learning_rate=3e-3, batch_size=6, ema_decay=0.9)
+    train_text(config)
+    records = RunFolder(tmp_path).records()
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert losses[-1] < 0.3 * losses[0]
+    assert records[-1]["read"] > 0.5
+
+
+def test_states_that_a_unet_reads_stay_near(tmp_path):
+    start = write_random_checkpoint(tmp_path / "start.safetensors", tiny_config())
+    drifts = []
+    for weight in (0.0, 30.0):
+        folder = tmp_path / str(weight)
+        settings = {"steps": 30, "learning_rate": 1e-3, "ema_decay": 0.5}
+        train_text(_config(folder, checkpoint=str(start), keep_weight=weight, **settings))
+        drifts.append(_drift(start, folder / "export.safetensors"))
+    assert drifts[1] < 0.7 * drifts[0]
+
+
+def _drift(before: Path, after: Path) -> float:
+    config, state = load_text_encoder(before)
+    ids = tokenize(build_tokenizer(config), ["square number 3"], config)
+    with torch.no_grad():
+        first, second = (
+            build_text_encoder(config.text_encoder, weights).eval()(ids).last_hidden_state
+            for weights in (state, load_text_encoder(after)[1])
+        )
+    return float((first - second).norm())
+
+
+def test_the_other_parts_of_the_checkpoint_stay(tmp_path):
+    start = write_random_checkpoint(tmp_path / "start.safetensors", tiny_config())
+    train_text(_config(tmp_path / "run", checkpoint=str(start)))
+    before = load_checkpoint(start)[1]
+    after = load_checkpoint(tmp_path / "run" / "export.safetensors")[1]
+    changed = {
+        part
+        for part, state in before.items()
+        if any(not torch.equal(value.half(), after[part][key]) for key, value in state.items())
+    }
+    assert changed == {"text_encoder"}
+
+
+def test_bad_settings_are_refused(tmp_path):
+    with pytest.raises(TrainingConfigError, match="keep_weight"):
+        _config(tmp_path, keep_weight=1.0)
+    start = write_random_checkpoint(
+        tmp_path / "start.safetensors",
+        tiny_config(text_encoder=None, tokenizer=None, unet=None, flow_generator=None),
+    )
+    with pytest.raises(TrainingConfigError, match="no text encoder"):
+        build_text_task(_config(tmp_path, checkpoint=str(start)))
