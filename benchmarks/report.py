@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import flow_generation
+import two_stage
 from common import RESULTS, ROOT
 from flow_following import TARGET_ERROR, TARGET_STILL
 from flow_following import markdown as flow_table
@@ -106,8 +108,40 @@ def _protocol(result: dict[str, Any]) -> str:
     return "\n" + protocol_markdown(result["protocol"]) + "\n"
 
 
+def _flow_generation(result: dict[str, Any]) -> str:
+    lines = [
+        "## Stage 1: flow from prompt and first frame",
+        "",
+        f"![True and generated flow](results/{result['sheet']})",
+        "",
+        "Held-out puppets: for each clip the true frames, their flow, and what stage 1 makes of "
+        "the prompt and the first frame.",
+        "",
+        flow_generation.markdown(result["table"]),
+        "",
+    ]
+    return "\n".join(lines) + _protocol(result)
+
+
+def _two_stage(result: dict[str, Any]) -> str:
+    lines = [
+        "## Text to video in two stages",
+        "",
+        f"![Twelve prompts](results/{result['sheet']})",
+        "",
+        "Twelve prompts that training never saw, drawn and sampled by the seeds 0 to 11 and not "
+        "selected, above the flow that stage 1 made for them.",
+        "",
+        two_stage.markdown(result["table"]),
+        "",
+    ]
+    return "\n".join(lines) + _protocol(result)
+
+
 SECTIONS = {
     "flow_following": _flow_following,
+    "flow_generation": _flow_generation,
+    "two_stage": _two_stage,
     "speed": _speed,
     "import_time": _import_time,
 }
