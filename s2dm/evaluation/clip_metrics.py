@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..flow import FlowField
 
 MOVING = 1.0  # pixels: what moves further belongs to the moving region
+STILL = 0.5  # pixels: what moves less in every frame is still
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,27 @@ def pooled(totals: Iterable[Total]) -> Total:
     return Total(sum(t.total for t in totals), sum(t.weight for t in totals))
 
 
+def pooled_figure(totals: Iterable[Total]) -> float:
+    """The figure of the same metric over several clips."""
+    return pooled(totals).figure
+
+
 # ------------------------------------------------------------------------------------- motion
 
 
 def moving_region(flow: FlowField) -> Tensor:
     """(N,1,H,W) bool: where a flow moves by more than a pixel and frame 1 shows the pixel."""
     return (flow.magnitude() > MOVING) & (flow.occlusion < 0.5)
+
+
+def still_region(flow: FlowField, margin: int = 8) -> Tensor:
+    """(1,1,H,W) bool: what a flow never moves nor hides, `margin` pixels from all it does.
+
+    For clips whose still background nobody knows better. The margin is a latent's side.
+    """
+    busy = (flow.magnitude() > STILL) | (flow.occlusion > 0.5)
+    busy = busy.any(dim=0, keepdim=True).float()
+    return F.max_pool2d(busy, 2 * margin + 1, stride=1, padding=margin) == 0
 
 
 def flow_error(realised: FlowField, given: FlowField) -> Total:

@@ -21,8 +21,23 @@ def fvd(real: Tensor, generated: Tensor, correction: int = 1) -> float:
     `frechet_distance`, with a warning where the sets are too small to know a covariance.
     """
     distance = frechet_distance(real, generated, correction)
-    _warn_if_small(real, generated)
+    problem = sample_size_problem(real, generated)
+    if problem:
+        warnings.warn(problem, stacklevel=2)
     return distance
+
+
+def sample_size_problem(real: Tensor, generated: Tensor) -> str:
+    """Why an FVD between features (N,D) and (M,D) means little; empty if there are enough."""
+    size, needed = min(len(real), len(generated)), real.shape[1]
+    if size > needed:
+        return ""
+    return (
+        f"FVD of {size} clips: a covariance of {needed} features needs more than {needed} clips, "
+        f"{size} leave most of it unknown. The figure is then largely the number of clips. Compare "
+        "it only with figures from equally many clips, and with published ones not at all; those "
+        "use 2048."
+    )
 
 
 def frechet_distance(x: Tensor, y: Tensor, correction: int = 1) -> float:
@@ -89,7 +104,8 @@ def bootstrap_interval(
     for few clips.
 
     Args:
-        statistic: called with one resampled set for each of `sets`.
+        statistic: called with one resampled set for each of `sets`. Samples in which it is NaN,
+            because nothing in them can be measured, are left out.
         sets: tensors or sequences, one entry a clip.
         samples: how often to resample.
         level: share of the samples that lie inside.
@@ -103,6 +119,7 @@ def bootstrap_interval(
 
     figure = statistic(*sets)
     values = torch.tensor([statistic(*map(draw, sets)) for _ in range(samples)]).double()
+    values = values[~values.isnan()]
     shift = figure - values.mean()
     edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = (torch.quantile(values, edges) + shift).tolist()
@@ -126,15 +143,3 @@ def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             "from the same network."
         )
     return x.double(), y.double()
-
-
-def _warn_if_small(real: Tensor, generated: Tensor) -> None:
-    size, needed = min(len(real), len(generated)), real.shape[1]
-    if size <= needed:
-        warnings.warn(
-            f"FVD of {size} clips: a covariance of {needed} features needs more than {needed} "
-            f"clips, {size} leave most of it unknown. The figure is then largely the number of "
-            "clips. Compare it only with figures from equally many clips, and with published ones "
-            "not at all; those use 2048.",
-            stacklevel=3,
-        )

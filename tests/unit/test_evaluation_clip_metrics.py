@@ -18,6 +18,7 @@ from s2dm.evaluation.clip_metrics import (
     nearest_word,
     pooled,
     srgb_to_lab,
+    still_region,
     warp_error,
 )
 from s2dm.flow import FlowField
@@ -182,3 +183,11 @@ def test_true_puppets_follow_their_flow_and_degraded_ones_do_not():
     assert warp_error(noisy, clip.flow).figure > 10
     assert flicker(clip.frames, clip.still).figure < 1e-3
     assert flicker(noisy, clip.still).figure > 10
+
+
+def test_still_region_keeps_away_from_all_that_moves_or_is_hidden():
+    flow = moved_block()
+    still = still_region(flow, margin=3)[0, 0]
+    assert not still[5:19, 17:31].any()  # rows 8 to 15, columns 20 to 27, and 3 pixels around
+    assert still[:5].all() and still[19:].all() and still[:, :17].all() and still[:, 31:].all()
+    assert still_region(FlowField.zeros(2, 9, 9)).all()
