@@ -1,4 +1,5 @@
-"""Evaluation: FVD and KVD on I3D features, metrics of one clip, protocol cards.
+"""Evaluation: clips generated and measured, FVD and KVD on I3D features, protocol cards.
 
-Nothing is imported here: take what you need from `i3d`, `distances`, `clip_metrics` or `protocol`.
+Nothing is imported here: take what you need from `run`, `modes`, `tables`, `clip_metrics`,
+`distances`, `i3d` or `protocol`.
 """

@@ -1,0 +1,355 @@
+"""Evaluate a checkpoint: generate the clips of a data set's test split, measure them, compare.
+
+Every clip is stored with its figures when it is done, so a stopped run goes on where it was. Under
+`accelerate launch` each process takes its part of the clips, and the main one puts the results
+together; on several machines they need a common output folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import random
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..flow import estimate_flow, flow_to_image
+from ..models import read_config
+from ..training.config import DataConfig
+from ..training.datasets import build_dataset, pixels
+from ..video import replacing, write_contact_sheet
+from ..video.frames import from_uint8, to_uint8
+from .clip_metrics import (
+    MOVING,
+    Total,
+    attribute_accuracy,
+    flicker,
+    flow_error,
+    motion_magnitude,
+    moving_region,
+    warp_error,
+)
+from .distances import sample_size_problem
+from .i3d import LEAST_FRAMES, load_i3d
+from .modes import Generator, Made, Sampling, Variant
+from .protocol import ProtocolCard, file_hash, write_json, write_text
+from .tables import markdown_table, save_plots, summarise
+
+_TRUE = Variant("true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What to evaluate, and how.
+
+    checkpoint: a `.safetensors` file.
+    output: folder of stored clips and results.
+    data: whose `validation_split` is evaluated.
+    clips: how many of its clips, in a shuffled order that never changes; 0 for all.
+    variants: modes with their noise sharing, the rows of the table.
+    seeds: each clip is generated once with each; clip k starts from noise 100000·seed + k.
+    sampling: steps and guidance.
+    method: flow estimator of the figures.
+    i3d: weights for FVD and KVD (`load_i3d`), which are left out without them.
+    chunk: frames computed at a time.
+    half: weights in half precision.
+    sheet_clips: clips on the sheet of pictures.
+    cpu: don't use an accelerator.
+    """
+
+    checkpoint: Path
+    output: Path
+    data: DataConfig = field(default_factory=DataConfig)
+    clips: int = 0
+    variants: tuple[Variant, ...] = (Variant("given-flow"),)
+    seeds: tuple[int, ...] = (0,)
+    sampling: Sampling = field(default_factory=Sampling)
+    method: str = "dis"
+    i3d: Path | None = None
+    chunk: int = 8
+    half: bool = False
+    sheet_clips: int = 4
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("variants", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"Expected one or more different {name}, got "
+                    f"{', '.join(map(str, values)) or 'none'}."
+                )
+        if self.i3d is not None and self.data.frames < LEAST_FRAMES:
+            raise ValueError(
+                f"FVD and KVD need clips of at least {LEAST_FRAMES} frames, got "
+                f"{self.data.frames}: evaluate longer clips, or leave out the weights of I3D."
+            )
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
+    """Run an evaluation, or go on with one.
+
+    Writes `results.json`, `results.md`, `plots.png` and `sheet.jpg` into the output folder.
+
+    Returns:
+        What is in `results.json`: `protocol`, `table` and `notes`. None in other processes than
+        the main one.
+
+    Raises:
+        ValueError: settings, checkpoint, data set or weights that don't fit together.
+        OSError: a file can't be read or written.
+    """
+    from accelerate import PartialState
+
+    # Processes wait for the slowest, which may take long.
+    state = PartialState(cpu=config.cpu, timeout=timedelta(days=7))
+    run = _Run(config, state)
+    run.generate()
+    run.extract_features()
+    state.wait_for_everyone()
+    return run.results() if state.is_main_process else None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One clip of one row: a clip of the data set, and the seed."""
+
+    variant: Variant
+    index: int
+    seed: int
+
+    @property
+    def noise_seed(self) -> int:
+        return 100_000 * self.seed + self.index
+
+
+class _Run:
+    def __init__(self, config: EvaluationConfig, state: Any) -> None:
+        self.config, self.state = config, state
+        self.weights = file_hash(config.checkpoint)
+        self.data = build_dataset(config.data, config.data.validation_split)
+        if not 0 <= config.clips <= len(self.data):
+            raise ValueError(
+                f"Expected from 1 to {len(self.data)} clips, which the data set has, or 0 for all, "
+                f"got {config.clips}. More takes or seeds make more clips."
+            )
+        order = list(range(len(self.data)))
+        random.Random(0).shuffle(order)
+        self.chosen = order[: config.clips or len(order)]
+        if config.i3d is not None and len(self.chosen) < 2:
+            raise ValueError("FVD and KVD need at least 2 clips, got 1.")
+        stages = read_config(config.checkpoint)
+        if stages.flow_generator is None and any(v.mode == "two-stage" for v in config.variants):
+            raise ValueError(
+                f"{config.checkpoint.name} has no flow generator (stage 1), which two-stage needs: "
+                "leave that mode out, or take a checkpoint of both stages."
+            )
+        # Before hours of sampling, not after.
+        self.i3d = None if config.i3d is None else load_i3d(config.i3d, state.device)
+        dtype = torch.float16 if config.half else torch.float32
+        self.generator = Generator(
+            config.checkpoint, config.sampling, config.chunk, state.device, dtype
+        )
+
+    # ------------------------------------------------------------------------------- clips
+
+    def tasks(self, variant: Variant, indices: list[int] | None = None) -> list[_Task]:
+        seeds = self.config.seeds if variant.sampled else self.config.seeds[:1]
+        indices = self.chosen if indices is None else indices
+        return [_Task(variant, index, seed) for index in indices for seed in seeds]
+
+    def path(self, task: _Task) -> Path:
+        """Where a clip is stored: another place with any other setting that changes it."""
+        config, variant = self.config, task.variant
+        made_by = [self.weights, dataclasses.asdict(config.data), config.method, str(variant)]
+        if variant.sampled:
+            made_by += [dataclasses.asdict(config.sampling), config.half]
+        key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:8]
+        folder = str(variant).replace(":", "_") + "-" + key
+        return config.output / "clips" / folder / f"{task.index:05d}_{task.seed}.npz"
+
+    def generate(self) -> None:
+        """Make, measure and store what is missing of this process's part."""
+        variants = list(self.config.variants)
+        if self.i3d is not None and _TRUE not in variants:
+            variants.append(_TRUE)  # what FVD compares with
+        _one_thread_of_opencv()
+        mine = self._mine()
+        with self._bar("clips", sum(len(self.tasks(v, mine)) for v in variants)) as bar:
+            for index in mine:
+                clip = None  # rendered or read once for all its rows
+                for task in (task for v in variants for task in self.tasks(v, [index])):
+                    path = self.path(task)
+                    if not path.exists():
+                        clip = self.data[index] if clip is None else clip
+                        made = task.variant.make(self.generator, clip, task.noise_seed)
+                        _store(path, *self._measured(made, clip))
+                    bar.update()
+
+    def _measured(self, made: Made, clip: Any) -> tuple[np.ndarray, dict[str, Total]]:
+        """Frames as bytes (N,H,W,3), and the figures of these bytes."""
+        stored = np.stack([to_uint8(frame) for frame in made.frames])
+        frames = _pixels(stored)
+        realised = estimate_flow(frames, self.config.method)
+        region = moving_region(made.flow)
+        error, given = flow_error(realised, made.flow), motion_magnitude(made.flow, region)
+        totals = {
+            "flow_error": error,
+            "flow_error_pixels": Total(error.total, given.weight),
+            "motion": motion_magnitude(realised, region),
+            "given_motion": given,
+            "flicker": flicker(frames, made.still),
+            "warp_error": warp_error(frames, made.flow),
+            "attributes": attribute_accuracy(frames[0], getattr(clip, "garments", ())),
+        }
+        return stored, totals
+
+    # ---------------------------------------------------------------------------- features
+
+    def features_path(self, task: _Task) -> Path:
+        network = f"{self.i3d.description} {self.i3d.preprocessing}"
+        key = hashlib.sha256(network.encode()).hexdigest()[:8]
+        return self.path(task).with_suffix(f".{key}.npy")
+
+    def extract_features(self) -> None:
+        """The features that are missing of this process's part."""
+        if self.i3d is None:
+            return
+        variants = dict.fromkeys((*self.config.variants, _TRUE))
+        tasks = [task for v in variants for task in self.tasks(v, self._mine())]
+        with self._bar("features", len(tasks)) as bar:
+            for task in tasks:
+                path = self.features_path(task)
+                if not path.exists():
+                    features = self.i3d(_frames(self.path(task))[None])[0]
+                    with replacing(path) as temporary:
+                        np.save(temporary, features.numpy())
+                bar.update()
+
+    def features(self, variant: Variant) -> Tensor | None:
+        """(clips,400) of a row; None without weights."""
+        if self.i3d is None:
+            return None
+        paths = [self.features_path(task) for task in self.tasks(variant)]
+        return torch.from_numpy(np.stack([np.load(path) for path in paths]))
+
+    # ----------------------------------------------------------------------------- results
+
+    def results(self) -> dict[str, Any]:
+        """Put all clips together and write what there is to see."""
+        config, real, notes = self.config, self.features(_TRUE), []
+        if real is None:
+            notes.append("FVD and KVD are left out: they need the weights of I3D (--i3d FILE).")
+        table = {}
+        for variant in config.variants:
+            totals = [_totals(self.path(task)) for task in self.tasks(variant)]
+            generated = None if variant == _TRUE else self.features(variant)
+            if generated is not None:
+                notes.append(sample_size_problem(real, generated))
+            table[str(variant)] = summarise(totals, real, generated)
+        notes = [note for note in dict.fromkeys(notes) if note]
+        card = self._card()
+        result = {"protocol": card.to_dict(), "table": table, "notes": notes}
+        titles = {str(variant): variant.title for variant in config.variants}
+        write_json(config.output / "results.json", result)
+        save_plots(config.output / "plots.png", table, titles)
+        self._write_sheet(config.output / "sheet.jpg")
+        page = ["# Evaluation", markdown_table(table, titles), *notes, card.to_markdown()]
+        page += ["![Figures with their 95 % intervals](plots.png)", "![Clips](sheet.jpg)"]
+        write_text(config.output / "results.md", "\n\n".join(page) + "\n")
+        return result
+
+    def _card(self) -> ProtocolCard:
+        config, data = self.config, self.config.data
+        options = "".join(f", {name} {value}" for name, value in data.options.items())
+        sampling = f"{config.sampling}, float{16 if config.half else 32}"
+        if any(variant.mode == "two-stage" for variant in config.variants):
+            sampling += (
+                f"; stage 1 DPM-Solver++ 2M, {config.sampling.flow_steps} steps, guidance "
+                f"{config.sampling.flow_text_guidance:g}"
+            )
+        return ProtocolCard(
+            checkpoint=f"{config.checkpoint.name} ({self.weights})",
+            features=self.i3d and f"{self.i3d.description}; {self.i3d.preprocessing}",
+            clips=len(self.chosen),
+            data=f"{data.name}, {data.validation_split} split, the first of {len(self.data)} clips "
+            f"in an order shuffled with seed 0{options}",
+            frames=data.frames,
+            size=(data.size, data.size),
+            value_range=(0.0, 1.0),
+            seeds=config.seeds,
+            notes={
+                "noise": "of clip k drawn with 100000 seed + k",
+                "sampling": sampling,
+                "pixels": "measured as stored, in 8 bits",
+                "flow error": f"end-point error between given flow and {config.method} flow of the "
+                f"clip, where the given flow is longer than {MOVING:g} pixel and not occluded, "
+                "over its mean length there",
+                "flicker": "standard deviation over time of pixels that nothing passes, of 255",
+                "warp error": "mean |frame i - frame 1 warped by the given flow| where visible, "
+                "of 255",
+            },
+        )
+
+    def _write_sheet(self, path: Path) -> None:
+        rows, labels = [], []
+        for index in self.chosen[: self.config.sheet_clips]:
+            clip = self.data[index]
+            rows += [pixels(clip.frames), flow_to_image(clip.flow)]
+            labels += [clip.caption, "its flow"]
+            for variant in self.config.variants:
+                if variant != _TRUE:
+                    rows.append(_frames(self.path(self.tasks(variant, [index])[0])))
+                    labels.append(variant.title)
+        if rows:
+            write_contact_sheet(path, rows, labels, columns=8)
+
+    # ------------------------------------------------------------------------------ sharing
+
+    def _mine(self) -> list[int]:
+        """This process's part of the clips: the same at every start, whatever is done already."""
+        return self.chosen[self.state.process_index :: self.state.num_processes]
+
+    def _bar(self, title: str, total: int) -> Any:
+        from tqdm.auto import tqdm
+
+        hidden = not self.state.is_local_main_process
+        return tqdm(total=total, desc=title, unit="clip", disable=hidden)
+
+
+def _store(path: Path, frames: np.ndarray, totals: dict[str, Total]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = json.dumps({name: dataclasses.astuple(total) for name, total in totals.items()})
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, frames=frames, totals=np.array(figures))
+
+
+def _frames(path: Path) -> Tensor:
+    """(N,3,H,W) in [0,1]."""
+    with np.load(path) as stored:
+        return _pixels(stored["frames"])
+
+
+def _pixels(stored: np.ndarray) -> Tensor:
+    """Bytes (N,H,W,3) to (N,3,H,W) in [0,1]."""
+    return torch.stack([from_uint8(frame) for frame in stored])
+
+
+def _totals(path: Path) -> dict[str, Total]:
+    with np.load(path) as stored:
+        figures = json.loads(str(stored["totals"]))
+    return {name: Total(*total) for name, total in figures.items()}
+
+
+def _one_thread_of_opencv() -> None:
+    """OpenCV's own threads slow it down many times where other processes are busy."""
+    import cv2
+
+    cv2.setNumThreads(1)

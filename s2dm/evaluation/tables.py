@@ -1,0 +1,99 @@
+"""Figures of many clips: pooled, with intervals, as a table and as a plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..video import replacing
+from .clip_metrics import Total, pooled_figure
+from .distances import bootstrap_interval, frechet_distance, kvd
+
+Row = dict[str, Any]
+
+# Title and digits of what the table shows.
+_COLUMNS = {
+    "flow_error": ("flow error / motion", 2),
+    "motion": ("motion, pixels", 1),
+    "flicker": ("flicker, of 255", 1),
+    "warp_error": ("warp error, of 255", 1),
+    "attributes": ("attributes", 2),
+    "fvd": ("FVD", 1),
+    "kvd": ("KVD", 2),
+}
+
+
+def summarise(
+    totals: Sequence[Mapping[str, Total]],
+    real: Tensor | None = None,
+    generated: Tensor | None = None,
+) -> Row:
+    """One row: each metric over all clips, and its 95 % interval over clips as `NAME_95`.
+
+    Args:
+        totals: the metrics of each clip. A metric that could be measured on none is left out.
+        real, generated: features (N,D) and (M,D); without them, FVD and KVD are left out.
+    """
+    row: Row = {"clips": len(totals)}
+    for name in totals[0]:
+        values = [clip[name] for clip in totals]
+        if not math.isnan(pooled_figure(values)):
+            _add(row, name, pooled_figure, values, samples=1000)
+    if real is not None and generated is not None:
+        _add(row, "fvd", frechet_distance, real, generated, samples=100)
+        _add(row, "kvd", kvd, real, generated, samples=100)
+    return row
+
+
+def _add(row: Row, name: str, statistic: Any, *sets: Any, samples: int) -> None:
+    row[name] = statistic(*sets)
+    row[f"{name}_95"] = list(bootstrap_interval(statistic, *sets, samples=samples))
+
+
+def markdown_table(table: Mapping[str, Row], titles: Mapping[str, str]) -> str:
+    """The rows that `summarise` made, by name, with a title each; intervals in brackets."""
+    names = [name for name in _COLUMNS if any(name in row for row in table.values())]
+    lines = [
+        "| clips | N | " + " | ".join(f"{_COLUMNS[name][0]} (95 %)" for name in names) + " |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for key, row in table.items():
+        cells = [titles[key], str(row["clips"]), *(_cell(row, name) for name in names)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Row, name: str) -> str:
+    if name not in row:
+        return "–"
+    digits = _COLUMNS[name][1]
+    low, high = row[f"{name}_95"]
+    given = f" of {row['given_motion']:.{digits}f}" if name == "motion" else ""
+    return f"{row[name]:.{digits}f}{given} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def save_plots(path: Path, table: Mapping[str, Row], titles: Mapping[str, str]) -> None:
+    """One panel for each metric: the rows side by side, with their intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in _COLUMNS if any(name in row for row in table.values())]
+    figure = Figure(figsize=(2.2 + 2.2 * len(names), 1.2 + 0.45 * len(table)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), number + 1)
+        for place, row in enumerate(table.values()):
+            if name in row:
+                low, high = row[f"{name}_95"]
+                axes.plot([low, high], [place, place], color="0.6", linewidth=3)
+                axes.plot(row[name], place, "o", color=f"C{place}")
+        axes.set_title(_COLUMNS[name][0], fontsize=9)
+        axes.set_yticks(range(len(table)), [titles[key] for key in table] if number == 0 else [])
+        axes.set_ylim(len(table) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,452 @@
+"""`s2dm evaluate`: what it measures, that it goes on where it stopped, and what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_checkpoint import tiny_config, write_random_checkpoint
+
+from s2dm import cli
+from s2dm.data.puppets import PuppetClips
+from s2dm.evaluation import run
+from s2dm.evaluation.clip_metrics import Total
+from s2dm.evaluation.distances import frechet_distance, kvd
+from s2dm.evaluation.i3d import VideoFeatures
+from s2dm.evaluation.modes import MODES, Generator, Sampling, Variant
+from s2dm.evaluation.run import EvaluationConfig, evaluate
+from s2dm.evaluation.tables import markdown_table, save_plots, summarise
+from s2dm.flow import FlowField
+from s2dm.training.config import DataConfig
+from s2dm.training.datasets import register_dataset
+
+pytest.importorskip("cv2")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = DataConfig(size=32, frames=3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
+
+
+@pytest.fixture
+def config(checkpoint, tmp_path) -> EvaluationConfig:
+    return EvaluationConfig(
+        checkpoint=checkpoint,
+        output=tmp_path / "out",
+        data=DATA,
+        clips=2,
+        variants=(Variant("given-flow"), Variant("true")),
+        sampling=Sampling(steps=1),
+        cpu=True,
+    )
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[tuple[str, str]]:
+    """Every clip that is made, by its row and caption, in order."""
+    calls = []
+    make = Variant.make
+
+    def counted(self, generator, clip, seed):
+        calls.append((str(self), clip.caption))
+        return make(self, generator, clip, seed)
+
+    monkeypatch.setattr(Variant, "make", counted)
+    return calls
+
+
+def stored(output: Path) -> dict[str, bytes]:
+    return {p.relative_to(output).as_posix(): p.read_bytes() for p in output.rglob("*.npz")}
+
+
+def test_every_mode_becomes_a_row(config):
+    modes = [
+        "given-flow", "given-flow:independent", "given-flow:mixed:0.3", "two-stage",
+        "zero-flow", "autoencoder", "true",
+    ]  # fmt: skip
+    variants = tuple(map(Variant.parse, modes))
+    assert {variant.mode for variant in variants} == set(MODES)
+    result = evaluate(dataclasses.replace(config, variants=variants, seeds=(0, 1)))
+    table = result["table"]
+    assert list(table) == modes
+    for name, row in table.items():
+        assert row["clips"] == (2 if name in ("autoencoder", "true") else 4)
+        for metric in ("flow_error", "warp_error", "motion", "attributes"):
+            low, high = row[f"{metric}_95"]
+            assert low <= row[metric] <= high or row[metric] == pytest.approx(low)
+    # What is known of them: equal frames stand still, unequal noise flickers, the truth is true.
+    assert table["zero-flow"]["flicker"] == 0 and table["zero-flow"]["motion"] == 0
+    assert table["zero-flow"]["flow_error"] == pytest.approx(1)
+    assert table["given-flow:independent"]["flicker"] > 2 * table["given-flow"]["flicker"]
+    assert table["true"]["attributes"] == 1 and table["true"]["flicker"] < 0.01
+    assert table["true"]["flow_error"] < 0.7 * table["zero-flow"]["flow_error"]
+
+    output = config.output
+    assert json.loads((output / "results.json").read_text("utf-8")) == result
+    page = (output / "results.md").read_text("utf-8")
+    for text in (
+        "| generated, given flow, independent noise | 4 |",
+        "| true clip | 2 |",
+        "FVD and KVD are left out",
+        "- frames: 3",
+        "- size: 32x32",
+        "- seeds: 0, 1",
+        f"- checkpoint: tiny.safetensors ({run.file_hash(config.checkpoint)})",
+        "stage 1 DPM-Solver++ 2M, 20 steps",
+    ):
+        assert text in page, text
+    from PIL import Image
+
+    for name in ("plots.png", "sheet.jpg"):
+        with Image.open(output / name) as picture:
+            assert min(picture.size) > 64
+
+
+def test_figures_are_those_of_the_stored_clips(config):
+    """The table from the files alone, by the metrics themselves."""
+    from s2dm.evaluation.clip_metrics import flicker, pooled_figure, warp_error
+    from s2dm.video.frames import from_uint8
+
+    row = evaluate(config)["table"]["given-flow"]
+    clips = PuppetClips("test", takes=1, size=32, frames=3)
+    warp, still = [], []
+    for path in (config.output / "clips").glob("given-flow*/*.npz"):
+        frames = torch.stack([from_uint8(f) for f in np.load(path)["frames"]])
+        clip = clips[int(path.stem.split("_")[0])]
+        warp.append(warp_error(frames, clip.flow))
+        still.append(flicker(frames, clip.still))
+    assert len(warp) == 2
+    assert row["warp_error"] == pytest.approx(pooled_figure(warp))
+    assert row["flicker"] == pytest.approx(pooled_figure(still))
+
+
+def test_each_clip_starts_from_noise_of_its_own(config):
+    """And the noise of a clip does not depend on which others are evaluated."""
+    variants = (Variant("zero-flow"),)
+    evaluate(dataclasses.replace(config, variants=variants, seeds=(0, 1)))
+    first = stored(config.output)
+    assert len(first) == 4 and len(set(first.values())) == 4
+    evaluate(dataclasses.replace(config, variants=variants, clips=1, output=config.output / "one"))
+    for name, content in stored(config.output / "one").items():
+        with np.load(config.output / name) as a, np.load(config.output / "one" / name) as b:
+            assert np.array_equal(a["frames"], b["frames"])
+        assert content
+
+
+# --------------------------------------------------------------------------------- resuming
+
+
+def test_a_stopped_run_goes_on_where_it_was(config, made, monkeypatch):
+    whole = evaluate(dataclasses.replace(config, output=config.output / "whole"))
+    assert len(made) == 4
+    made.clear()
+
+    counted = Variant.make
+
+    def stop(self, generator, clip, seed):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return counted(self, generator, clip, seed)
+
+    monkeypatch.setattr(Variant, "make", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    assert not (config.output / "results.json").exists()
+    done = list(made)
+    monkeypatch.setattr(Variant, "make", counted)
+    again = evaluate(config)
+    assert len(made) == 4 and len(set(made)) == 4 and made[:2] == done
+    assert again["table"] == whole["table"]
+
+    made.clear()
+    assert evaluate(config)["table"] == whole["table"]
+    assert made == []  # nothing left to do
+
+
+def test_more_clips_are_added_to_those_that_are_there(config, made):
+    evaluate(dataclasses.replace(config, clips=1))
+    assert len(made) == 2
+    evaluate(dataclasses.replace(config, clips=3))
+    assert len(made) == 6 and len(set(made)) == 6
+    evaluate(
+        dataclasses.replace(config, clips=3, variants=(*config.variants, Variant("zero-flow")))
+    )
+    assert [row for row, _ in made[6:]] == ["zero-flow"] * 3
+
+
+def test_other_settings_are_never_mixed(config, made, tmp_path):
+    evaluate(config)
+    other = write_random_checkpoint(tmp_path / "other.safetensors", seed=1)
+    for change in (
+        {"sampling": Sampling(steps=2)},
+        {"sampling": Sampling(steps=1, guidance=3)},
+        {"checkpoint": other},
+        {"data": dataclasses.replace(DATA, size=40)},
+        {"data": dataclasses.replace(DATA, options={"first_take": 7})},
+        {"seeds": (5,)},
+        {"variants": (Variant("given-flow", "independent"),)},
+        {"method": "farneback"},
+    ):
+        made.clear()
+        evaluate(dataclasses.replace(config, clips=1, **change))
+        assert any(row.startswith("given-flow") for row, _ in made), change
+
+
+# ------------------------------------------------------------------------------ FVD and KVD
+
+
+@pytest.fixture
+def network(monkeypatch) -> list[int]:
+    """A stand-in for I3D: mean and spread of each channel over quarters of the picture."""
+    calls = []
+
+    def features(video: torch.Tensor) -> torch.Tensor:
+        calls.append(len(video))
+        quarters = torch.nn.functional.adaptive_avg_pool3d(video, (1, 2, 2)).flatten(1)
+        return torch.cat([quarters, video.std((2, 3, 4))], dim=1)
+
+    def load(path, device):
+        return VideoFeatures(features, f"stand-in {path}", "none")
+
+    monkeypatch.setattr(run, "load_i3d", load)
+    return calls
+
+
+@pytest.fixture
+def with_features(config) -> EvaluationConfig:
+    data = dataclasses.replace(DATA, frames=9)
+    variants = (Variant("given-flow"), Variant("autoencoder"))
+    return dataclasses.replace(config, data=data, clips=3, variants=variants, i3d=Path("a"))
+
+
+def test_fvd_and_kvd_compare_with_the_true_clips(with_features, network):
+    config = with_features
+    result = evaluate(config)
+    assert sum(network) == 9  # two rows and the true clips, which are no row themselves
+    table = result["table"]
+    assert set(table) == {"given-flow", "autoencoder"}
+
+    def features(mode: str) -> torch.Tensor:
+        paths = sorted((config.output / "clips").glob(f"{mode}-*/*.npy"))
+        return torch.from_numpy(np.stack([np.load(p) for p in paths]))
+
+    for mode in table:
+        real, generated = features("true"), features(mode)
+        assert table[mode]["fvd"] == pytest.approx(frechet_distance(real, generated))
+        assert table[mode]["kvd"] == pytest.approx(kvd(real, generated))
+        assert table[mode]["fvd_95"][0] <= table[mode]["fvd"] <= table[mode]["fvd_95"][1]
+    page = (config.output / "results.md").read_text("utf-8")
+    assert "- features: stand-in a; none" in page
+    assert "FVD of 3 clips" in page and page.count("FVD of 3 clips") == 1
+    assert "| FVD (95 %) | KVD (95 %) |" in page
+
+    # Another network means other features, of the same clips; the same network none.
+    evaluate(config)
+    assert sum(network) == 9
+    evaluate(dataclasses.replace(config, i3d=Path("b")))
+    assert sum(network) == 18
+
+
+def test_weights_can_be_given_later(with_features, network, made):
+    without = dataclasses.replace(with_features, i3d=None)
+    assert "fvd" not in evaluate(without)["table"]["given-flow"]
+    made.clear()
+    assert "fvd" in evaluate(with_features)["table"]["given-flow"]
+    assert {row for row, _ in made} == {"true"}  # the others were there
+
+
+# ---------------------------------------------------------------------------------- several
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_clips(config):
+    alone = evaluate(dataclasses.replace(config, clips=3))
+    output = config.output.with_name("shared")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["-m", "s2dm.cli", "evaluate", "--checkpoint", str(config.checkpoint)]
+    command += ["-o", str(output), "--modes", "given-flow", "true", "--clips", "3", "--steps", "1"]
+    command += ["--data", "size=32", "frames=3", "--cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    shared = json.loads((output / "results.json").read_text("utf-8"))
+    assert shared["table"] == alone["table"]
+    assert done.stdout.count("| true clip |") == 1  # the main process alone speaks
+
+
+# -------------------------------------------------------------------------------- data sets
+
+
+@dataclasses.dataclass
+class Plain:
+    frames: torch.Tensor
+    flow: FlowField
+    caption: str
+
+
+class Folder:
+    """Clips of bytes, of which nobody knows what stands still or which colours they show."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Plain:
+        frames = torch.full((3, 3, 32, 32), 128, dtype=torch.uint8)
+        displacement = torch.zeros(3, 2, 32, 32)
+        for number in range(3):
+            frames[number, :, 2:8, 2 + 2 * number : 8 + 2 * number] = 30 * index
+            displacement[number, 0, 2:8, 2 + 2 * number : 8 + 2 * number] = -2 * number
+        return Plain(frames, FlowField(displacement, torch.zeros(3, 1, 32, 32)), f"square {index}")
+
+
+register_dataset("plain-folder", lambda config, split: Folder())
+
+
+def test_clips_with_frames_flow_and_caption_are_enough(config):
+    data = dataclasses.replace(DATA, name="plain-folder")
+    row = evaluate(dataclasses.replace(config, data=data))["table"]["true"]
+    assert "attributes" not in row
+    assert row["flicker"] == 0 and row["given_motion"] == pytest.approx(3)
+    assert "attributes" not in (config.output / "results.md").read_text("utf-8").split("```")[0]
+
+
+# ------------------------------------------------------------------------------------ errors
+
+
+def test_settings_that_do_not_fit_are_refused_before_anything_runs(config, made, tmp_path):
+    stage_2 = write_random_checkpoint(tmp_path / "s.safetensors", tiny_config(flow_generator=None))
+    for change, message in (
+        ({"clips": 1000}, "from 1 to 65 clips"),
+        ({"i3d": Path("a")}, "at least 9 frames, got 3"),
+        ({"variants": ()}, "variants.*none"),
+        ({"variants": (Variant("true"), Variant("true"))}, "different variants"),
+        ({"seeds": (1, 1)}, "different seeds"),
+        ({"checkpoint": stage_2, "variants": (Variant("two-stage"),)}, "no flow generator"),
+        ({"data": dataclasses.replace(DATA, name="nothing")}, "unknown data set"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(dataclasses.replace(config, **change))
+    with pytest.raises(ValueError, match="at least 2 clips"):
+        data = dataclasses.replace(DATA, frames=9)
+        evaluate(dataclasses.replace(config, data=data, clips=1, i3d=Path("a")))
+    with pytest.raises(FileNotFoundError):
+        data = dataclasses.replace(DATA, frames=9)
+        evaluate(dataclasses.replace(config, data=data, i3d=tmp_path / "missing"))
+    assert made == []
+
+
+@pytest.mark.parametrize("text", ["given-flow", "zero-flow:independent", "two-stage:mixed:0.25"])
+def test_rows_are_written_as_they_are_read(text):
+    assert str(Variant.parse(text)) == text
+
+
+def test_rows_say_what_they_are():
+    assert Variant.parse("given-flow:shared") == Variant("given-flow")
+    assert Variant.parse("two-stage:mixed:0.25").title.endswith("mixed noise (0.25)")
+    assert Variant("true").title == "true clip"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("dream", "given-flow, two-stage.*'dream'"),
+        ("given-flow:alone", "must be one of"),
+        ("given-flow:mixed:2", "between 0 and 1"),
+        ("given-flow:mixed:half", "a share"),
+        ("given-flow:shared:0.5", "MODE:SHARING"),
+        ("true:independent", "no noise to share"),
+    ],
+)
+def test_rows_that_do_not_exist_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Variant.parse(text)
+
+
+# ------------------------------------------------------------------------------------ tables
+
+
+def test_rows_pool_what_was_measured():
+    clips = [
+        {"flow_error": Total(1.0, 4.0), "flicker": Total(0.0, 0.0)},
+        {"flow_error": Total(5.0, 4.0), "flicker": Total(0.0, 0.0)},
+    ]
+    row = summarise(clips)
+    assert row["clips"] == 2 and row["flow_error"] == 0.75
+    assert "flicker" not in row  # measured on none
+    low, high = row["flow_error_95"]
+    assert low < 0.75 < high
+
+
+def test_table_shows_what_there_is(tmp_path):
+    table = {
+        "a": {"clips": 3, "motion": 2.04, "motion_95": [1.0, 3.0], "given_motion": 4.0,
+              "kvd": 1.0, "kvd_95": [0.5, 1.5]},
+        "b": {"clips": 4, "motion": 1.0, "motion_95": [1.0, 1.0], "given_motion": 4.0},
+    }  # fmt: skip
+    lines = markdown_table(table, {"a": "first", "b": "second"}).splitlines()
+    assert lines[0] == "| clips | N | motion, pixels (95 %) | KVD (95 %) |"
+    assert lines[2] == "| first | 3 | 2.0 of 4.0 (1.0 to 3.0) | 1.00 (0.50 to 1.50) |"
+    assert lines[3] == "| second | 4 | 1.0 of 4.0 (1.0 to 1.0) | – |"
+    save_plots(tmp_path / "plots.png", table, {"a": "first", "b": "second"})
+    assert (tmp_path / "plots.png").stat().st_size > 1000
+
+
+def test_a_new_mode_is_one_entry(config, monkeypatch):
+    from s2dm.evaluation.modes import Made, Mode
+
+    def grey(generator: Generator, clip, variant, seed) -> Made:
+        return Made(torch.full_like(clip.frames, 0.5), clip.flow, clip.still)
+
+    monkeypatch.setitem(MODES, "grey", Mode("grey", grey, sampled=False))
+    row = evaluate(dataclasses.replace(config, variants=(Variant("grey"),)))["table"]["grey"]
+    assert row["motion"] == 0 and row["warp_error"] == pytest.approx(0, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------- the command
+
+
+def run_command(*arguments: object) -> int:
+    return cli.main(["evaluate", *(str(argument) for argument in arguments)])
+
+
+def test_command_prints_the_table(checkpoint, tmp_path, capsys):
+    output = tmp_path / "out"
+    code = run_command(
+        "--checkpoint", checkpoint, "-o", output, "--modes", "given-flow:independent", "true",
+        "--data", "size=32", "options.first_take=5", "--clips", 1, "--steps", 1, "--cpu",
+    )  # fmt: skip
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert "| generated, given flow, independent noise | 1 |" in printed
+    assert printed.strip().endswith(str(output / "results.md"))
+    protocol = json.loads((output / "results.json").read_text("utf-8"))["protocol"]
+    assert protocol["frames"] == 4  # the checkpoint's
+    assert "first_take 5" in protocol["data"]
+
+
+def test_command_explains_errors_in_one_line(checkpoint, tmp_path, capsys):
+    base = ("--checkpoint", checkpoint, "-o", tmp_path / "o", "--cpu")
+    for arguments, expected in (
+        ((*base, "--modes", "dream"), "Expected one of given-flow"),
+        ((*base, "--data", "colour=red"), "unknown setting 'colour'"),
+        ((*base, "--data", "frames=9", "--i3d", checkpoint), "expected SHA-256"),
+        ((*base, "--data", "frames=9", "--i3d", tmp_path / "no.pt"), "no.pt"),
+        (("--checkpoint", tmp_path / "none"), "There is no checkpoint"),
+        (("--checkpoint", tmp_path), "s2dm convert"),
+    ):
+        assert run_command(*arguments) == 1
+        error = capsys.readouterr().err
+        assert expected in error and error.startswith("s2dm evaluate: ")
+        assert error.strip().count("\n") == 0
+    assert not (tmp_path / "o").exists()
