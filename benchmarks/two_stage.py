@@ -171,7 +171,7 @@ def checks(table: dict[str, Any]) -> list[tuple[str, bool]]:
         )
     ]
     if GIVEN_FLOW.exists():
-        given = json.loads(GIVEN_FLOW.read_text("utf-8"))["table"]["shared"]["still"]
+        given = json.loads(GIVEN_FLOW.read_text("utf-8"))["table"]["given-flow"]["flicker"]
         limit = given + 1
         found.append(
             (
