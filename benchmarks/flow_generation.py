@@ -59,7 +59,6 @@ class Stage1:
         if path.exists():
             return torch.load(path, weights_only=True)
         config, pipeline = self.network.config, self.pipeline
-        encoder = pipeline.flow_text_encoder or pipeline.text_encoder
         generator = torch.Generator().manual_seed(seed)
         made = []
         for start in tqdm(range(0, len(clips), BATCH), desc=title or "generating", leave=False):
@@ -72,7 +71,9 @@ class Stage1:
             samples = generate_flow(
                 self.network,
                 flow_scheduler(config.schedule),
-                embed_prompts(encoder, pipeline.tokenizer, [clip.caption for clip in part]),
+                embed_prompts(
+                    pipeline.text_encoder, pipeline.tokenizer, [clip.caption for clip in part]
+                ),
                 latents * pipeline.vae.config.scaling_factor,
                 self.options.steps,
                 self.options.guidance,

@@ -29,7 +29,6 @@ from .previews import fit_preview
 State = dict[str, Tensor]
 
 _PARTS = ("unet", "text_encoder", "vae", "flow_adapter")
-_STAGE_1_PARTS = ("flow_generator", "flow_text_encoder")
 _LATENT_FACTOR = 8
 # Core calls by "linear" what others call "scaled_linear": linear in the root of beta.
 _BETA_SCHEDULES = {"scaled_linear": "linear"}
@@ -55,8 +54,8 @@ def load_all(path: str, frames: int = 0) -> Checkpoint:
     Raises:
         CheckpointError: the file is broken, or a part is missing or not for ComfyUI.
     """
-    there = [part for part in _STAGE_1_PARTS if getattr(read_config(path), part) is not None]
-    config, state = load_checkpoint(path, parts=(*_PARTS, *there))
+    stage_1 = () if read_config(path).flow_generator is None else ("flow_generator",)
+    config, state = load_checkpoint(path, parts=(*_PARTS, *stage_1))
     if config.vae.factor != _LATENT_FACTOR or config.vae.latent_channels != config.unet.in_channels:
         raise CheckpointError(
             f"vae: expected {config.unet.in_channels} latent channels of {_LATENT_FACTOR} pixels "
@@ -85,8 +84,6 @@ def _stage1(
             f"VAE's latents, got {generator.reference_channels}. It was trained on features of "
             "another encoder, which ComfyUI can't make."
         )
-    if config.flow_text_encoder is not None:
-        clip = load_clip(config.flow_text_encoder, config.tokenizer, state["flow_text_encoder"])
     return Stage1(config, load_network(generator, state["flow_generator"]), clip, vae)
 
 

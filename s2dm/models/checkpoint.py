@@ -55,7 +55,6 @@ PARTS: dict[str, Part] = {
     "vae": Part("first_stage_model.", vae_keys),
     "flow_adapter": Part("s2dm.flow_adapter.", flow_adapter_keys),
     "flow_generator": Part("s2dm.flow_generator.", flow_generator_keys),
-    "flow_text_encoder": Part("s2dm.flow_text_encoder.", text_encoder_keys),
 }
 
 # A buffer that older tools save with the text encoder; it holds 0, 1, 2, ...
@@ -284,16 +283,14 @@ def _parse_config(name: str, metadata: Mapping[str, str], header: Iterable[str])
 
 
 def _check_tokenizer(config: S2DMConfig) -> None:
-    spec = config.tokenizer or {}
-    for encoder in (config.text_encoder, config.flow_text_encoder):
-        if encoder is None or spec.get("kind") == "clip":
-            continue
-        size = len(vocabulary(spec))
-        if size != encoder.vocab_size:
-            raise ConfigError(
-                f"tokenizer: expected {encoder.vocab_size} tokens, as the text encoder has, "
-                f"got {size}."
-            )
+    encoder, spec = config.text_encoder, config.tokenizer or {}
+    if encoder is None or spec.get("kind") == "clip":
+        return
+    size = len(vocabulary(spec))
+    if size != encoder.vocab_size:
+        raise ConfigError(
+            f"tokenizer: expected {encoder.vocab_size} tokens, as the text encoder has, got {size}."
+        )
 
 
 def _check_keys(name: str, expected: Mapping[str, Shape], got: Mapping[str, Shape]) -> None:

@@ -401,10 +401,9 @@ class FlowGeneratorConfig(_Config):
 class S2DMConfig(_Config):
     """Everything a checkpoint says about itself. A part that it does not hold is ``None``.
 
-    ``flow_text_encoder`` is the text encoder of the flow generator where it has one of its own;
-    else it reads the prompt as ``text_encoder`` does. ``tokenizer`` is the specification of the
-    tokenizer of both (see ``tokenizer.py``); ``resolution`` is (height, width) in pixels;
-    ``data`` and ``licence`` are free text for people.
+    ``text_encoder`` reads the prompt for both stages. ``tokenizer`` is the specification of its
+    tokenizer (see ``tokenizer.py``); ``resolution`` is (height, width) in pixels; ``data`` and
+    ``licence`` are free text for people.
     """
 
     format_version: int = FORMAT_VERSION
@@ -418,9 +417,6 @@ class S2DMConfig(_Config):
     )
     flow_generator: FlowGeneratorConfig | None = field(
         default=None, metadata={"config": FlowGeneratorConfig}
-    )
-    flow_text_encoder: TextEncoderConfig | None = field(
-        default=None, metadata={"config": TextEncoderConfig}
     )
     schedule: ScheduleConfig = field(default=ScheduleConfig(), metadata={"config": ScheduleConfig})
     tokenizer: dict[str, Any] | None = None
@@ -456,14 +452,12 @@ class S2DMConfig(_Config):
                 "text_encoder",
                 f"hidden_size equal to the U-Net's context_dim, {self.unet.context_dim}",
             )
-
-        if self.flow_generator is not None:
-            encoder = self.flow_text_encoder or self.text_encoder
+        if self.flow_generator is not None and self.text_encoder is not None:
             self._expect(
-                encoder is None or self.flow_generator.text_dim == encoder.hidden_size,
+                self.flow_generator.text_dim == self.text_encoder.hidden_size,
                 "flow_generator",
-                f"text_dim equal to the hidden_size of its text encoder, "
-                f"{encoder and encoder.hidden_size}",
+                f"text_dim equal to the text encoder's hidden_size, "
+                f"{self.text_encoder.hidden_size}",
             )
 
     def adapter_only(self) -> S2DMConfig:
@@ -475,5 +469,4 @@ class S2DMConfig(_Config):
             text_encoder=None,
             tokenizer=None,
             flow_generator=None,
-            flow_text_encoder=None,
         )

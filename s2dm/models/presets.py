@@ -30,22 +30,20 @@ _PUPPETS_UNET = UNetConfig(
     context_dim=128,
 )
 
-_PUPPETS_TEXT = TextEncoderConfig(
-    hidden_size=128,
-    layers=3,
-    heads=4,
-    intermediate_size=512,
-    vocab_size=1000,
-    bos_token_id=998,
-    eos_token_id=999,
-)
-
 PUPPETS = S2DMConfig(
     unet=_PUPPETS_UNET,
     # GroupNorm has 32 groups: with 32 channels each is normalised alone, which wipes out the
     # colour of a wall. 64 channels keep it; a plain encoder pays for them.
     vae=VAEConfig(channels=64, channel_mult=(1, 1, 1, 1), num_res_blocks=0),
-    text_encoder=_PUPPETS_TEXT,
+    text_encoder=TextEncoderConfig(
+        hidden_size=128,
+        layers=3,
+        heads=4,
+        intermediate_size=512,
+        vocab_size=1000,
+        bos_token_id=998,
+        eos_token_id=999,
+    ),
     flow_adapter=FlowAdapterConfig.for_unet(_PUPPETS_UNET),
     flow_generator=FlowGeneratorConfig(
         reference_channels=4,
@@ -63,9 +61,6 @@ PUPPETS = S2DMConfig(
         schedule=ScheduleConfig(beta_schedule="cosine", prediction_type="v_prediction"),
         threshold=0.0,
     ),
-    # Stage 2 learns the clothes from the prompt and the motion from the flow: its text states
-    # hardly tell one action from another.
-    flow_text_encoder=_PUPPETS_TEXT,
     # Prompt and flow decide most where there is much noise. There the error of ε hardly counts
     # (at t = 950 it is 120 times smaller than that of the picture), that of v does.
     schedule=ScheduleConfig(prediction_type="v_prediction"),

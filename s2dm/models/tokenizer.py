@@ -81,19 +81,14 @@ def vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
 
 
 def with_tokenizer(config: S2DMConfig, spec: Mapping[str, Any]) -> S2DMConfig:
-    """Return ``config`` with this tokenizer, and the text encoders' vocabulary to match."""
+    """Return ``config`` with this tokenizer, and the text encoder's vocabulary to match."""
     if config.text_encoder is None:
         raise ValueError("tokenizer: expected a config with a text encoder, got one without.")
     ids = vocabulary(spec)
-    special = {"vocab_size": len(ids), "bos_token_id": ids[BOS], "eos_token_id": ids[EOS]}
-    encoders = {
-        name: encoder and dataclasses.replace(encoder, **special)
-        for name, encoder in (
-            ("text_encoder", config.text_encoder),
-            ("flow_text_encoder", config.flow_text_encoder),
-        )
-    }
-    return dataclasses.replace(config, tokenizer=dict(spec), **encoders)
+    encoder = dataclasses.replace(
+        config.text_encoder, vocab_size=len(ids), bos_token_id=ids[BOS], eos_token_id=ids[EOS]
+    )
+    return dataclasses.replace(config, tokenizer=dict(spec), text_encoder=encoder)
 
 
 def write_tokenizer(spec: Mapping[str, Any], folder: str | Path) -> None:

@@ -65,18 +65,16 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         vae, text_encoder, tokenizer, unet, scheduler, flow_adapter, s2dm_config: as in
             `FlowToVideoPipeline`.
         flow_generator: ε_φ; its reference features are the VAE's latents.
-        flow_text_encoder: encodes the prompt for the flow generator; `text_encoder` does if None.
 
     Raises:
         CheckpointError: there is no flow generator.
         ValueError: the flow generator was made for other features than this VAE's latents.
     """
 
-    model_cpu_offload_seq = "text_encoder->flow_text_encoder->unet->vae"
     # Called below its wrapper, past the hooks that would bring it to the device.
     _exclude_from_cpu_offload = ["flow_adapter", "flow_generator"]  # noqa: RUF012
     # The flow generator is not, but only so does a folder without it get as far as our message.
-    _optional_components = ["flow_text_encoder", "flow_generator"]  # noqa: RUF012
+    _optional_components = ["flow_generator"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -87,7 +85,6 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         scheduler: Any,
         flow_adapter: FlowAdapterModel,
         flow_generator: FlowGeneratorModel,
-        flow_text_encoder: CLIPTextModel | None = None,
         s2dm_config: dict[str, Any] | None = None,
     ) -> None:
         if flow_generator is None:
@@ -100,7 +97,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
                 f"{got}. It was trained on features of another encoder: train it on latents."
             )
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, flow_adapter, s2dm_config)
-        self.register_modules(flow_generator=flow_generator, flow_text_encoder=flow_text_encoder)
+        self.register_modules(flow_generator=flow_generator)
 
     # ------------------------------------------------------------------ files
 
@@ -118,27 +115,18 @@ class TextToVideoPipeline(FlowToVideoPipeline):
 
     @classmethod
     def _parts(cls, config: S2DMConfig) -> tuple[str, ...]:
-        own = () if config.flow_text_encoder is None else ("flow_text_encoder",)
-        return (*super()._parts(config), "flow_generator", *own)
+        return (*super()._parts(config), "flow_generator")
 
     @classmethod
     def _build(cls, config: S2DMConfig, states: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         network = models.build_flow_generator(config.flow_generator, states["flow_generator"])
         components = super()._build(config, states)
         components["flow_generator"] = FlowGeneratorModel.wrap(network)
-        if "flow_text_encoder" in states:
-            components["flow_text_encoder"] = models.build_text_encoder(
-                config.flow_text_encoder, states["flow_text_encoder"]
-            )
         return components
 
     def _states(self, config: S2DMConfig) -> dict[str, dict[str, Tensor]]:
         states = super()._states(config)
         states["flow_generator"] = self.flow_generator.network.state_dict()
-        if self.flow_text_encoder is not None:
-            states["flow_text_encoder"] = models.text_encoder_state(
-                self.flow_text_encoder, config.flow_text_encoder
-            )
         return states
 
     # --------------------------------------------------------------- sampling
@@ -268,7 +256,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         on_step: Callable[[int, Tensor], None],
     ) -> FlowField:
         """Stage 1: from latents (1, 4, h, w) to as many flows as it was trained with, 8 h x 8 w."""
-        network, encoder = self.flow_generator.network, self.flow_text_encoder or self.text_encoder
+        network = self.flow_generator.network
         with self.progress_bar(total=steps) as progress:
 
             def on_flow_step(number: int, state: Tensor) -> None:
@@ -278,7 +266,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             sample = generate_flow(
                 network,
                 scheduler,
-                embed_prompts(encoder, self.tokenizer, [prompt]),
+                embed_prompts(self.text_encoder, self.tokenizer, [prompt]),
                 reference,
                 steps,
                 guidance_scale,

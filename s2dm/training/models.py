@@ -68,7 +68,6 @@ _STATES = {
     "vae": vae_state,
     "flow_adapter": lambda module, config: module.state_dict(),
     "flow_generator": lambda module, config: module.state_dict(),
-    "flow_text_encoder": text_encoder_state,
 }
 
 

@@ -1,7 +1,7 @@
 """Train stage 1: the flow generator ε_φ, from prompt and reference frame (paper, section 3.4).
 
-Starts from a checkpoint of stage 2, whose VAE makes the features of the reference frame and
-whose tokenizer reads the prompt, and writes that checkpoint with the parts of stage 1 in it.
+Starts from a checkpoint of stage 2, whose VAE makes the features of the reference frame and whose
+text encoder reads the prompt, and writes that checkpoint with the flow generator in it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from .datasets import build_dataset, pixels
 from .loop import Progress, TrainingLoop, make_accelerator
 from .models import load_model, preset, save_model
 from .sheets import save_sheet
-from .stage2 import step_generator_for, tokenize
+from .stage2 import step_generator_for
 from .vae import cache_root
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("flow_generator", "flow_text_encoder")
+_TEXTS = 64  # captions encoded at a time
 _MOVING = 0.01  # half-frames: what moves further sets the scale of the displacement
 
 
@@ -49,10 +49,8 @@ _MOVING = 0.01  # half-frames: what moves further sets the scale of the displace
 class Stage1TrainingConfig(TrainingConfig):
     """Settings of the stage-1 trainer.
 
-    ``checkpoint`` is a file with a VAE and a text encoder; it is gone on from where it holds a
-    flow generator, else the one of ``preset`` is new. ``train`` names the parts that learn;
-    with ``flow_text_encoder`` among them stage 1 gets a text encoder of its own, a new one if
-    the checkpoint has none, and without it the prompt is read by what the checkpoint has.
+    ``checkpoint`` is a file with a VAE and a text encoder, which stay as they are; its flow
+    generator is gone on from where it holds one, else the one of ``preset`` is new.
 
     A batch is ``clips`` whole clips. ``reference_null``, ``text_null`` and ``motion_null`` are
     the probabilities of the null labels, each drawn for itself. Where the motion is not given
@@ -62,7 +60,6 @@ class Stage1TrainingConfig(TrainingConfig):
     output: str = "runs/stage1"
     preset: str = "puppets"
     checkpoint: str = ""
-    train: tuple[str, ...] = PARTS
     clips: int = 8
     reference_null: float = 0.1
     text_null: float = 0.1
@@ -74,11 +71,6 @@ class Stage1TrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = sorted(set(self.train) - set(PARTS))
-        if unknown or not self.train:
-            raise TrainingConfigError(
-                f"train must name some of {', '.join(PARTS)}, got {list(self.train)}."
-            )
         if not self.checkpoint:
             raise TrainingConfigError(
                 "stage 1 needs a checkpoint with a VAE and a text encoder: set checkpoint to the "
@@ -87,12 +79,15 @@ class Stage1TrainingConfig(TrainingConfig):
 
 
 class Stage1Model(nn.Module):
-    """Flow generator and text encoder with the loss of diffusion, as the loop wants it."""
+    """The flow generator with the loss of diffusion, as the loop wants it.
+
+    The text encoder is frozen, and here to read the prompts of the sample sheets.
+    """
 
     def __init__(self, flow_generator: FlowGenerator, text_encoder: nn.Module) -> None:
         super().__init__()
         self.flow_generator = flow_generator
-        self.text_encoder = text_encoder
+        self.text_encoder = text_encoder.requires_grad_(False).eval()
         schedule = flow_generator.config.schedule
         self.prediction_type = schedule.prediction_type
         alpha_bars = alphas_cumprod(
@@ -108,7 +103,7 @@ class Stage1Model(nn.Module):
             add_noise(clean, noise, alpha_bar),
             batch["timesteps"],
             batch["reference"],
-            self.text_encoder(batch["token_ids"]).pooler_output,
+            batch["text"],
             batch["motion"],
             keep_reference=batch["keep_reference"],
             keep_text=batch["keep_text"],
@@ -129,7 +124,7 @@ class Stage1Task:
         tokenizer: Any,
         flows: np.ndarray,
         references: np.ndarray,
-        captions: list[str],
+        texts: Tensor,
         validation: list[dict[str, Any]],
         others: dict[str, dict[str, Tensor]],
     ) -> None:
@@ -139,7 +134,7 @@ class Stage1Task:
         self.tokenizer = tokenizer
         self.flows = flows
         self.references = references
-        self.token_ids = tokenize(tokenizer, captions, model_config)
+        self.texts = texts
         self.validation = validation
         self.others = others
 
@@ -162,7 +157,7 @@ class Stage1Task:
             "noise": torch.randn(flow.shape, generator=generator),
             "timesteps": (where * steps).long().clamp(max=steps - 1),
             "reference": torch.from_numpy(self.references[chosen.numpy()].astype(np.float32)),
-            "token_ids": self.token_ids[chosen],
+            "text": self.texts[chosen],
             "motion": mean_motion(conditions) if network.motion_strength else None,
             "keep_reference": draw[0] >= config.reference_null,
             "keep_text": draw[1] >= config.text_null,
@@ -213,10 +208,8 @@ class Stage1Task:
         return {"motion_ratio": float(generated / true)}
 
     def export(self, model: Stage1Model, path: Path) -> None:
-        """Write the whole checkpoint: the parts of stage 1, the others as they were."""
+        """Write the whole checkpoint: the flow generator, and the other parts as they were."""
         parts = {"flow_generator": model.flow_generator}
-        if self.model_config.flow_text_encoder is not None:
-            parts["flow_text_encoder"] = model.text_encoder
         save_model(path.with_suffix(".safetensors"), self.model_config, parts, self.others)
 
 
@@ -230,28 +223,25 @@ def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Sta
         speed_up(vae)
     half = config.mixed_precision == "bf16"
     latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
-    model_config = _with_stage_1(config, model_config, clips)
+    model_config = _with_flow_generator(config, model_config, clips)
     network = model_config.flow_generator
     flows = _flows(clips, network.size)
 
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
     generator = build_flow_generator(network, states.get("flow_generator"))
     generator.to(memory_format=torch.channels_last)
-    own = model_config.flow_text_encoder
-    encoder_state = states.get("flow_text_encoder" if own else "text_encoder")
-    encoder = build_text_encoder(own or model_config.text_encoder, encoder_state)
+    encoder = build_text_encoder(model_config.text_encoder, states["text_encoder"]).to(device)
     model = Stage1Model(generator, encoder)
-    generator.requires_grad_("flow_generator" in config.train)
-    encoder.requires_grad_(own is not None and "flow_text_encoder" in config.train)
-    others = {name: state for name, state in states.items() if name not in PARTS}
+    tokenizer = build_tokenizer(model_config)
+    others = {name: state for name, state in states.items() if name != "flow_generator"}
     return Stage1Task(
         config,
         model_config,
         model,
-        build_tokenizer(model_config),
+        tokenizer,
         flows,
         latents[:, 0],
-        clips.captions,
+        _texts(encoder, tokenizer, clips.captions),
         _validation(config, vae, model_config.vae.scaling_factor, device),
         others,
     )
@@ -266,31 +256,25 @@ def _check(config: Stage1TrainingConfig, model_config: S2DMConfig) -> None:
         )
 
 
-def _with_stage_1(
+def _with_flow_generator(
     config: Stage1TrainingConfig, model_config: S2DMConfig, clips: ClipCache
 ) -> S2DMConfig:
-    """The config with the parts of stage 1; what depends on the data is measured on it."""
+    """The config with a flow generator; what depends on the data is measured on it."""
     if model_config.flow_generator is not None:
         return model_config
-    start = preset(config.preset)
-    network = start.flow_generator
-    own = start.flow_text_encoder if "flow_text_encoder" in config.train else None
+    network = preset(config.preset).flow_generator
     if network is None:
         raise TrainingConfigError(f"the preset {config.preset!r} has no flow generator.")
-    if own is not None:
-        read = model_config.text_encoder
-        special = ("vocab_size", "bos_token_id", "eos_token_id", "max_length")
-        own = dataclasses.replace(own, **{name: getattr(read, name) for name in special})
     scale, motion = _scales(clips)
     network = dataclasses.replace(
         network,
         reference_channels=model_config.vae.latent_channels,
-        text_dim=(own or model_config.text_encoder).hidden_size,
+        text_dim=model_config.text_encoder.hidden_size,
         frames=config.data.frames,
         displacement_scale=scale,
         motion=motion,
     )
-    return dataclasses.replace(model_config, flow_generator=network, flow_text_encoder=own)
+    return dataclasses.replace(model_config, flow_generator=network)
 
 
 def _scales(clips: ClipCache) -> tuple[float, float]:
@@ -319,6 +303,13 @@ def _flows(clips: ClipCache, size: tuple[int, int]) -> np.ndarray:
         condition = torch.from_numpy(clips.conditions[clip].astype(np.float32))
         flows[clip] = resample(condition, *size).half().numpy()
     return flows
+
+
+@torch.no_grad()
+def _texts(encoder: nn.Module, tokenizer: Any, captions: list[str]) -> Tensor:
+    """What the network is given of each caption, (C, text_dim): always the same, so made once."""
+    parts = (captions[start : start + _TEXTS] for start in range(0, len(captions), _TEXTS))
+    return torch.cat([embed_prompts(encoder, tokenizer, part).cpu() for part in parts])
 
 
 @torch.no_grad()

@@ -47,7 +47,6 @@ from .vae import cache_root
 logger = logging.getLogger(__name__)
 
 PARTS = ("unet", "flow_adapter", "text_encoder")
-STAGE_1 = ("flow_generator", "flow_text_encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +287,7 @@ class Stage2Task:
         return {"sample_error": float(torch.stack(errors).mean())}
 
     def export(self, model: Stage2Model, path: Path) -> None:
-        """Write the whole checkpoint, with the parts of stage 1 as the start had them."""
+        """Write the whole checkpoint, with the flow generator as the start had it, if any."""
         parts = {
             "unet": model.unet,
             "text_encoder": model.text_encoder,
@@ -378,7 +377,7 @@ def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Sta
     half = config.mixed_precision == "bf16"
     latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
     tokenizer = build_tokenizer(model_config)
-    others = {name: states[name] for name in STAGE_1 if name in states}
+    others = {name: state for name, state in states.items() if name == "flow_generator"}
     return Stage2Task(config, model_config, model, vae, tokenizer, clips, latents, others)
 
 
@@ -390,7 +389,7 @@ def _start(
         model_config, states = load_model(config.checkpoint)
     else:
         model_config, states = preset(config.preset), {}
-        model_config = dataclasses.replace(model_config, **dict.fromkeys(STAGE_1))
+        model_config = dataclasses.replace(model_config, flow_generator=None)
         if model_config.tokenizer is None and not config.text_encoder:
             spec = train_tokenizer(captions, model_config.text_encoder.vocab_size)
             model_config = with_tokenizer(model_config, spec)

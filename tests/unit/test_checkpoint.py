@@ -20,7 +20,7 @@ from s2dm.models import (
     save_checkpoint,
 )
 
-CONFIG = dataclasses.replace(TINY, flow_text_encoder=TINY.text_encoder, data="nothing at all")
+CONFIG = dataclasses.replace(TINY, data="nothing at all")
 VOCABULARY = CONFIG.text_encoder.vocab_size
 ADAPTER_KEY = "s2dm.flow_adapter.layers.middle_0_0.to_v.weight"
 

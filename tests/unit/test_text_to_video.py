@@ -25,7 +25,6 @@ from s2dm.pipelines import (
 
 PROMPT = "A man wearing a red coat and blue jeans is squat"
 TRAINED = TINY.flow_generator
-OWN_ENCODER = dataclasses.replace(TINY.text_encoder, layers=1)
 # Without guidance, latents of random weights stay as large as those of a trained model.
 SHORT = dict(num_inference_steps=3, flow_steps=3, guidance_scale=1.0, seed=1, output_type="latent")
 
@@ -39,7 +38,7 @@ def load(path) -> TextToVideoPipeline:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
-    return write_random_checkpoint(path, tiny_config(flow_text_encoder=OWN_ENCODER))
+    return write_random_checkpoint(path)
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +102,8 @@ def test_stage_1_reads_prompt_and_reference_frame(pipeline, seen):
     assert len(seen) == 3
     assert sample.shape == (1, TRAINED.frames, 3, *TRAINED.size)
     assert torch.equal(reference[0], made.reference)
-    own = embed_prompts(pipeline.flow_text_encoder, pipeline.tokenizer, [PROMPT])
-    assert torch.equal(text, own)
+    assert torch.equal(text, embed_prompts(pipeline.text_encoder, pipeline.tokenizer, [PROMPT]))
     assert motion is None
-
-
-def test_without_an_encoder_of_its_own_stage_1_reads_that_of_stage_2(tmp_path):
-    pipeline = load(write_random_checkpoint(tmp_path / "tiny.safetensors"))
-    assert pipeline.flow_text_encoder is None
-    calls = []
-    pipeline.flow_generator.network.register_forward_pre_hook(
-        lambda _, inputs: calls.append(inputs)
-    )
-    pipeline(PROMPT, 2, **SHORT)
-    expected = embed_prompts(pipeline.text_encoder, pipeline.tokenizer, [PROMPT])
-    assert torch.equal(calls[0][3], expected)
 
 
 def test_the_noise_of_stage_1_is_not_that_of_stage_2(pipeline, seen):
@@ -376,11 +362,8 @@ def test_a_checkpoint_of_stage_1_alone_says_what_is_missing(tmp_path):
         TextToVideoPipeline.from_single_file(path)
 
 
-@pytest.mark.parametrize("encoder", [OWN_ENCODER, None])
-def test_folder_and_file_hold_the_same(tmp_path, encoder):
-    source = tmp_path / "source.safetensors"
-    write_random_checkpoint(source, tiny_config(flow_text_encoder=encoder))
-    pipeline = load(source)
+def test_folder_and_file_hold_the_same(tmp_path, checkpoint):
+    pipeline = load(checkpoint)
     expected = pipeline(PROMPT, 3, **SHORT)
 
     pipeline.save_single_file(tmp_path / "again.safetensors")
@@ -390,17 +373,16 @@ def test_folder_and_file_hold_the_same(tmp_path, encoder):
     pipeline.save_pretrained(tmp_path / "folder")
     from_folder = TextToVideoPipeline.from_pretrained(tmp_path / "folder")
     from_folder.set_progress_bar_config(disable=True)
-    assert (from_folder.flow_text_encoder is None) == (encoder is None)
     # Weights of a folder lie elsewhere in memory, which changes the last digits of products.
     assert difference(from_folder(PROMPT, 3, **SHORT).frames, expected.frames) < 1e-4
 
     from_folder.save_single_file(tmp_path / "back.safetensors")
-    first = load_file(source)
+    first = load_file(checkpoint)
     for name in ("again.safetensors", "back.safetensors"):
         other = load_file(tmp_path / name)
         assert first.keys() == other.keys()
         assert all(torch.equal(first[key], other[key]) for key in first)
-        assert read_config(tmp_path / name) == read_config(source)
+        assert read_config(tmp_path / name) == read_config(checkpoint)
 
 
 def test_stage_2_of_the_same_files_follows_flow(checkpoint, pipeline, tmp_path):
@@ -408,7 +390,7 @@ def test_stage_2_of_the_same_files_follows_flow(checkpoint, pipeline, tmp_path):
     stage_2 = FlowToVideoPipeline.from_pretrained(tmp_path / "folder")
     stage_2.save_single_file(tmp_path / "stage2.safetensors")
     config = read_config(tmp_path / "stage2.safetensors")
-    assert config.flow_generator is None and config.flow_text_encoder is None
+    assert config.flow_generator is None
     assert config.unet == TINY.unet
 
 
