@@ -181,7 +181,7 @@ def test_configs_refuse_nonsense():
         dataclasses.replace(PUPPETS, flow_adapter=FlowAdapterConfig())
     with pytest.raises(ConfigError, match="context_dim, 128"):
         dataclasses.replace(PUPPETS, text_encoder=TextEncoderConfig())
-    with pytest.raises(ConfigError, match="text_dim equal to .*hidden_size, 768"):
+    with pytest.raises(ConfigError, match=r"text_dim equal to .*hidden_size, 768"):
         dataclasses.replace(PUPPETS, unet=None, text_encoder=TextEncoderConfig())
 
 
