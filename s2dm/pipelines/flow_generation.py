@@ -57,7 +57,7 @@ def embed_prompts(text_encoder: Any, tokenizer: Any, prompts: list[str]) -> Tens
 def generate_flow(
     network: FlowGenerator,
     scheduler: Any,
-    text: Tensor,
+    text: Tensor | None,
     reference: Tensor,
     steps: int = 20,
     guidance_scale: float = 1.0,
@@ -73,7 +73,7 @@ def generate_flow(
     Args:
         network: the flow generator ε_φ, on the device and in the type to sample in.
         scheduler: from `flow_scheduler`, or another diffusers scheduler of that kind.
-        text: (B, text_dim) from `embed_prompts`.
+        text: (B, text_dim) from `embed_prompts`; None for the null label, without a prompt.
         reference: features of the reference frame (B, reference_channels, h, w).
         steps: number of sampling steps.
         guidance_scale: how far to go from the null text to the text; 1 for no guidance.
@@ -86,16 +86,16 @@ def generate_flow(
         Clean samples (B, N, 3, h, w) with the config's frames and size, for `decode_flow`.
     """
     config = network.config
-    shape = (len(text), config.frames, FLOW_CHANNELS, *config.size)
+    shape = (len(reference), config.frames, FLOW_CHANNELS, *config.size)
     reference = reference.to(next(network.parameters()))
-    text = text.to(reference)
+    text = None if text is None else text.to(reference)
     alphas = scheduler.alphas_cumprod.to(reference.device, torch.float32)
     kind = config.schedule.prediction_type
 
     def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
-        times, x_t = timestep.expand(len(text)), x_t.to(reference)
+        times, x_t = timestep.expand(len(reference)), x_t.to(reference)
         known = network(x_t, times, reference, text, motion)
-        if guidance_scale == 1.0:
+        if guidance_scale == 1.0 or text is None:
             return known.float()
         nothing = network(x_t, times, reference, None, motion)
         return guide(nothing.float(), known.float(), guidance_scale)

@@ -158,7 +158,8 @@ class TextToVideoPipeline(FlowToVideoPipeline):
 
         Args:
             prompt: what the clip shows and what happens in it. Stage 1 reads its first 77
-                tokens. The empty prompt is allowed, and gives a clip of anything.
+                tokens. A blank prompt is allowed, and gives a clip of anything: stage 1 then has
+                its null label.
             frames: from 1 to `MAX_FRAMES`; as many as stage 1 was trained with if None. Stage 1
                 makes that many in any case, and its flow is retimed, see `FlowField.retime`.
             negative_prompt: of stage 2. Stage 1 has a null label of its own.
@@ -257,6 +258,9 @@ class TextToVideoPipeline(FlowToVideoPipeline):
     ) -> FlowField:
         """Stage 1: from latents (1, 4, h, w) to as many flows as it was trained with, 8 h x 8 w."""
         network = self.flow_generator.network
+        text = None  # the null label
+        if prompt.strip():
+            text = embed_prompts(self.text_encoder, self.tokenizer, [prompt])
         with self.progress_bar(total=steps) as progress:
 
             def on_flow_step(number: int, state: Tensor) -> None:
@@ -266,7 +270,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             sample = generate_flow(
                 network,
                 scheduler,
-                embed_prompts(self.text_encoder, self.tokenizer, [prompt]),
+                text,
                 reference,
                 steps,
                 guidance_scale,

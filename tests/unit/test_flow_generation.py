@@ -77,6 +77,24 @@ def test_guidance_asks_for_the_null_text_only_where_it_counts():
     assert all(given is motion for *_, given in oracle.calls)
 
 
+@pytest.mark.parametrize("null", ["learned", "zero"])
+def test_without_a_prompt_the_null_label_is_what_guidance_starts_from(null):
+    torch.manual_seed(0)
+    network = build_flow_generator(dataclasses.replace(CONFIG, null_text=null)).eval()
+    for name, parameter in network.named_parameters():
+        if "null" in name:
+            nn.init.normal_(parameter)
+    text = torch.randn(2, CONFIG.text_dim)
+
+    def made(text, guidance):
+        generator = torch.Generator().manual_seed(0)
+        scheduler = flow_scheduler(CONFIG.schedule)
+        return generate_flow(network, scheduler, text, REFERENCE, 3, guidance, generator)
+
+    torch.testing.assert_close(made(None, 3.0), made(text, 0.0), rtol=1e-4, atol=1e-4)
+    assert (made(None, 3.0) - made(text, 1.0)).abs().mean() > 1e-3
+
+
 def test_the_seed_decides_the_clip():
     torch.manual_seed(0)
     network = build_flow_generator(CONFIG).eval()

@@ -213,6 +213,13 @@ def test_settings_of_stage_2_reach_the_clip(pipeline):
         assert difference(made.frames, base.frames) > 1e-4, change
 
 
+@pytest.mark.parametrize("blank", ["", "  \n"])
+def test_without_a_prompt_stage_1_has_its_null_label(pipeline, seen, blank):
+    made = pipeline(blank, 2, flow_text_guidance_scale=3.0, **SHORT)
+    assert [text for *_, text, _ in seen] == [None] * 3
+    assert torch.isfinite(made.frames).all()
+
+
 def test_an_empty_prompt_gives_a_clip(pipeline):
     made = pipeline("", 2, **SHORT)
     assert torch.isfinite(made.frames).all()

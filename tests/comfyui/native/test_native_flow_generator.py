@@ -86,10 +86,13 @@ def by_diffusers(rig, reference, prompt, steps, cfg, seed, motion_strength, samp
     motion = torch.tensor([motion_strength * settings.motion]) if motion_strength else None
     with torch.no_grad():
         latents = vae.encode(reference.movedim(-1, 1) * 2 - 1).latent_dist.mode()
+    text = None
+    if prompt.strip():
+        text = embed_prompts(encoder, build.build_tokenizer(config), [prompt]).detach()
     sample = generate_flow(
         build.build_flow_generator(settings, states["flow_generator"]),
         flow_scheduler(settings.schedule, sampler_name),
-        embed_prompts(encoder.eval(), build.build_tokenizer(config), [prompt]).detach(),
+        text,
         latents * config.vae.scaling_factor,
         steps,
         cfg,
@@ -108,6 +111,7 @@ CASES = {
     "uneven steps": {"steps": 7, "sampler_name": "dpmpp_2m"},
     "one step": {"steps": 1},
     "long prompt": {"prompt": " ".join([PROMPT] * 12)},
+    "no prompt": {"prompt": "  \n", "cfg": 3.0},
     "weights without effect": {"prompt": "a man (in:1.0) a red shirt"},
     "seed": {"seed": 2**40 + 1},
 }
@@ -146,10 +150,11 @@ SETTINGS["noise"]["schedule"] = dataclasses.replace(
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_engines_agree_on_every_kind_of_network(loaded, settings):
     rig = loaded(settings)
-    inputs = {"prompt": PROMPT, "steps": 10, "cfg": 2.0, "seed": 3, "sampler_name": "ddim"}
-    ours = generate(rig, **inputs)
-    theirs = by_diffusers(rig, picture(), motion_strength=0.0, **inputs)
-    assert relative(ours.displacement, theirs.displacement) <= TOLERANCE
+    for prompt in (PROMPT, ""):
+        inputs = {"prompt": prompt, "steps": 10, "cfg": 2.0, "seed": 3, "sampler_name": "ddim"}
+        ours = generate(rig, **inputs)
+        theirs = by_diffusers(rig, picture(), motion_strength=0.0, **inputs)
+        assert relative(ours.displacement, theirs.displacement) <= TOLERANCE, prompt
 
 
 @pytest.mark.slow
