@@ -95,10 +95,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=default)
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--clips", type=int, default=65)
-    parser.add_argument("--dial-clips", type=int, default=24)
+    parser.add_argument("--dial-clips", type=int, default=16)
     parser.add_argument("--seed-clips", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--output", type=Path, default=RESULTS / "flow_generation.json")
     options = parser.parse_args()
 

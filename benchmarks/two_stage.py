@@ -45,10 +45,10 @@ def main() -> None:
     default = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
     parser.add_argument("--checkpoint", type=Path, default=default)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=2.5)
+    parser.add_argument("--guidance", type=float, default=1.75)
     parser.add_argument("--flow-guidance", type=float, default=1.0)
     parser.add_argument("--flow-steps", type=int, default=20)
-    parser.add_argument("--flow-text-guidance", type=float, default=2.0)
+    parser.add_argument("--flow-text-guidance", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3, help="of the timing, the median counts")
     parser.add_argument("--output", type=Path, default=RESULTS / "two_stage.json")
     options = parser.parse_args()

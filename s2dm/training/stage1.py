@@ -67,7 +67,7 @@ class Stage1TrainingConfig(TrainingConfig):
     validation_clips: int = 4
     sample_frames: int = 8
     sample_steps: int = 20
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
