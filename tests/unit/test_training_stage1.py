@@ -99,6 +99,20 @@ def test_a_batch_is_whole_clips_with_noise_in_every_frame(task):
     torch.testing.assert_close(batch["motion"], mean_motion(moved))
 
 
+def test_one_label_says_nothing_about_another(task):
+    """Drawn together, guidance would start from labels that were never seen alone."""
+    settings = {f"{label}_null": 0.5 for label in ("reference", "text", "motion")}
+    before = task.config
+    task.config = dataclasses.replace(before, clips=64, **settings)
+    try:
+        batch = task.batch(step_generator(0, 0), CPU)
+    finally:
+        task.config = before
+    kept = torch.stack([batch[f"keep_{label}"] for label in ("reference", "text", "motion")])
+    seen = {tuple(column) for column in kept.T.tolist()}
+    assert len(seen) == 8
+
+
 @pytest.mark.parametrize("dropped", ["reference", "text", "motion"])
 def test_null_labels_are_drawn_each_for_itself(task, dropped):
     labels = ("reference", "text", "motion")
