@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import RESULTS, ROOT, RUNS, show
-from torch import Tensor
 from tqdm import tqdm
 
 from s2dm.data.puppets import caption, split
-from s2dm.evaluation.clip_metrics import Total, flicker, pooled
+from s2dm.evaluation.clip_metrics import STILL, Total, flicker, pooled, still_region
 from s2dm.evaluation.distances import bootstrap_interval
 from s2dm.evaluation.protocol import ProtocolCard, file_hash, write_json
 from s2dm.flow import FlowField, flow_to_image
@@ -32,8 +30,6 @@ from s2dm.pipelines import TextToVideoPipeline
 from s2dm.video import write_contact_sheet
 
 PROMPTS = 12
-STILL_MOTION = 0.5  # pixels: what moves less in every frame is still
-MARGIN = 8  # pixels around all that moves, a latent's side
 TARGET_SHARE = 1 / 3
 GIVEN_FLOW = RESULTS / "flow_following.json"
 
@@ -68,7 +64,7 @@ def main() -> None:
             f"(flow {options.flow_guidance:g}); stage 1 DPM-Solver++ 2M, {options.flow_steps} "
             f"steps, guidance {options.flow_text_guidance:g}; float32",
             "still": f"standard deviation over time, of 255, of pixels that the generated flow "
-            f"moves by less than {STILL_MOTION:g} pixels in every frame, {MARGIN} pixels away "
+            f"moves by less than {STILL:g} pixels in every frame, 8 pixels away "
             "from all others",
             "time": f"from the prompt to decoded frames, the median of {options.repeats} runs",
         },
@@ -82,7 +78,7 @@ def main() -> None:
         _clip(pipeline, prompt, seed, options, store)
         for seed, prompt in enumerate(tqdm(prompts, unit="clip"))
     ]
-    totals = [flicker(clip["frames"], _still(clip["flow"])) for clip in made]
+    totals = [flicker(clip["frames"], still_region(clip["flow"])) for clip in made]
     table = {
         "still": pooled(totals).figure,
         "still_95": bootstrap_interval(_figure, totals, samples=1000),
@@ -122,13 +118,6 @@ def _clip(
         torch.save({"frames": made.frames, "flow": flow, "reference": made.reference}, path)
     stored = torch.load(path, weights_only=True)
     return {**stored, "flow": FlowField(*stored["flow"])}
-
-
-def _still(flow: FlowField) -> Tensor:
-    """(1,1,H,W) bool: what the flow never moves nor hides, and nothing near it."""
-    busy = (flow.magnitude() > STILL_MOTION) | (flow.occlusion > 0.5)
-    busy = busy.any(dim=0, keepdim=True).float()
-    return F.max_pool2d(busy, 2 * MARGIN + 1, stride=1, padding=MARGIN) == 0
 
 
 def _first_frame_difference(clip: dict[str, Any]) -> float:
