@@ -8,6 +8,7 @@ names and values so that a broken file is refused in plain words.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -308,6 +309,27 @@ class ScheduleConfig(_Config):
 
 
 @dataclass(frozen=True)
+class SamplingConfig(_Config):
+    """How a checkpoint recommends to sample its clips; the defaults are the paper's.
+
+    ``steps`` are those of stage 2. ``guidance_scale`` is the prompt's, ``flow_guidance_scale``
+    the flow's: ``None`` to guide both together, as in the paper.
+    """
+
+    steps: int = 20
+    guidance_scale: float = 7.5
+    flow_guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        self._expect_positive("steps")
+        for name in ("guidance_scale", "flow_guidance_scale"):
+            value = getattr(self, name)
+            none = value is None and name == "flow_guidance_scale"
+            good = none or (_is_number(value) and 0 <= value < math.inf)
+            self._expect(good, name, "a number from 0")
+
+
+@dataclass(frozen=True)
 class FlowGeneratorConfig(_Config):
     """The stage-1 network, which generates flow; the defaults are LFDM's published values.
 
@@ -402,8 +424,8 @@ class S2DMConfig(_Config):
     """Everything a checkpoint says about itself. A part that it does not hold is ``None``.
 
     ``text_encoder`` reads the prompt for both stages. ``tokenizer`` is the specification of its
-    tokenizer (see ``tokenizer.py``); ``resolution`` is (height, width) in pixels; ``data`` and
-    ``licence`` are free text for people.
+    tokenizer (see ``tokenizer.py``); ``sampling`` is what the checkpoint recommends;
+    ``resolution`` is (height, width) in pixels; ``data`` and ``licence`` are free text for people.
     """
 
     format_version: int = FORMAT_VERSION
@@ -419,6 +441,7 @@ class S2DMConfig(_Config):
         default=None, metadata={"config": FlowGeneratorConfig}
     )
     schedule: ScheduleConfig = field(default=ScheduleConfig(), metadata={"config": ScheduleConfig})
+    sampling: SamplingConfig = field(default=SamplingConfig(), metadata={"config": SamplingConfig})
     tokenizer: dict[str, Any] | None = None
     resolution: tuple[int, int] = (128, 128)
     frames: int = 16
@@ -430,6 +453,7 @@ class S2DMConfig(_Config):
     def __post_init__(self) -> None:
         self._expect(_is_count(self.format_version), "format_version", "a whole number")
         self._expect(isinstance(self.schedule, ScheduleConfig), "schedule", "a schedule")
+        self._expect(isinstance(self.sampling, SamplingConfig), "sampling", "steps and guidance")
         self._expect_positive("frames")
         self._expect_multipliers("resolution")
         self._expect(len(self.resolution) == 2, "resolution", "height and width")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from s2dm.models import (
     PARTS,
     CheckpointError,
+    SamplingConfig,
     checkpoint,
     load_checkpoint,
     read_config,
@@ -77,6 +78,17 @@ def test_the_file_has_stable_diffusions_keys(saved):
     assert "cond_stage_model.transformer.text_model.final_layer_norm.weight" in keys
     assert "first_stage_model.decoder.conv_out.bias" in keys
     assert ADAPTER_KEY in keys
+
+
+def test_the_recommended_sampling_is_kept_and_older_files_recommend_the_papers(saved, states):
+    sampling = SamplingConfig(steps=12, guidance_scale=1.75, flow_guidance_scale=1)
+    save_checkpoint(saved, dataclasses.replace(CONFIG, sampling=sampling), states)
+    assert read_config(saved).sampling == sampling
+    assert read_config(saved).adapter_only().sampling == sampling
+    rewrite(saved, change_config=lambda values: values["sampling"].pop("steps"))
+    assert read_config(saved).sampling == dataclasses.replace(sampling, steps=20)
+    rewrite(saved, change_config=lambda values: values.pop("sampling"))
+    assert read_config(saved).sampling == SamplingConfig(20, 7.5, None)
 
 
 def test_half_precision_storage(tmp_path, states):
@@ -210,6 +222,17 @@ def test_future_format_version(saved):
         (lambda v: v["flow_adapter"].update(fusion="sum"), "fusion: expected one of"),
         (lambda v: v.update(unet=3), "UNetConfig: expected a dictionary, got int"),
         (lambda v: v.update(schedule=None), "S2DMConfig.schedule: expected"),
+        (lambda v: v.update(sampling=None), "S2DMConfig.sampling: expected"),
+        (lambda v: v.update(sampling={"cfg": 2}), "SamplingConfig: expected entries among"),
+        (lambda v: v["sampling"].update(steps=0), "SamplingConfig.steps: expected a whole number"),
+        (
+            lambda v: v["sampling"].update(guidance_scale=None),
+            "SamplingConfig.guidance_scale: expected a number from 0, got None",
+        ),
+        (
+            lambda v: v["sampling"].update(flow_guidance_scale=float("nan")),
+            "SamplingConfig.flow_guidance_scale: expected a number from 0, got nan",
+        ),
         (
             lambda v: v.update(tokenizer={"kind": "bpe", "merges": []}),
             f"expected {VOCABULARY} tokens",
