@@ -26,9 +26,8 @@ from ..models import (
 )
 from ..models import build as models
 from ..sector import draw_noise, guide, sample
+from .arguments import check_arguments
 from .flow_adapter import FlowAdapterModel
-
-OUTPUT_TYPES = ("pt", "pil", "latent")
 
 
 @dataclass
@@ -223,7 +222,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of its range.
         """
-        _check(prompt, output_type, chunk_size, num_inference_steps)
+        check_arguments(prompt, output_type, chunk_size, num_inference_steps)
         if seed is not None and generator is not None:
             raise ValueError("Give a seed or a generator, not both.")
         if generator is None:
@@ -370,18 +369,6 @@ class FlowToVideoPipeline(DiffusionPipeline):
 def _only(config: S2DMConfig, parts: Iterable[str]) -> S2DMConfig:
     """The config of a file that holds none but these parts."""
     return dataclasses.replace(config, **{part: None for part in PARTS if part not in parts})
-
-
-def _check(prompt: str, output_type: str, chunk_size: int, num_inference_steps: int) -> None:
-    if not isinstance(prompt, str):
-        raise ValueError(f"Expected one prompt as text, got {type(prompt).__name__}.")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}.")
-    if chunk_size < 1 or num_inference_steps < 1:
-        raise ValueError(
-            "Expected chunk_size and num_inference_steps of at least 1, got "
-            f"{chunk_size} and {num_inference_steps}."
-        )
 
 
 def _on_canvas(flow: FlowField, size: tuple[int, int], canvas: tuple[int, int]) -> FlowField:

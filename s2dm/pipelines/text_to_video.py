@@ -22,10 +22,11 @@ from ..models import CheckpointError, FlowGeneratorConfig, S2DMConfig, decode_fl
 from ..models import build as models
 from ..video import cover
 from ..video.frames import from_uint8
+from .arguments import check_arguments
 from .flow_adapter import FlowAdapterModel
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
 from .flow_generator import FlowGeneratorModel
-from .flow_to_video import FlowToVideoPipeline, _check
+from .flow_to_video import FlowToVideoPipeline
 
 MAX_FRAMES = 64
 """The longest clip. Stage 1 always makes as many frames as it was trained with, and what lies
@@ -197,7 +198,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         """
         network = self.flow_generator.network
         frames = network.config.frames if frames is None else frames
-        _check(prompt, output_type, chunk_size, num_inference_steps)
+        check_arguments(prompt, output_type, chunk_size, num_inference_steps)
         if not isinstance(frames, int) or not 1 <= frames <= MAX_FRAMES:
             raise ValueError(
                 f"Expected a whole number of frames from 1 to {MAX_FRAMES}, got {frames!r}. For "
