@@ -5,6 +5,7 @@ A new way to generate is one more entry in `MODES`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..flow import FlowField
-from ..models import read_config
+from ..models import SamplingConfig, read_config
 from ..sector.noise import check_sharing
 from ..training.datasets import pixels
 from .clip_metrics import still_region
@@ -26,13 +27,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How clips are sampled; defaults are the paper's, and those of the pipelines for stage 1."""
+    """How clips are sampled; None is what the checkpoint recommends (see `SamplingConfig`)."""
 
-    steps: int = 20
-    guidance: float = 7.5
+    steps: int | None = None
+    guidance: float | None = None
     flow_guidance: float | None = None
     flow_steps: int = 20
     flow_text_guidance: float = 1.0
+
+    def filled(self, recommended: SamplingConfig) -> Sampling:
+        """With what a checkpoint recommends in place of None."""
+        given = {
+            "steps": recommended.steps,
+            "guidance": recommended.guidance_scale,
+            "flow_guidance": recommended.flow_guidance_scale,
+        }
+        missing = {name: value for name, value in given.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
 
     def __str__(self) -> str:
         flow = "" if self.flow_guidance is None else f" (flow {self.flow_guidance:g})"

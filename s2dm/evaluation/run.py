@@ -132,6 +132,9 @@ class _Task:
 
 class _Run:
     def __init__(self, config: EvaluationConfig, state: Any) -> None:
+        stages = read_config(config.checkpoint)
+        # The numbers that are really used: clips are stored by them, and the protocol has them.
+        config = dataclasses.replace(config, sampling=config.sampling.filled(stages.sampling))
         self.config, self.state = config, state
         self.weights = file_hash(config.checkpoint)
         self.data = build_dataset(config.data, config.data.validation_split)
@@ -145,7 +148,6 @@ class _Run:
         self.chosen = order[: config.clips or len(order)]
         if config.i3d is not None and len(self.chosen) < 2:
             raise ValueError("FVD and KVD need at least 2 clips, got 1.")
-        stages = read_config(config.checkpoint)
         if stages.flow_generator is None and any(v.mode == "two-stage" for v in config.variants):
             raise ValueError(
                 f"{config.checkpoint.name} has no flow generator (stage 1), which two-stage needs: "

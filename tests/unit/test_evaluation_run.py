@@ -24,6 +24,7 @@ from s2dm.evaluation.modes import MODES, Generator, Sampling, Variant
 from s2dm.evaluation.run import EvaluationConfig, evaluate
 from s2dm.evaluation.tables import markdown_table, save_plots, summarise
 from s2dm.flow import FlowField
+from s2dm.models import SamplingConfig
 from s2dm.training.config import DataConfig
 from s2dm.training.datasets import register_dataset
 
@@ -201,6 +202,22 @@ def test_other_settings_are_never_mixed(config, made, tmp_path):
         made.clear()
         evaluate(dataclasses.replace(config, clips=1, **change))
         assert any(row.startswith("given-flow") for row, _ in made), change
+
+
+def test_a_checkpoint_is_sampled_as_it_recommends(config, made, tmp_path):
+    recommended = SamplingConfig(steps=1, guidance_scale=2.5, flow_guidance_scale=1.5)
+    path = tmp_path / "recommends.safetensors"
+    write_random_checkpoint(path, tiny_config(sampling=recommended))
+    config = dataclasses.replace(config, checkpoint=path, clips=1, sampling=Sampling())
+    protocol = evaluate(config)["protocol"]
+    assert protocol["sampling"].startswith("DDIM, 1 steps, guidance 2.5 (flow 1.5), ")
+    made.clear()
+    # The same numbers, given: the clips are there already.
+    evaluate(dataclasses.replace(config, sampling=Sampling(1, 2.5, 1.5)))
+    assert not made
+    given = dataclasses.replace(config, sampling=Sampling(guidance=3.0))
+    assert "1 steps, guidance 3 (flow 1.5)" in evaluate(given)["protocol"]["sampling"]
+    assert made
 
 
 # ------------------------------------------------------------------------------ FVD and KVD
