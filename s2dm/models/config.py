@@ -484,6 +484,15 @@ class S2DMConfig(_Config):
                 f"{self.text_encoder.hidden_size}",
             )
 
+    def recommending(self, entries: Mapping[str, Any]) -> S2DMConfig:
+        """Return the config with these entries of ``sampling`` in place of its own.
+
+        Raises:
+            ConfigError: if one is unknown, or its value out of range.
+        """
+        sampling = SamplingConfig.from_dict({**self.sampling.to_dict(), **entries})
+        return dataclasses.replace(self, sampling=sampling)
+
     def adapter_only(self) -> S2DMConfig:
         """Return the config of a file that holds the flow adapter alone."""
         return dataclasses.replace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class Stage2TrainingConfig(TrainingConfig):
     and flow together, which guidance starts from, ``text_null`` and ``flow_null`` for one of them
     alone. ``adapter_gain`` is the initial size of the adapter's projections: 0 keeps a pretrained
     U-Net as it is at the start, 1 lets a new one learn sooner.
+
+    ``sampling`` is what the checkpoint is to recommend, entries of ``SamplingConfig`` in place of
+    the start's; ``sample_steps`` and ``guidance_scale`` are those of the sample sheets.
     """
 
     output: str = "runs/stage2"
@@ -87,6 +90,7 @@ class Stage2TrainingConfig(TrainingConfig):
     sample_frames: int = 8
     sample_steps: int = 20
     guidance_scale: float = 7.5
+    sampling: dict[str, Any] = field(default_factory=dict)
     description: str = ""
     licence: str = ""
 
@@ -409,6 +413,7 @@ def _start(
     if "flow_adapter" not in states:
         adapter = FlowAdapterConfig.for_unet(model_config.unet, fusion=config.fusion)
         model_config = dataclasses.replace(model_config, flow_adapter=adapter)
+    model_config = model_config.recommending(config.sampling)
     model_config = dataclasses.replace(
         model_config,
         resolution=(config.data.size, config.data.size),

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 
 from tiny_training import FRAMES, SIZE, stage2_config
 
-from s2dm.models import load_checkpoint
+from s2dm.models import SamplingConfig, load_checkpoint
 from s2dm.training.loop import RunFolder, step_generator
 from s2dm.training.stage2 import build_stage2_task, train_stage2
 
@@ -31,14 +31,17 @@ def test_stage2_export_is_a_whole_checkpoint(tmp_path, vae_file):
 
 def test_only_the_named_parts_learn(tmp_path, vae_file):
     first = tmp_path / "first"
-    train_stage2(stage2_config(first, vae_file, steps=1))
+    train_stage2(stage2_config(first, vae_file, steps=1, sampling={"guidance_scale": 2.0}))
     start = first / "export.safetensors"
     config = stage2_config(
-        tmp_path / "second", "", checkpoint=str(start), train=["flow_adapter"], steps=2
-    )
+        tmp_path / "second", "", checkpoint=str(start), train=["flow_adapter"], steps=2,
+        sampling={"flow_guidance_scale": 1.0},
+    )  # fmt: skip
     train_stage2(config)
-    before = load_checkpoint(start)[1]
-    after = load_checkpoint(tmp_path / "second" / "export.safetensors")[1]
+    told, before = load_checkpoint(start)
+    again, after = load_checkpoint(tmp_path / "second" / "export.safetensors")
+    assert told.sampling == SamplingConfig(guidance_scale=2.0)
+    assert again.sampling == SamplingConfig(guidance_scale=2.0, flow_guidance_scale=1.0)
     same = {
         part: all(torch.equal(value, after[part][key]) for key, value in state.items())
         for part, state in before.items()
