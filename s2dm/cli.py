@@ -100,13 +100,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
         help="S2DM checkpoint, or a folder of save_pretrained (the bundled one)",
     )
     parser.add_argument("--negative", default="", metavar="PROMPT", help="negative prompt")
-    parser.add_argument("--steps", type=_positive, default=20, help="sampling steps (%(default)s)")
-    parser.add_argument(
-        "--guidance", type=float, default=7.5, help="guidance scale, 1 = off (%(default)s)"
-    )
-    parser.add_argument(
-        "--flow-guidance", type=float, help="guidance scale of the flow (that of the prompt)"
-    )
+    _add_sampling(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
     parser.add_argument(
         "--sharing",
@@ -436,13 +430,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (0)")
-    sampling.add_argument("--steps", type=_positive, default=20, help="(%(default)s)")
-    sampling.add_argument(
-        "--guidance", type=float, default=7.5, help="guidance scale, 1 = off (%(default)s)"
-    )
-    sampling.add_argument(
-        "--flow-guidance", type=float, help="guidance scale of the flow (that of the prompt)"
-    )
+    _add_sampling(sampling)
     sampling.add_argument(
         "--flow-steps", type=_positive, default=20, help="of stage 1 (%(default)s)"
     )
@@ -532,7 +520,22 @@ def _convert(options: argparse.Namespace) -> None:
     print(options.output)
 
 
-# ----------------------------------------------------------------------------------- types
+# --------------------------------------------------------------------------------- options
+
+
+def _add_sampling(parser: argparse._ActionsContainer) -> None:
+    """Options whose default the checkpoint knows, see `SamplingConfig`."""
+    parser.add_argument(
+        "--steps", type=_positive, help="sampling steps (what the checkpoint recommends)"
+    )
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale, 1 = off (what the checkpoint recommends)"
+    )
+    parser.add_argument(
+        "--flow-guidance",
+        type=float,
+        help="guidance scale of the flow (what the checkpoint recommends, else that of the prompt)",
+    )
 
 
 def _positive(text: str) -> int:

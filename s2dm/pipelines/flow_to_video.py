@@ -19,6 +19,7 @@ from ..flow import FlowField
 from ..models import (
     PARTS,
     S2DMConfig,
+    SamplingConfig,
     ScheduleConfig,
     load_checkpoint,
     read_config,
@@ -66,7 +67,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
         vae, text_encoder, tokenizer, unet: as in `StableDiffusionPipeline`.
         scheduler: DDIM in the checkpoints of this project.
         flow_adapter: encodes the flow and holds its keys and values for each layer.
-        s2dm_config: an `S2DMConfig` as a dictionary; needed only by `save_single_file`.
+        s2dm_config: an `S2DMConfig` as a dictionary; `save_single_file` needs it, and it says
+            which steps and guidance to take where a call doesn't.
     """
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
@@ -178,8 +180,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         flow_guidance_scale: float | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
@@ -190,6 +192,9 @@ class FlowToVideoPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
     ) -> FlowToVideoOutput:
         """Generate a clip that follows `flow`.
+
+        Steps and guidance are those that the checkpoint recommends (`sampling`) where they are
+        None.
 
         Args:
             prompt: what the clip shows. Longer prompts than CLIP's 77 tokens are encoded in
@@ -203,7 +208,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
             guidance_scale: s of classifier-free guidance (7.5 in the paper), between null text
                 with null flow and prompt with flow. 1 turns it off.
             flow_guidance_scale: a scale of its own for the flow, see `s2dm.sector.guide`; the
-                text keeps `guidance_scale`. With 1 the negative prompt sees the flow too.
+                text keeps `guidance_scale`. With 1 the negative prompt sees the flow too; equal
+                to `guidance_scale` it is the paper's guidance of both together.
             seed: seed of the initial noise and of the step noise; random if neither this nor
                 `generator` is given.
             generator: a CPU generator instead of a seed.
@@ -222,6 +228,11 @@ class FlowToVideoPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of its range.
         """
+        num_inference_steps, guidance_scale, flow_guidance_scale = self._sampling(
+            num_inference_steps, guidance_scale, flow_guidance_scale
+        )
+        if flow_guidance_scale == guidance_scale:
+            flow_guidance_scale = None  # the same from two predictions in place of three
         check_arguments(prompt, output_type, chunk_size, num_inference_steps)
         if seed is not None and generator is not None:
             raise ValueError("Give a seed or a generator, not both.")
@@ -271,6 +282,25 @@ class FlowToVideoPipeline(DiffusionPipeline):
         result = self._output(latents, (height, width), output_type, chunk_size)
         self.maybe_free_model_hooks()
         return FlowToVideoOutput(frames=result)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """What the checkpoint recommends; without an `s2dm_config`, what the paper does."""
+        settings = self.config.get("s2dm_config") or {}
+        return SamplingConfig.from_dict(settings.get("sampling", {}))
+
+    def _sampling(
+        self, steps: int | None, guidance_scale: float | None, flow_guidance_scale: float | None
+    ) -> tuple[int, float, float | None]:
+        """What is asked for, and what the checkpoint recommends where that is None."""
+        recommended = self.sampling
+        if steps is None:
+            steps = recommended.steps
+        if guidance_scale is None:
+            guidance_scale = recommended.guidance_scale
+        if flow_guidance_scale is None:
+            flow_guidance_scale = recommended.flow_guidance_scale
+        return steps, guidance_scale, flow_guidance_scale
 
     @property
     def vae_factor(self) -> int:

@@ -140,8 +140,8 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         negative_prompt: str = "",
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         flow_guidance_scale: float | None = None,
         flow_steps: int = 20,
         flow_text_guidance_scale: float = 1.0,
@@ -166,7 +166,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             negative_prompt: of stage 2. Stage 1 has a null label of its own.
             height, width: pixels of the clip; those of the checkpoint if None.
             num_inference_steps, guidance_scale, flow_guidance_scale: of stage 2, see
-                `FlowToVideoPipeline`.
+                `FlowToVideoPipeline`; what the checkpoint recommends where None.
             flow_steps, flow_sampler: of stage 1; the sampler is one of `FLOW_SAMPLERS`.
             flow_text_guidance_scale: how far stage 1 goes from its null text to the prompt; the
                 reference frame is kept. 1 turns guidance off.
@@ -198,6 +198,9 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         """
         network = self.flow_generator.network
         frames = network.config.frames if frames is None else frames
+        num_inference_steps, guidance_scale, flow_guidance_scale = self._sampling(
+            num_inference_steps, guidance_scale, flow_guidance_scale
+        )
         check_arguments(prompt, output_type, chunk_size, num_inference_steps)
         if not isinstance(frames, int) or not 1 <= frames <= MAX_FRAMES:
             raise ValueError(

@@ -11,6 +11,7 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from safetensors.torch import load_file
 
 from s2dm.flow import FlowField
+from s2dm.models import SamplingConfig
 from s2dm.models.checkpoint import read_config
 from s2dm.pipelines import FlowToVideoPipeline
 from s2dm.sector import draw_noise
@@ -178,10 +179,45 @@ def test_a_prompt_that_is_repeated_whole_means_the_same(pipeline):
 def test_flow_guidance_of_its_own_reduces_to_the_common_one(pipeline):
     flow = sliding_flow(2, 32, 32)
     common = pipeline(PROMPT, flow, guidance_scale=4.0, **SHORT).frames
-    same = pipeline(PROMPT, flow, guidance_scale=4.0, flow_guidance_scale=4.0, **SHORT).frames
+    # Equal scales take a shorter way: these two are as good as equal.
+    same = pipeline(PROMPT, flow, guidance_scale=4.0, flow_guidance_scale=4.000001, **SHORT).frames
     other = pipeline(PROMPT, flow, guidance_scale=4.0, flow_guidance_scale=1.0, **SHORT).frames
     assert difference(same, common) < 1e-4
     assert difference(other, common) > 1e-3
+
+
+def test_what_is_not_given_is_as_the_checkpoint_recommends(pipeline, tmp_path):
+    def clip(made_by, **options):
+        latents = []
+        options = dict(seed=1, output_type="latent") | options
+        made_by(PROMPT, flow, callback_on_step_end=lambda _, x: latents.append(x), **options)
+        return latents
+
+    flow = sliding_flow(2, 32, 32)
+    path = write_random_checkpoint(
+        tmp_path / "recommends.safetensors",
+        tiny_config(flow_generator=None, sampling=SamplingConfig(2, 3.0, 1.5)),
+    )
+    load(path).save_pretrained(tmp_path / "folder")
+    told = clip(pipeline, num_inference_steps=2, guidance_scale=3.0, flow_guidance_scale=1.5)
+    for source in (load(path), FlowToVideoPipeline.from_pretrained(tmp_path / "folder")):
+        assert source.sampling == SamplingConfig(2, 3.0, 1.5)
+        assert [difference(a, b) < 1e-6 for a, b in zip(clip(source), told, strict=True)] == [
+            True
+        ] * 2
+        for change in ({"guidance_scale": 2.0}, {"flow_guidance_scale": 1.0}):
+            assert difference(clip(source, **change)[-1], told[-1]) > 1e-4
+        assert len(clip(source, num_inference_steps=1)) == 1
+        # The paper's guidance is one number for both.
+        joint = clip(pipeline, num_inference_steps=2, guidance_scale=4.0)
+        both = clip(source, guidance_scale=4.0, flow_guidance_scale=4.0)
+        assert difference(both[-1], joint[-1]) < 1e-6
+
+
+def test_without_a_recommendation_it_is_the_papers(pipeline):
+    assert pipeline.sampling == SamplingConfig(20, 7.5, None)
+    parts = {name: getattr(pipeline, name) for name in pipeline.components}
+    assert FlowToVideoPipeline(**parts).sampling == SamplingConfig()
 
 
 def test_progress_is_reported_and_can_stop_the_run(pipeline):

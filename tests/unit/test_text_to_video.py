@@ -14,7 +14,7 @@ from random_checkpoint import TINY, random_states, tiny_config, write_random_che
 from safetensors.torch import load_file
 
 from s2dm.flow import FlowField
-from s2dm.models import CheckpointError, read_config, save_checkpoint
+from s2dm.models import CheckpointError, SamplingConfig, read_config, save_checkpoint
 from s2dm.pipelines import (
     FLOW_SAMPLERS,
     MAX_FRAMES,
@@ -211,6 +211,20 @@ def test_settings_of_stage_2_reach_the_clip(pipeline):
     ):
         made = pipeline(PROMPT, 3, **SHORT | {"guidance_scale": 3.0} | change)
         assert difference(made.frames, base.frames) > 1e-4, change
+
+
+def test_what_is_not_given_is_as_the_checkpoint_recommends(pipeline, tmp_path):
+    config = tiny_config(sampling=SamplingConfig(2, 3.0, 1.5))
+    source = load(write_random_checkpoint(tmp_path / "recommends.safetensors", config))
+    common = dict(flow_steps=1, seed=1, output_type="latent")
+    told = dict(num_inference_steps=2, guidance_scale=3.0, flow_guidance_scale=1.5)
+    made, expected = source(PROMPT, 2, **common), pipeline(PROMPT, 2, **told, **common)
+    assert difference(made.frames, expected.frames) < 1e-6
+    assert difference(made.reference, expected.reference) < 1e-6
+    # The paper's guidance, in both of the calls to stage 2.
+    both = source(PROMPT, 2, guidance_scale=4.0, flow_guidance_scale=4.0, **common)
+    joint = pipeline(PROMPT, 2, num_inference_steps=2, guidance_scale=4.0, **common)
+    assert difference(both.frames, joint.frames) < 1e-6
 
 
 @pytest.mark.parametrize("blank", ["", "  \n"])
