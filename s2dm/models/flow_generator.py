@@ -23,26 +23,26 @@ FLOW_CHANNELS = 3  # displacement x and y, occlusion
 MOTION_SCALE = 1000.0  # half-frames to the range of time steps, which the sinusoids are made for
 
 
-class FlowGenerator(nn.Module):
-    """Predicts the noise (or velocity) in a clip of flow conditions, all frames at once.
+class UNet3D(nn.Module):
+    """The 3D U-Net from its first convolution to the features that the heads read.
 
-    Each of the conditions reference, text and motion may be ``None``, or not kept for some
-    clips of the batch: its null label then stands for it, as classifier-free guidance needs.
+    Args:
+        channels: of what the first convolution reads.
+        conditions: width of the vector that stands beside the embedding of time.
+        config: the sizes, under the names of ``FlowGeneratorConfig``: ``model_channels``,
+            ``widths``, ``num_heads``, ``head_dim``, ``norm``, ``norm_groups``, ``upsample``.
     """
 
-    def __init__(self, config: FlowGeneratorConfig) -> None:
+    def __init__(self, channels: int, conditions: int, config: FlowGeneratorConfig) -> None:
         super().__init__()
         self.config = config
         width, widths = config.model_channels, config.widths
         time = 4 * width
-        embedding = time + config.text_dim
-        cells = config.patch**2
+        embedding = time + conditions
 
         self.position_bias = RelativePositionBias(config.num_heads)
         self.time_embed = nn.Sequential(nn.Linear(width, time), nn.GELU(), nn.Linear(time, time))
-        self.first = nn.Conv2d(
-            FLOW_CHANNELS * cells + config.reference_channels, width, 7, padding=3
-        )
+        self.first = nn.Conv2d(channels, width, 7, padding=3)
         self.first_attention = TemporalAttention(width, config.num_heads, config.head_dim)
 
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -58,6 +58,49 @@ class FlowGenerator(nn.Module):
             self.up.insert(0, up)
             before = after
         self.middle = Middle(before, embedding, config)
+
+    def features(self, first: Tensor, embedding: Tensor) -> Tensor:
+        """Through all levels.
+
+        Args:
+            first: what the first convolution made, (B, N, model_channels, h, w).
+            embedding: time and conditions as one vector, (B, 4 model_channels + conditions).
+
+        Returns:
+            (B, N, 2 model_channels, h, w).
+        """
+        bias = self.position_bias(first.shape[1])
+        x = self.first_attention(first, bias)
+        skips = []
+        for stage in self.down:
+            x = stage(x, embedding, bias)
+            skips.append(x)
+            x = x if stage.resample is None else per_frame(stage.resample, x)
+        x = self.middle(x, embedding, bias)
+        for stage in self.up:
+            x = stage(torch.cat([x, skips.pop()], dim=2), embedding, bias)
+            x = x if stage.resample is None else per_frame(stage.resample, x)
+        return torch.cat([x, first], dim=2)
+
+    def embed_time(self, timesteps: Tensor, batch: int) -> Tensor:
+        """Time steps (B,), or one for all clips, to (B, 4 model_channels)."""
+        weight = self.time_embed[0].weight
+        timesteps = timesteps.to(weight.device).reshape(-1).expand(batch)
+        return self.time_embed(sinusoids(timesteps, weight.shape[1]).to(weight))
+
+
+class FlowGenerator(UNet3D):
+    """Predicts the noise (or velocity) in a clip of flow conditions, all frames at once.
+
+    Each of the conditions reference, text and motion may be ``None``, or not kept for some
+    clips of the batch: its null label then stands for it, as classifier-free guidance needs.
+    """
+
+    def __init__(self, config: FlowGeneratorConfig) -> None:
+        cells = config.patch**2
+        channels = FLOW_CHANNELS * cells + config.reference_channels
+        super().__init__(channels, config.text_dim, config)
+        width, time = config.model_channels, 4 * config.model_channels
         self.flow_head = Head(2 * width, width, 2 * cells, config)
         self.occlusion_head = Head(2 * width, width, cells, config)
 
@@ -112,26 +155,13 @@ class FlowGenerator(nn.Module):
         """
         self._check(sample, reference, text, motion)
         sample = per_frame(lambda frame: F.pixel_unshuffle(frame, self.config.patch), sample)
-        batch, frames, _, *size = sample.shape
+        batch, _, _, *size = sample.shape
         reference = _or_null(reference, self.null_reference, keep_reference)
         if reference is None:
             reference = sample.new_zeros(1, self.config.reference_channels, 1, 1)
         reference = _resized(reference, size)
         embedding = self._embed(timesteps, text, motion, keep_text, keep_motion, batch)
-        bias = self.position_bias(frames)
-
-        first = self._first(sample, reference)
-        x = self.first_attention(first, bias)
-        skips = []
-        for stage in self.down:
-            x = stage(x, embedding, bias)
-            skips.append(x)
-            x = x if stage.resample is None else per_frame(stage.resample, x)
-        x = self.middle(x, embedding, bias)
-        for stage in self.up:
-            x = stage(torch.cat([x, skips.pop()], dim=2), embedding, bias)
-            x = x if stage.resample is None else per_frame(stage.resample, x)
-        x = torch.cat([x, first], dim=2)
+        x = self.features(self._first(sample, reference), embedding)
         return torch.cat([self._cells(self.flow_head(x)), self._cells(self.occlusion_head(x))], 2)
 
     def _cells(self, x: Tensor) -> Tensor:
@@ -154,11 +184,10 @@ class FlowGenerator(nn.Module):
         batch: int,
     ) -> Tensor:
         """Time, motion and text as one vector for each clip, (B, 4 model_channels + text_dim)."""
-        weight = self.time_embed[0].weight
-        timesteps = timesteps.to(weight.device).reshape(-1).expand(batch)
-        time = self.time_embed(sinusoids(timesteps, weight.shape[1]).to(weight))
+        time = self.embed_time(timesteps, batch)
         if self.motion_embed is not None:
             if motion is not None:
+                weight = self.motion_embed[0].weight
                 scaled = sinusoids(motion.to(weight.device) * MOTION_SCALE, weight.shape[1])
                 motion = self.motion_embed(scaled.to(weight))
             time = time + _or_null(motion, self.null_motion, keep_motion)
