@@ -67,7 +67,7 @@ def hardware() -> dict[str, Any]:
 def command_line() -> str:
     """The command of this process, a script of the repository named from its root."""
     program = Path(sys.argv[0]).resolve()
-    if program.stem == "s2dm" or program == _ROOT / "s2dm" / "cli.py":
+    if program.stem == "s2dm" or program == _ROOT / "s2dm" / "cli" / "__main__.py":
         return shlex.join(["s2dm", *sys.argv[1:]])
     if program.is_relative_to(_ROOT):
         return shlex.join(["python", program.relative_to(_ROOT).as_posix(), *sys.argv[1:]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,13 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from random_checkpoint import tiny_config, write_random_checkpoint
-from safetensors.torch import load_file
 
 from s2dm import cli
-from s2dm.convert import ConversionError, convert
+from s2dm.cli import generate
 from s2dm.flow import FlowField, load_flow, save_flow
-from s2dm.models import FlowGeneratorConfig, load_checkpoint, read_config
-from s2dm.models.lfdm import lfdm_keys
 from s2dm.video import read_clip, write_clip
 
 pytest.importorskip("av")
@@ -175,6 +172,25 @@ def test_version_and_help(capsys):
         assert "s2dm" in capsys.readouterr().out
 
 
+def test_nothing_heavy_is_imported_before_a_command_needs_it():
+    heavy = ("torch", "numpy", "diffusers", "transformers", "PIL", "av", "cv2")
+    code = (
+        "import sys, s2dm.cli as cli\n"
+        "try: cli.main(['generate', '--help'])\n"
+        f"finally: print('loaded:', *(set({heavy}) & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "usage: s2dm generate" in done.stdout
+    assert done.stdout.splitlines()[-1].split() == ["loaded:"]
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "s2dm.cli", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("s2dm ")
+
+
 def test_a_missing_package_is_named(monkeypatch, clip, capsys):
     monkeypatch.setitem(sys.modules, "s2dm.video", None)
     assert run("generate", PROMPT, "--clip", clip) == 1
@@ -186,7 +202,7 @@ def test_stopping_is_not_an_error_with_traceback(monkeypatch, clip, checkpoint, 
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load_pipeline", stop)
+    monkeypatch.setattr(generate, "_load_pipeline", stop)
     assert run("generate", PROMPT, "--clip", clip, "--checkpoint", checkpoint) == 130
     assert "Stopped" in capsys.readouterr().err
 
@@ -215,98 +231,3 @@ def test_render_refuses_what_does_not_exist(tmp_path, capsys):
     ):
         assert run("render", "-o", tmp_path / "p", *arguments) == 1
     assert "moonwalk" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("stages", ["checkpoint", "both_stages"])
-def test_convert_between_file_and_folder(tmp_path, stages, request):
-    checkpoint = request.getfixturevalue(stages)
-    convert(checkpoint, tmp_path / "folder")
-    convert(tmp_path / "folder", tmp_path / "again.safetensors")
-    first, again = load_file(checkpoint), load_file(tmp_path / "again.safetensors")
-    assert first.keys() == again.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert read_config(tmp_path / "again.safetensors") == read_config(checkpoint)
-    convert(checkpoint, tmp_path / "half.safetensors", half=True)
-    assert all(w.dtype == torch.float16 for w in load_file(tmp_path / "half.safetensors").values())
-
-
-def test_convert_reads_pickled_weights(tmp_path, checkpoint):
-    config, _ = load_checkpoint(checkpoint)
-    weights = load_file(checkpoint)
-    pickled = tmp_path / "model.ckpt"
-    torch.save({"state_dict": weights, "epoch": 3, "s2dm": json.dumps(config.to_dict())}, pickled)
-    convert(pickled, tmp_path / "model.safetensors")
-    again, _ = load_checkpoint(tmp_path / "model.safetensors")
-    assert again == config
-    loaded = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
-    # Plain Stable Diffusion weights become a plain file.
-    torch.save(weights, tmp_path / "plain.pt")
-    convert(tmp_path / "plain.pt", tmp_path / "plain.safetensors", half=True)
-    assert load_file(tmp_path / "plain.safetensors").keys() == weights.keys()
-
-
-def lfdm_pickle(path: Path, **changes: torch.Tensor | None) -> Path:
-    """LFDM's diffusion model at its published size; each weight is one number, to keep it small."""
-    generator = torch.Generator().manual_seed(0)
-    diffusion = {
-        key.lfdm: torch.rand(1, generator=generator).expand(key.lfdm_shape)
-        for key in lfdm_keys(FlowGeneratorConfig())
-    }
-    diffusion |= {"betas": torch.rand(1000), **changes}
-    diffusion = {name: weight for name, weight in diffusion.items() if weight is not None}
-    optimizer = {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 1e-4}]}
-    content = {"example": torch.zeros(2), "diffusion": diffusion, "optimizer_diff": optimizer}
-    torch.save(content, path)
-    return path
-
-
-def test_convert_makes_a_flow_generator_of_lfdm(tmp_path):
-    target = tmp_path / "generator.safetensors"
-    assert run("convert", lfdm_pickle(tmp_path / "flowdiff.pth"), target, "--half") == 0
-    config, states = load_checkpoint(target)
-    assert config.flow_generator == FlowGeneratorConfig()
-    assert config.frames == 40
-    assert "LFDM" in config.data and "flowdiff.pth" in config.data
-    assert list(states) == ["flow_generator"]
-    source = torch.load(tmp_path / "flowdiff.pth", weights_only=True)["diffusion"]
-    for key in lfdm_keys(config.flow_generator):
-        weight = states["flow_generator"][key.ours]
-        assert weight.shape == key.shape and weight.dtype == torch.float16
-        assert torch.equal(weight, source[key.lfdm].half().reshape(key.shape))
-
-
-def test_convert_refuses_a_diffusion_model_that_is_not_lfdms(tmp_path, capsys):
-    name = "denoise_fn.mid_block1.block1.norm.weight"
-    for number, change in enumerate(({name: None}, {name: torch.zeros(3)})):
-        pickled = lfdm_pickle(tmp_path / f"{number}.pth", **change)
-        with pytest.raises(ConversionError, match=f"LFDM's diffusion model as published.*{name}"):
-            convert(pickled, tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
-    with pytest.raises(ConversionError, match=r"\.safetensors"):
-        convert(lfdm_pickle(tmp_path / "whole.pth"), tmp_path / "folder")
-
-
-class Evil:
-    def __reduce__(self):
-        return print, ("code of the pickle ran",)
-
-
-def test_convert_runs_no_code_and_refuses_the_rest(tmp_path, checkpoint, capsys):
-    torch.save({"state_dict": {"a": torch.ones(1)}, "extra": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(ConversionError, match="not loaded"):
-        convert(tmp_path / "evil.pt", tmp_path / "out.safetensors")
-    assert "code of the pickle ran" not in capsys.readouterr().out
-    torch.save({"epoch": 3}, tmp_path / "empty.pt")
-    (tmp_path / "text.ckpt").write_text("hello")
-    for source, target, message in (
-        ("empty.pt", "out.safetensors", "no weights"),
-        ("text.ckpt", "out.safetensors", "could not be read"),
-        ("missing.safetensors", "folder", "nothing at"),
-        ("empty.pt", "folder", r"\.safetensors"),
-        (checkpoint, "out.bin", "Can't write"),
-        (".", "out.safetensors", "model_index"),
-    ):
-        with pytest.raises(ConversionError, match=message):
-            convert(tmp_path / source, tmp_path / target)
-    assert not (tmp_path / "out.safetensors").exists()

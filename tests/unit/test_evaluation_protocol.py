@@ -64,7 +64,7 @@ def test_command_can_be_repeated(monkeypatch):
     for program, expected in (
         (ROOT / "benchmarks" / "speed.py", "python benchmarks/speed.py --steps 2 'a b'"),
         (Path("/usr/local/bin/s2dm"), "s2dm --steps 2 'a b'"),
-        (ROOT / "s2dm" / "cli.py", "s2dm --steps 2 'a b'"),
+        (ROOT / "s2dm" / "cli" / "__main__.py", "s2dm --steps 2 'a b'"),
         (Path("/elsewhere/tool.py"), "tool.py --steps 2 'a b'"),
     ):
         monkeypatch.setattr(sys, "argv", [str(program), "--steps", "2", "a b"])

@@ -1,0 +1,28 @@
+"""`s2dm convert`: between a checkpoint file, a diffusers folder and pickled weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert between a checkpoint file, a diffusers folder and pickled weights",
+        description="Convert a diffusers folder to one .safetensors file or back, or pickled "
+        "weights (.ckpt, .pt, .pth, .bin) to .safetensors. LFDM's diffusion model becomes a "
+        "checkpoint with the flow generator alone. Pickles are read as plain weights: code in "
+        "them is never run.",
+    )
+    parser.add_argument("input", type=Path, help="file or folder to read")
+    parser.add_argument("output", type=Path, help=".safetensors file, or folder, to write")
+    parser.add_argument("--half", action="store_true", help="store the weights as float16")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..convert import convert
+
+    convert(options.input, options.output, half=options.half)
+    print(options.output)

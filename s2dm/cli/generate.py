@@ -1,0 +1,195 @@
+"""`s2dm generate`: a clip from a prompt, alone or with the motion of another clip."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import DEFAULT_CHECKPOINT, CommandError, add_sampling, check_exists, positive, size
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..flow import FlowField
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="make a clip from a prompt, alone or with the motion of another clip",
+        description="Make a clip that shows the prompt. It moves like a given clip or flow; "
+        "without one, the motion is made from the prompt too.",
+    )
+    parser.add_argument("prompt", help='such as "A man wearing a red coat and blue jeans is squat"')
+    motion = parser.add_mutually_exclusive_group()
+    motion.add_argument("--clip", type=Path, help="video or folder of images to take motion from")
+    motion.add_argument(
+        "--flow", type=Path, help="flow to follow: .npz, or a folder of numbered .flo files"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("s2dm.mp4"),
+        help=".mp4, .gif, or a name without ending for a folder of PNG frames (%(default)s)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=DEFAULT_CHECKPOINT,
+        help="S2DM checkpoint, or a folder of save_pretrained (the bundled one)",
+    )
+    parser.add_argument("--negative", default="", metavar="PROMPT", help="negative prompt")
+    add_sampling(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (%(default)s)")
+    parser.add_argument(
+        "--sharing",
+        choices=("shared", "independent", "mixed"),
+        default="shared",
+        help="how frames share their noise (%(default)s)",
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.5, help='common part in "mixed" (%(default)s)'
+    )
+    parser.add_argument(
+        "--frames",
+        type=positive,
+        help="frames of the clip (those of the flow; else as many as the checkpoint was trained "
+        "with, of a clip spread over it)",
+    )
+    parser.add_argument(
+        "--size", type=size, metavar="WxH", help="size in pixels (the checkpoint's)"
+    )
+    parser.add_argument("--method", default="dis", help="flow estimator: dis or farneback")
+    parser.add_argument("--save-flow", type=Path, metavar="FILE", help="keep the flow as .npz")
+    parser.add_argument("--fps", type=float, help="frames a second (those of the clip, or 8)")
+    stage_1 = parser.add_argument_group("motion from the prompt (without --clip and --flow)")
+    stage_1.add_argument(
+        "--motion-strength",
+        type=float,
+        metavar="FACTOR",
+        help="how much moves, 1 for the mean of the training clips (as the prompt has it)",
+    )
+    stage_1.add_argument("--flow-steps", type=positive, help="sampling steps of the flow (20)")
+    stage_1.add_argument(
+        "--reference",
+        type=Path,
+        metavar="IMAGE",
+        help="make the motion for this picture; the clip still shows the prompt",
+    )
+    parser.add_argument(
+        "--chunk", type=positive, default=8, help="frames computed at a time (%(default)s)"
+    )
+    parser.add_argument("--device", help="cpu, cuda or mps (the best there is)")
+    parser.add_argument(
+        "--half", action="store_true", help="compute in float16: half the memory, for GPUs"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..video import DEFAULT_FPS, WRITABLE_SUFFIXES, read_image, write_clip
+
+    suffix = options.output.suffix.lower()
+    if suffix and suffix not in WRITABLE_SUFFIXES:
+        raise CommandError(
+            f"Can't write {options.output}. Give a name that ends in "
+            f"{', '.join(WRITABLE_SUFFIXES)}, or one without an ending for a folder of frames."
+        )
+    from_prompt = options.clip is None and options.flow is None
+    stage_1 = {
+        "--motion-strength": options.motion_strength,
+        "--flow-steps": options.flow_steps,
+        "--reference": options.reference,
+    }
+    given = [name for name, value in stage_1.items() if value is not None]
+    if given and not from_prompt:
+        raise CommandError(
+            f"{given[0]} is for motion that is made from the prompt: leave it out, or leave out "
+            "--clip and --flow."
+        )
+    pipeline = _load_pipeline(options, from_prompt)
+    settings = {
+        "negative_prompt": options.negative,
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance,
+        "flow_guidance_scale": options.flow_guidance,
+        "seed": options.seed,
+        "noise_sharing": options.sharing,
+        "noise_share": options.share,
+        "chunk_size": options.chunk,
+    }
+    if from_prompt:
+        width, height = options.size or (None, None)
+        result = pipeline(
+            options.prompt,
+            options.frames,
+            height=height,
+            width=width,
+            flow_steps=options.flow_steps or 20,
+            motion_strength=options.motion_strength,
+            reference=None if options.reference is None else read_image(options.reference),
+            **settings,
+        )
+        flow, fps = result.flow, DEFAULT_FPS
+    else:
+        flow, fps, (height, width) = _given_flow(options, pipeline.config.s2dm_config or {})
+        result = pipeline(options.prompt, flow, height=height, width=width, **settings)
+    if options.save_flow is not None:
+        from ..flow import save_flow
+
+        save_flow(options.save_flow, flow)
+    print(write_clip(options.output, result.frames, options.fps or fps))
+
+
+def _given_flow(
+    options: argparse.Namespace, settings: dict
+) -> tuple[FlowField, float, tuple[int, int]]:
+    """The flow of the clip or file that was given, its frame rate, and the size to generate."""
+    from ..video import DEFAULT_FPS
+
+    if options.flow is not None:
+        from ..flow import load_flow
+
+        flow = load_flow(options.flow)
+        if options.frames is not None:
+            flow = flow.retime(options.frames)
+        width, height = options.size or (flow.width, flow.height)
+        return flow, DEFAULT_FPS, (height, width)
+    from ..flow import estimate_flow
+    from ..video import read_clip
+
+    height, width = settings.get("resolution", (512, 512))
+    width, height = options.size or (width, height)
+    frames = options.frames or settings.get("frames", 16)
+    pictures, fps = read_clip(options.clip, frames=frames, size=(height, width))
+    return estimate_flow(pictures, options.method), fps, (height, width)
+
+
+def _load_pipeline(options: argparse.Namespace, from_prompt: bool):
+    """The pipeline of two stages or of the second alone, on the device to compute on."""
+    import torch
+
+    checkpoint = options.checkpoint
+    check_exists(checkpoint)
+    from diffusers.utils import logging as diffusers_logging
+
+    from ..pipelines import FlowToVideoPipeline, TextToVideoPipeline
+
+    # It warns of the parts of a folder that the pipeline asked for has no use for.
+    diffusers_logging.set_verbosity_error()
+    kind = TextToVideoPipeline if from_prompt else FlowToVideoPipeline
+    load = kind.from_pretrained if checkpoint.is_dir() else kind.from_single_file
+    pipeline = load(checkpoint, torch_dtype=torch.float16 if options.half else torch.float32)
+    return pipeline.to(options.device or _best_device())
+
+
+def _best_device() -> torch.device:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

@@ -1,0 +1,54 @@
+"""What several commands share of their options."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "assets" / "s2dm-puppets-v1.safetensors"
+
+
+class CommandError(ValueError):
+    """Arguments that don't fit together; the message says what to do."""
+
+
+def check_exists(checkpoint: Path) -> None:
+    if checkpoint.exists():
+        return
+    if checkpoint == DEFAULT_CHECKPOINT:
+        raise CommandError(
+            f"The bundled checkpoint is missing at {checkpoint}. Get the complete package, "
+            "or give another one with --checkpoint."
+        )
+    raise CommandError(f"There is no checkpoint at {checkpoint}.")
+
+
+def add_sampling(parser: argparse._ActionsContainer) -> None:
+    """Options whose default the checkpoint knows, see `SamplingConfig`."""
+    parser.add_argument(
+        "--steps", type=positive, help="sampling steps (what the checkpoint recommends)"
+    )
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale, 1 = off (what the checkpoint recommends)"
+    )
+    parser.add_argument(
+        "--flow-guidance",
+        type=float,
+        help="guidance scale of the flow (what the checkpoint recommends, else that of the prompt)",
+    )
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def size(text: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT or one number for both."""
+    parts = text.lower().split("x")
+    if len(parts) == 1:
+        parts *= 2
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 128x128, got {text!r}")
+    return positive(parts[0]), positive(parts[1])

@@ -1,0 +1,123 @@
+"""Conversion between checkpoint files, diffusers folders and pickled weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from random_checkpoint import tiny_config, write_random_checkpoint
+from safetensors.torch import load_file
+
+from s2dm import cli
+from s2dm.convert import ConversionError, convert
+from s2dm.models import FlowGeneratorConfig, load_checkpoint, read_config
+from s2dm.models.lfdm import lfdm_keys
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    return write_random_checkpoint(path, tiny_config(flow_generator=None))
+
+
+@pytest.fixture(scope="module")
+def both_stages(tmp_path_factory) -> Path:
+    return write_random_checkpoint(tmp_path_factory.mktemp("both") / "both.safetensors")
+
+
+@pytest.mark.parametrize("stages", ["checkpoint", "both_stages"])
+def test_convert_between_file_and_folder(tmp_path, stages, request):
+    checkpoint = request.getfixturevalue(stages)
+    convert(checkpoint, tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "again.safetensors")
+    first, again = load_file(checkpoint), load_file(tmp_path / "again.safetensors")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert read_config(tmp_path / "again.safetensors") == read_config(checkpoint)
+    convert(checkpoint, tmp_path / "half.safetensors", half=True)
+    assert all(w.dtype == torch.float16 for w in load_file(tmp_path / "half.safetensors").values())
+
+
+def test_convert_reads_pickled_weights(tmp_path, checkpoint):
+    config, _ = load_checkpoint(checkpoint)
+    weights = load_file(checkpoint)
+    pickled = tmp_path / "model.ckpt"
+    torch.save({"state_dict": weights, "epoch": 3, "s2dm": json.dumps(config.to_dict())}, pickled)
+    convert(pickled, tmp_path / "model.safetensors")
+    again, _ = load_checkpoint(tmp_path / "model.safetensors")
+    assert again == config
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    # Plain Stable Diffusion weights become a plain file.
+    torch.save(weights, tmp_path / "plain.pt")
+    convert(tmp_path / "plain.pt", tmp_path / "plain.safetensors", half=True)
+    assert load_file(tmp_path / "plain.safetensors").keys() == weights.keys()
+
+
+def lfdm_pickle(path: Path, **changes: torch.Tensor | None) -> Path:
+    """LFDM's diffusion model at its published size; each weight is one number, to keep it small."""
+    generator = torch.Generator().manual_seed(0)
+    diffusion = {
+        key.lfdm: torch.rand(1, generator=generator).expand(key.lfdm_shape)
+        for key in lfdm_keys(FlowGeneratorConfig())
+    }
+    diffusion |= {"betas": torch.rand(1000), **changes}
+    diffusion = {name: weight for name, weight in diffusion.items() if weight is not None}
+    optimizer = {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 1e-4}]}
+    content = {"example": torch.zeros(2), "diffusion": diffusion, "optimizer_diff": optimizer}
+    torch.save(content, path)
+    return path
+
+
+def test_convert_makes_a_flow_generator_of_lfdm(tmp_path):
+    target = tmp_path / "generator.safetensors"
+    pickled = lfdm_pickle(tmp_path / "flowdiff.pth")
+    assert cli.main(["convert", str(pickled), str(target), "--half"]) == 0
+    config, states = load_checkpoint(target)
+    assert config.flow_generator == FlowGeneratorConfig()
+    assert config.frames == 40
+    assert "LFDM" in config.data and "flowdiff.pth" in config.data
+    assert list(states) == ["flow_generator"]
+    source = torch.load(tmp_path / "flowdiff.pth", weights_only=True)["diffusion"]
+    for key in lfdm_keys(config.flow_generator):
+        weight = states["flow_generator"][key.ours]
+        assert weight.shape == key.shape and weight.dtype == torch.float16
+        assert torch.equal(weight, source[key.lfdm].half().reshape(key.shape))
+
+
+def test_convert_refuses_a_diffusion_model_that_is_not_lfdms(tmp_path, capsys):
+    name = "denoise_fn.mid_block1.block1.norm.weight"
+    for number, change in enumerate(({name: None}, {name: torch.zeros(3)})):
+        pickled = lfdm_pickle(tmp_path / f"{number}.pth", **change)
+        with pytest.raises(ConversionError, match=f"LFDM's diffusion model as published.*{name}"):
+            convert(pickled, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    with pytest.raises(ConversionError, match=r"\.safetensors"):
+        convert(lfdm_pickle(tmp_path / "whole.pth"), tmp_path / "folder")
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code of the pickle ran",)
+
+
+def test_convert_runs_no_code_and_refuses_the_rest(tmp_path, checkpoint, capsys):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "extra": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ConversionError, match="not loaded"):
+        convert(tmp_path / "evil.pt", tmp_path / "out.safetensors")
+    assert "code of the pickle ran" not in capsys.readouterr().out
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    (tmp_path / "text.ckpt").write_text("hello")
+    for source, target, message in (
+        ("empty.pt", "out.safetensors", "no weights"),
+        ("text.ckpt", "out.safetensors", "could not be read"),
+        ("missing.safetensors", "folder", "nothing at"),
+        ("empty.pt", "folder", r"\.safetensors"),
+        (checkpoint, "out.bin", "Can't write"),
+        (".", "out.safetensors", "model_index"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            convert(tmp_path / source, tmp_path / target)
+    assert not (tmp_path / "out.safetensors").exists()
