@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .models import S2DMConfig, read_config, save_checkpoint
+from .models import S2DMConfig, load_checkpoint, read_config, save_checkpoint
 from .models.checkpoint import METADATA_KEY
 from .models.lfdm import PREFIX as LFDM_PREFIX
 from .models.lfdm import from_lfdm, lfdm_config
@@ -36,11 +37,17 @@ class ConversionError(ValueError):
     """An input that can't be converted; the message says what was expected."""
 
 
-def convert(source: str | Path, target: str | Path, half: bool = False) -> None:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    half: bool = False,
+    recommend: Mapping[str, Any] | None = None,
+) -> None:
     """Convert `source` to `target`; their kinds are told by what they are and by the endings.
 
     - a diffusers folder (of `save_pretrained`) to an S2DM checkpoint `.safetensors`
-    - an S2DM checkpoint `.safetensors` to a diffusers folder, or to another `.safetensors`
+    - an S2DM checkpoint `.safetensors` to a diffusers folder, or to another `.safetensors` with
+      the same parts
     - pickled weights (`.ckpt`, `.pt`, `.pth`, `.bin`) to `.safetensors`, key by key
     - LFDM's pickled diffusion model (`flowdiff_*.pth`) to an S2DM checkpoint that holds the flow
       generator alone. It is LFDM's network, with LFDM's inputs and outputs: features of LFDM's own
@@ -51,12 +58,15 @@ def convert(source: str | Path, target: str | Path, half: bool = False) -> None:
     Args:
         source: a file or folder.
         target: written under a temporary name first where it is a file.
-        half: store the weights as float16.
+        half: store the weights as float16; else they stay as they are.
+        recommend: entries of `SamplingConfig` that the target recommends in place of the source's;
+            for a checkpoint or a diffusers folder.
 
     Raises:
         ConversionError: the two can't be converted into each other, or a pickle holds something
             else than weights. Code in a pickle is never run.
         CheckpointError: a checkpoint is broken.
+        ConfigError: a recommendation is unknown or out of its range.
     """
     source, target = Path(source), Path(target)
     if not source.exists():
@@ -68,6 +78,11 @@ def convert(source: str | Path, target: str | Path, half: bool = False) -> None:
                 f"Pickled weights become one file: give a name that ends in .safetensors, not "
                 f"{target.name}."
             )
+        if recommend:
+            raise ConversionError(
+                f"{source.name} holds pickled weights, which recommend no sampling. Convert them "
+                "to .safetensors first, then set steps and guidance of that file."
+            )
         _unpickle(source, target, half)
         return
     if target.suffix and not to_file:
@@ -75,9 +90,17 @@ def convert(source: str | Path, target: str | Path, half: bool = False) -> None:
             f"Can't write {target.suffix}. Give a name that ends in .safetensors, or one without "
             "an ending for a diffusers folder."
         )
+    dtype = torch.float16 if half else None
+    if source.is_file() and to_file:
+        config, states = load_checkpoint(source)
+        save_checkpoint(target, config.recommending(recommend or {}), states, dtype)
+        return
     pipeline = _load(source)
+    if recommend:
+        config = S2DMConfig.from_dict(pipeline.config.s2dm_config).recommending(recommend)
+        pipeline.register_to_config(s2dm_config=config.to_dict())
     if to_file:
-        pipeline.save_single_file(target, torch.float16 if half else None)
+        pipeline.save_single_file(target, dtype)
     else:
         if half:
             pipeline.to(torch.float16)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .options import positive
+
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
@@ -18,11 +20,26 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("input", type=Path, help="file or folder to read")
     parser.add_argument("output", type=Path, help=".safetensors file, or folder, to write")
     parser.add_argument("--half", action="store_true", help="store the weights as float16")
+    sampling = parser.add_argument_group(
+        "recommended sampling",
+        "What the output recommends, where it is to be something else than the input's.",
+    )
+    sampling.add_argument("--steps", type=positive, help="sampling steps")
+    sampling.add_argument("--guidance", type=float, help="guidance scale, 1 = off")
+    sampling.add_argument(
+        "--flow-guidance", type=float, help="guidance scale of the flow; --guidance for the paper's"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     from ..convert import convert
 
-    convert(options.input, options.output, half=options.half)
+    given = {
+        "steps": options.steps,
+        "guidance_scale": options.guidance,
+        "flow_guidance_scale": options.flow_guidance,
+    }
+    recommend = {name: value for name, value in given.items() if value is not None}
+    convert(options.input, options.output, options.half, recommend)
     print(options.output)

@@ -14,6 +14,7 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from s2dm import cli
 from s2dm.cli import generate
 from s2dm.flow import FlowField, load_flow, save_flow
+from s2dm.models import SamplingConfig, read_config
 from s2dm.video import read_clip, write_clip
 
 pytest.importorskip("av")
@@ -113,6 +114,24 @@ def test_same_seed_same_clip_from_file_and_folder(tmp_path, checkpoint):
     for source, name in ((checkpoint, "a"), (tmp_path / "folder", "b")):
         run("generate", PROMPT, *options, "--checkpoint", source, "-o", tmp_path / name)
     assert torch.equal(read_clip(tmp_path / "a")[0], read_clip(tmp_path / "b")[0])
+
+
+def test_a_clip_is_sampled_as_the_checkpoint_recommends(tmp_path, both_stages):
+    told = tmp_path / "told.safetensors"
+    wanted = ["--steps", 1, "--guidance", 2, "--flow-guidance", 1]
+    assert run("convert", both_stages, told, *wanted) == 0
+    assert read_config(told).sampling == SamplingConfig(1, 2, 1)
+    save_flow(tmp_path / "flow.npz", FlowField.zeros(2, 32, 32))
+    for motion in ([], ["--flow", tmp_path / "flow.npz"]):
+        clips = []
+        for source, options in ((told, []), (both_stages, wanted), (told, ["--guidance", 5])):
+            out = tmp_path / f"{len(motion)}{len(clips)}"
+            common = ["--flow-steps", 1, "--frames", 2] if not motion else motion
+            assert run("generate", PROMPT, "--checkpoint", source, *common, *options,
+                       "-o", out) == 0  # fmt: skip
+            clips.append(read_clip(out)[0])
+        assert torch.equal(clips[0], clips[1])
+        assert not torch.equal(clips[0], clips[2])  # the control: guidance shows
 
 
 def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, both_stages, capsys):

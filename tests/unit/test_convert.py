@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_checkpoint import tiny_config, write_random_checkpoint
+from random_checkpoint import random_states, tiny_config, write_random_checkpoint
 from safetensors.torch import load_file
 
 from s2dm import cli
 from s2dm.convert import ConversionError, convert
-from s2dm.models import FlowGeneratorConfig, load_checkpoint, read_config
+from s2dm.models import (
+    ConfigError,
+    FlowGeneratorConfig,
+    SamplingConfig,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+)
 from s2dm.models.lfdm import lfdm_keys
 
 
@@ -38,6 +45,42 @@ def test_convert_between_file_and_folder(tmp_path, stages, request):
     assert read_config(tmp_path / "again.safetensors") == read_config(checkpoint)
     convert(checkpoint, tmp_path / "half.safetensors", half=True)
     assert all(w.dtype == torch.float16 for w in load_file(tmp_path / "half.safetensors").values())
+
+
+def test_a_recommendation_is_changed_entry_by_entry_and_kept(tmp_path, checkpoint):
+    told = tmp_path / "told.safetensors"
+    convert(checkpoint, told, recommend={"guidance_scale": 1.75, "flow_guidance_scale": 1.0})
+    assert read_config(told).sampling == SamplingConfig(20, 1.75, 1.0)
+    first, again = load_file(checkpoint), load_file(told)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    convert(told, told, recommend={"steps": 7})  # in its own place
+    convert(told, tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "again.safetensors", half=True)
+    assert read_config(tmp_path / "again.safetensors").sampling == SamplingConfig(7, 1.75, 1.0)
+    convert(tmp_path / "folder", tmp_path / "other.safetensors", recommend={"guidance_scale": 3.0})
+    assert read_config(tmp_path / "other.safetensors").sampling == SamplingConfig(7, 3.0, 1.0)
+    for recommend, message in (({"cfg": 2}, "cfg"), ({"steps": 0}, "steps: expected a whole")):
+        with pytest.raises(ConfigError, match=message):
+            convert(told, tmp_path / "wrong.safetensors", recommend=recommend)
+    torch.save(load_file(told), tmp_path / "plain.pt")
+    with pytest.raises(ConversionError, match="recommend no sampling"):
+        convert(tmp_path / "plain.pt", tmp_path / "wrong.safetensors", recommend={"steps": 7})
+    assert not (tmp_path / "wrong.safetensors").exists()
+
+
+def test_a_file_keeps_its_parts_and_their_precision(tmp_path):
+    """A flow adapter alone, which no pipeline could be built of."""
+    config = tiny_config().adapter_only()
+    adapter, target = tmp_path / "adapter.safetensors", tmp_path / "told.safetensors"
+    states = {"flow_adapter": random_states(config)["flow_adapter"]}
+    save_checkpoint(adapter, config, states, torch.float16)
+    convert(adapter, target, recommend={"guidance_scale": 4.0})
+    again, loaded = load_checkpoint(target)
+    assert again == config.recommending({"guidance_scale": 4.0})
+    assert list(loaded) == ["flow_adapter"]
+    for name, weight in loaded["flow_adapter"].items():
+        assert torch.equal(weight, states["flow_adapter"][name].half())
 
 
 def test_convert_reads_pickled_weights(tmp_path, checkpoint):
