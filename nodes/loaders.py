@@ -53,7 +53,8 @@ class CheckpointLoader(io.ComfyNode):
             category="s2dm/loaders",
             description=(
                 "Loads an S2DM checkpoint. The MODEL follows flow already; MODEL, CLIP and VAE "
-                "work with every other node."
+                "work with every other node. The bundled checkpoint wants cfg 1.75 in the "
+                "sampler, and guide_flow off in Encode Flow."
             ),
             search_aliases=["s2dm", "load model", "flow to video", "sector-shaped diffusion"],
             inputs=[

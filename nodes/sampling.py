@@ -82,7 +82,10 @@ class SharedNoiseKSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Guidance scale (7.5 in the paper): how closely to keep to the labels.",
+                    tooltip=(
+                        "Guidance scale: how closely to keep to the labels. 7.5 in the paper, "
+                        "1.75 for the bundled checkpoint."
+                    ),
                 ),
                 io.Combo.Input(
                     "sampler_name",
