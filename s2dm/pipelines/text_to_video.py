@@ -278,7 +278,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
                 reference,
                 steps,
                 guidance_scale,
-                torch.Generator().manual_seed(_seed_of_flow(seed)),
+                torch.Generator().manual_seed(seed_of_flow(seed)),
                 motion,
                 on_flow_step,
             )
@@ -351,7 +351,7 @@ def _motion(strength: float | None, config: FlowGeneratorConfig) -> Tensor | Non
     return torch.tensor([strength * config.motion])
 
 
-def _seed_of_flow(seed: int) -> int:
+def seed_of_flow(seed: int) -> int:
     """Stage 1's own seed. With that of ν, its noise would begin with the numbers of ν."""
     return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
 
