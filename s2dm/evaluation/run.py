@@ -117,6 +117,13 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     return run.results() if state.is_main_process else None
 
 
+def shuffled(count: int) -> list[int]:
+    """Numbers of the clips of a data set in the order in which they are evaluated."""
+    order = list(range(count))
+    random.Random(0).shuffle(order)
+    return order
+
+
 @dataclass(frozen=True)
 class _Task:
     """One clip of one row: a clip of the data set, and the seed."""
@@ -143,9 +150,7 @@ class _Run:
                 f"Expected from 1 to {len(self.data)} clips, which the data set has, or 0 for all, "
                 f"got {config.clips}. More takes or seeds make more clips."
             )
-        order = list(range(len(self.data)))
-        random.Random(0).shuffle(order)
-        self.chosen = order[: config.clips or len(order)]
+        self.chosen = shuffled(len(self.data))[: config.clips or None]
         if config.i3d is not None and len(self.chosen) < 2:
             raise ValueError("FVD and KVD need at least 2 clips, got 1.")
         if stages.flow_generator is None and any(v.mode == "two-stage" for v in config.variants):
