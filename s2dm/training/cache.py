@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..flow import estimate_flow
-from .config import DataConfig, config_to_dict
+from .config import DataConfig, TrainingConfig, config_to_dict
 from .datasets import ClipDataset, build_dataset, pixels
 
 logger = logging.getLogger(__name__)
@@ -108,6 +108,12 @@ def build_clip_cache(
     temporary.write_text(json.dumps([captions[i] for i in range(count)]), encoding="utf-8")
     temporary.replace(folder / "captions.json")
     return ClipCache(folder)
+
+
+def training_clips(config: TrainingConfig, split: str | None = None) -> ClipCache:
+    """The clips of a run, cached where its settings say; by default those it trains on."""
+    root = config.cache or Path(config.output) / "cache"
+    return build_clip_cache(root, config.data, split, workers=config.workers)
 
 
 def build_latent_cache(

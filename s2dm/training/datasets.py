@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .config import DataConfig, TrainingConfigError
@@ -35,6 +36,13 @@ def build_dataset(config: DataConfig, split: str | None = None) -> ClipDataset:
         known = ", ".join(sorted(_FACTORIES))
         raise TrainingConfigError(f"unknown data set {config.name!r}; known data sets: {known}.")
     return _FACTORIES[config.name](config, split or config.split)
+
+
+def held_out_clips(config: DataConfig, count: int) -> list[Any]:
+    """``count`` clips spread over the validation split, or all of it if it has no more."""
+    data = build_dataset(config, config.validation_split)
+    chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
+    return [data[index] for index in chosen.tolist()]
 
 
 def pixels(frames: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .config import TrainingConfig, config_to_dict
 from .cpu import plain_attention, speed_up
-from .sheets import save_curves
+from .curves import save_curves
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Task(Protocol):
         """Write a sample sheet to ``path`` (PNG) and return figures to log."""
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """Write the trained weights to ``path`` (without a suffix) in their final format."""
+        """Write the trained weights to ``path`` (``.safetensors``) in their final format."""
 
 
 class EMA:
@@ -131,15 +131,21 @@ def step_generator(seed: int, *where: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
 
+def sheet_generator(number: int) -> torch.Generator:
+    """The generator of the noise of a sheet's picture ``number``, the same at every sheet."""
+    return torch.Generator().manual_seed(1000 + number)
+
+
 class RunFolder:
     """The files of one run: ``config.json``, ``log.jsonl``, ``curves.png``, ``state/``,
-    ``samples/`` and exports. Everything is written under a temporary name and renamed."""
+    ``samples/`` and ``export.safetensors``. All are written under a temporary name and renamed."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.samples = self.path / "samples"
         self.state = self.path / "state"
         self.log = self.path / "log.jsonl"
+        self.export = self.path / "export.safetensors"
         self.samples.mkdir(parents=True, exist_ok=True)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -309,7 +315,7 @@ class TrainingLoop:
             figures = self.task.sample(
                 model, self.folder.samples / f"step_{self.progress.step:07d}.png"
             )
-            self.task.export(model, self.folder.path / "export")
+            self.task.export(model, self.folder.export)
         minutes = round(self.progress.seconds / 60, 3)
         self.folder.append({"step": self.progress.step, "minutes": minutes, **figures})
         save_curves(self.folder.path / "curves.png", self.folder.records())
@@ -343,12 +349,12 @@ class TrainingLoop:
         logger.info("resumed %s at step %d", self.folder.path, self.progress.step)
 
     def export(self) -> None:
-        """Write the averaged weights to ``export`` in the run folder, in their final format."""
+        """Write the averaged weights into the run folder, in their final format."""
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             model.eval()
             with self._averaged():
-                self.task.export(model, self.folder.path / "export")
+                self.task.export(model, self.folder.export)
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..models import presets
-from ..models.build import text_encoder_state, unet_state, vae_state
+from ..models.build import build_vae, text_encoder_state, unet_state, vae_state
 from ..models.checkpoint import load_checkpoint, save_checkpoint
-from ..models.config import S2DMConfig
+from ..models.config import S2DMConfig, VAEConfig
 from ..models.keys import to_ldm, vae_keys
 from .config import TrainingConfigError
+from .cpu import speed_up
 
 
 def preset(name: str) -> S2DMConfig:
@@ -44,6 +45,14 @@ def load_text_encoder(path: str | Path) -> tuple[S2DMConfig, dict[str, Tensor]]:
     """Config (with the tokenizer) and float32 weights of the text encoder in a checkpoint."""
     config, states = load_checkpoint(path, ["text_encoder"])
     return config, _float(states["text_encoder"])
+
+
+def frozen_vae(config: VAEConfig, state: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    """The VAE that makes the latents of a run and doesn't learn in it."""
+    vae = build_vae(config, state).requires_grad_(False).eval().to(device)
+    if device.type == "cpu":
+        speed_up(vae)
+    return vae
 
 
 def tokenize(tokenizer: Any, captions: list[str], config: S2DMConfig) -> Tensor:

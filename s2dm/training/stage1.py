@@ -20,24 +20,17 @@ from torch import Tensor, nn
 from ..flow import flow_to_image
 from ..flow.geometry import resample
 from ..models import FlowGenerator, decode_flow, encode_flow, mean_motion
-from ..models.build import (
-    build_flow_generator,
-    build_text_encoder,
-    build_tokenizer,
-    build_vae,
-)
+from ..models.build import build_flow_generator, build_text_encoder, build_tokenizer
 from ..models.config import S2DMConfig
 from ..pipelines.flow_generation import embed_prompts, flow_scheduler, generate_flow
-from ..sector import add_noise, alphas_cumprod, training_target
-from .cache import ClipCache, build_clip_cache, clip_latents
+from ..sector import add_noise, training_target
+from ..video import write_contact_sheet
+from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig, TrainingConfigError
-from .cpu import speed_up
-from .datasets import build_dataset, pixels
-from .loop import Progress, TrainingLoop, make_accelerator
-from .models import load_model, preset, save_model
-from .sheets import save_sheet
-from .stage2 import step_generator_for
-from .vae import cache_root
+from .datasets import held_out_clips, pixels
+from .loop import Progress, TrainingLoop, make_accelerator, sheet_generator
+from .models import frozen_vae, load_model, preset, save_model
+from .schedule import alpha_bars, draw_timesteps
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +83,7 @@ class Stage1Model(nn.Module):
         self.text_encoder = text_encoder.requires_grad_(False).eval()
         schedule = flow_generator.config.schedule
         self.prediction_type = schedule.prediction_type
-        alpha_bars = alphas_cumprod(
-            schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
-        )
-        self.register_buffer("alpha_bars", alpha_bars, persistent=False)
+        self.register_buffer("alpha_bars", alpha_bars(schedule), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch of :meth:`Stage1Task.batch`; each frame has noise of its own."""
@@ -145,17 +135,14 @@ class Stage1Task:
         config, network = self.config, self.model.flow_generator.config
         count = config.clips
         chosen = torch.randint(len(self.flows), (count,), generator=generator)
-        # One t a clip, drawn in strata over the batch: the same distribution, less variance.
-        strata = torch.randperm(count, generator=generator)
-        where = (strata + torch.rand(count, generator=generator)) / count
-        steps = network.schedule.steps
+        timesteps = draw_timesteps(count, network.schedule, generator)
         conditions = torch.from_numpy(self.flows[chosen.numpy()].astype(np.float32))
         flow = encode_flow(conditions, network)
         draw = torch.rand((3, count), generator=generator)
         values = {
             "flow": flow,
             "noise": torch.randn(flow.shape, generator=generator),
-            "timesteps": (where * steps).long().clamp(max=steps - 1),
+            "timesteps": timesteps,
             "reference": torch.from_numpy(self.references[chosen.numpy()].astype(np.float32)),
             "text": self.texts[chosen],
             "motion": mean_motion(conditions) if network.motion_strength else None,
@@ -184,7 +171,7 @@ class Stage1Task:
             references,
             config.sample_steps,
             config.guidance_scale,
-            step_generator_for(0),
+            sheet_generator(0),
         ).cpu()
         rows, motion = [], []
         for clip, generated in zip(self.validation, samples, strict=True):
@@ -203,24 +190,22 @@ class Stage1Task:
                 )
             )
             motion.append((flow.magnitude().mean(), true.magnitude().mean()))
-        save_sheet(path, rows)
+        write_contact_sheet(path, rows)
         generated, true = torch.tensor(motion).sum(0)
         return {"motion_ratio": float(generated / true)}
 
     def export(self, model: Stage1Model, path: Path) -> None:
         """Write the whole checkpoint: the flow generator, and the other parts as they were."""
         parts = {"flow_generator": model.flow_generator}
-        save_model(path.with_suffix(".safetensors"), self.model_config, parts, self.others)
+        save_model(path, self.model_config, parts, self.others)
 
 
 def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Stage1Task:
     """Prepare data, latents and model for ``config``."""
-    clips = build_clip_cache(cache_root(config), config.data, workers=config.workers)
+    clips = training_clips(config)
     model_config, states = load_model(config.checkpoint)
     _check(config, model_config)
-    vae = build_vae(model_config.vae, states["vae"]).requires_grad_(False).eval().to(device)
-    if device.type == "cpu":
-        speed_up(vae)
+    vae = frozen_vae(model_config.vae, states["vae"], device)
     half = config.mixed_precision == "bf16"
     latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
     model_config = _with_flow_generator(config, model_config, clips)
@@ -316,11 +301,8 @@ def _texts(encoder: nn.Module, tokenizer: Any, captions: list[str]) -> Tensor:
 def _validation(
     config: Stage1TrainingConfig, vae: nn.Module, scale: float, device: torch.device
 ) -> list[dict[str, Any]]:
-    data = build_dataset(config.data, config.data.validation_split)
-    count = min(config.validation_clips, len(data))
     clips = []
-    for index in torch.linspace(0, len(data) - 1, count).long().tolist():
-        clip = data[index]
+    for clip in held_out_clips(config.data, config.validation_clips):
         frame = pixels(clip.frames)[0]
         latents = vae.encode(frame[None].to(device) * 2 - 1).latent_dist.mode() * scale
         clips.append(

@@ -23,17 +23,19 @@ from ..models.build import (
     build_text_encoder,
     build_tokenizer,
     build_unet,
-    build_vae,
 )
 from ..models.config import FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
-from ..sector import NOISE_SHARING, alphas_cumprod, draw_noise, guide, sample, sector_loss
-from .cache import CONDITION_SIZE, ClipCache, build_clip_cache, clip_latents
+from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
+from ..pipelines.flow_to_video import ddim_scheduler
+from ..sector import NOISE_SHARING, draw_noise, sector_loss
+from ..video import write_contact_sheet
+from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig, TrainingConfigError
-from .cpu import speed_up
-from .datasets import build_dataset, pixels
-from .loop import Progress, TrainingLoop, make_accelerator
+from .datasets import held_out_clips, pixels
+from .loop import Progress, TrainingLoop, make_accelerator, sheet_generator
 from .models import (
+    frozen_vae,
     load_model,
     load_text_encoder,
     load_vae,
@@ -41,8 +43,7 @@ from .models import (
     save_model,
     tokenize,
 )
-from .sheets import save_sheet
-from .vae import cache_root
+from .schedule import alpha_bars, draw_timesteps
 
 logger = logging.getLogger(__name__)
 
@@ -118,12 +119,8 @@ class Stage2Model(nn.Module):
         self.unet = unet
         self.flow_adapter = flow_adapter
         self.text_encoder = text_encoder
-        schedule = config.schedule
-        self.prediction_type = schedule.prediction_type
-        alpha_bars = alphas_cumprod(
-            schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
-        )
-        self.register_buffer("alpha_bars", alpha_bars, persistent=False)
+        self.prediction_type = config.schedule.prediction_type
+        self.register_buffer("alpha_bars", alpha_bars(config.schedule), persistent=False)
         attach_adapter(unet, flow_adapter)
 
     def flow_tokens(self, conditions: Tensor, null: Tensor) -> Tensor:
@@ -132,27 +129,19 @@ class Stage2Model(nn.Module):
         nothing = self.flow_adapter.null_tokens(len(tokens)).to(tokens.dtype)
         return torch.where(null[:, None, None], nothing, tokens)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, text: Tensor, flow: Tensor) -> Tensor:
-        """The U-Net with text states (M,L,c) and flow tokens (M,77,d) bound to M latents."""
-        return self.unet(
-            latents, timesteps, text, cross_attention_kwargs={"flow_tokens": flow}
-        ).sample
-
-    def encode_text(self, token_ids: Tensor) -> Tensor:
-        """Token ids (B,77) to the states (B,77,c) that cross-attention reads."""
-        return self.text_encoder(token_ids).last_hidden_state
-
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch of :meth:`Stage2Task.batch`; a clip's frames share text, t and null labels."""
         latents, conditions = batch["latents"], batch["conditions"]
         frames = latents.shape[1]
-        text = self.encode_text(batch["token_ids"]).repeat_interleave(frames, 0)
+        text = self.text_encoder(batch["token_ids"]).last_hidden_state.repeat_interleave(frames, 0)
         null = batch["flow_null"].repeat_interleave(frames)
         flow = self.flow_tokens(conditions.flatten(0, 1), null)
 
         def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-            return self.predict(x_t, timesteps, text, flow)
+            return self.unet(
+                x_t, timesteps, text, cross_attention_kwargs={"flow_tokens": flow}
+            ).sample
 
         loss = sector_loss(
             predict,
@@ -186,8 +175,17 @@ class Stage2Task:
         self.vae = vae
         self.clips = clips
         self.latents = latents
-        self.tokenizer = tokenizer
         self.token_ids = tokenize(tokenizer, [*clips.captions, ""], model_config)
+        # It shares the model's modules, so a sheet is made with what they hold at that time.
+        self.pipeline = FlowToVideoPipeline(
+            vae=vae,
+            text_encoder=model.text_encoder,
+            tokenizer=tokenizer,
+            unet=model.unet,
+            scheduler=ddim_scheduler(model_config.schedule),
+            flow_adapter=FlowAdapterModel.wrap(model.flow_adapter),
+        )
+        self.pipeline.set_progress_bar_config(disable=True)
         self.validation = self._validation()
 
     def compile(self) -> None:
@@ -196,7 +194,6 @@ class Stage2Task:
 
     def batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
         config = self.config
-        steps = self.model_config.schedule.steps
         chosen = torch.randint(len(self.clips), (config.clips,), generator=generator)
         # Drawn independently, both would be null in one clip of a hundred, too few to learn it.
         draw = torch.rand(config.clips, generator=generator)
@@ -204,13 +201,11 @@ class Stage2Task:
         one_null = config.both_null + config.text_null
         text_null = draw < one_null
         flow_null = both_null | ((draw >= one_null) & (draw < one_null + config.flow_null))
-        # One t a clip, drawn in strata over the batch: the same distribution, less variance.
-        strata = torch.randperm(config.clips, generator=generator)
-        where = (strata + torch.rand(config.clips, generator=generator)) / config.clips
-        timesteps = (where * steps).long().clamp(max=steps - 1)
+        timesteps = draw_timesteps(config.clips, self.model_config.schedule, generator)
+        # All before any noise: runs that differ in their noise sharing see the same frames.
+        frames_of = [self._frames(generator) for _ in chosen]
         latents, conditions, noise = [], [], []
-        for clip in chosen.tolist():
-            frames = self._frames(generator)
+        for clip, frames in zip(chosen.tolist(), frames_of, strict=True):
             latents.append(torch.from_numpy(self.latents[clip, frames].astype(np.float32)))
             conditions.append(
                 torch.from_numpy(self.clips.conditions[clip, frames].astype(np.float32))
@@ -245,12 +240,8 @@ class Stage2Task:
         return others[:size]
 
     def _validation(self) -> list[Any]:
-        data = build_dataset(self.config.data, self.config.data.validation_split)
-        count = min(self.config.validation_clips, len(data))
-        chosen = torch.linspace(0, len(data) - 1, count).long().tolist()
         clips = []
-        for index in chosen:
-            clip = data[index]
+        for clip in held_out_clips(self.config.data, self.config.validation_clips):
             every = torch.linspace(0, len(clip.frames) - 1, self.config.sample_frames)
             keep = every.round().long().unique()
             clips.append(
@@ -272,22 +263,18 @@ class Stage2Task:
         rows, errors = [], []
         for number, clip in enumerate(self.validation):
             flow: FlowField = clip["flow"]
-            generated = generate(
-                model,
-                self.vae,
-                self.tokenizer,
-                self.model_config,
+            generated = self.pipeline(
                 clip["caption"],
                 flow,
-                step_generator_for(number),
-                self.config.sample_steps,
-                self.config.guidance_scale,
-                self.config.noise_sharing,
-                self.config.noise_share,
-            )
+                num_inference_steps=self.config.sample_steps,
+                guidance_scale=self.config.guidance_scale,
+                generator=sheet_generator(number),
+                noise_sharing=self.config.noise_sharing,
+                noise_share=self.config.noise_share,
+            ).frames
             rows += [clip["frames"], flow_to_image(flow), generated]
             errors.append((generated - clip["frames"]).abs().mean())
-        save_sheet(path, rows)
+        write_contact_sheet(path, rows)
         return {"sample_error": float(torch.stack(errors).mean())}
 
     def export(self, model: Stage2Model, path: Path) -> None:
@@ -298,75 +285,18 @@ class Stage2Task:
             "vae": self.vae,
             "flow_adapter": model.flow_adapter,
         }
-        save_model(path.with_suffix(".safetensors"), self.model_config, parts, self.others)
-
-
-def step_generator_for(number: int) -> torch.Generator:
-    """The generator of the noise of sample ``number``, the same at every sheet."""
-    return torch.Generator().manual_seed(1000 + number)
-
-
-@torch.no_grad()
-def generate(
-    model: Stage2Model,
-    vae: nn.Module,
-    tokenizer: Any,
-    config: S2DMConfig,
-    caption: str,
-    flow: FlowField,
-    generator: torch.Generator,
-    steps: int = 20,
-    guidance_scale: float = 7.5,
-    sharing: str = "shared",
-    share: float = 0.5,
-) -> Tensor:
-    """Frames (N,3,H,W) in [0,1] for a caption and a flow, by DDIM as both engines run it."""
-    from diffusers import DDIMScheduler
-
-    schedule = config.schedule
-    scheduler = DDIMScheduler(
-        schedule.steps,
-        schedule.beta_start,
-        schedule.beta_end,
-        schedule.beta_schedule,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=1,
-        prediction_type=schedule.prediction_type,
-        timestep_spacing="leading",
-    )
-    device = next(model.parameters()).device
-    frames = len(flow)
-    text = model.encode_text(tokenize(tokenizer, ["", caption], config).to(device))
-    text = text.repeat_interleave(frames, 0)
-    conditions = flow.condition(*CONDITION_SIZE).to(device).repeat(2, 1, 1, 1)
-    null = torch.arange(2 * frames, device=device) < frames
-    tokens = model.flow_tokens(conditions, null)
-
-    def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
-        times = timestep.expand(2 * frames)
-        both = model.predict(latents.repeat(2, 1, 1, 1), times, text, tokens)
-        return guide(*both.float().chunk(2), guidance_scale)
-
-    factor = config.vae.factor
-    shape = (config.unet.in_channels, flow.height // factor, flow.width // factor)
-    noise = draw_noise(frames, shape, generator, sharing, share).to(device)
-    latents = sample(denoise, scheduler, noise, steps, generator, sharing, share)
-    pictures = vae.decode(latents / config.vae.scaling_factor).sample
-    return ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
+        save_model(path, self.model_config, parts, self.others)
 
 
 def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Stage2Task:
     """Prepare data, latents and model for ``config``."""
-    clips = build_clip_cache(cache_root(config), config.data, workers=config.workers)
+    clips = training_clips(config)
     model_config, states = _start(config, clips.captions)
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
     unet = build_unet(model_config.unet, states.get("unet"))
     adapter = build_flow_adapter(model_config.flow_adapter, states.get("flow_adapter"))
     text_encoder = build_text_encoder(model_config.text_encoder, states.get("text_encoder"))
-    vae = build_vae(model_config.vae, states["vae"]).requires_grad_(False).eval().to(device)
-    if device.type == "cpu":
-        speed_up(vae)
+    vae = frozen_vae(model_config.vae, states["vae"], device)
     if "flow_adapter" not in states and config.adapter_gain > 0:
         for layer in adapter.layers.values():
             for projection in layer.values():

@@ -18,15 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.build import build_text_encoder, build_tokenizer, text_encoder_state
-from ..models.checkpoint import save_checkpoint
+from ..models.build import build_text_encoder, build_tokenizer
 from ..models.config import S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
-from .cache import build_clip_cache
+from .cache import training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .loop import Progress, TrainingLoop, make_accelerator
-from .models import load_model, preset, tokenize
-from .vae import cache_root
+from .models import load_model, preset, save_model, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -164,9 +162,7 @@ class TextTask:
 
     def export(self, model: TextModel, path: Path) -> None:
         """Write text encoder and tokenizer, in the checkpoint that the run started from if any."""
-        encoder = text_encoder_state(model.encoder, self.model_config.text_encoder)
-        states = {**self.states, "text_encoder": encoder}
-        save_checkpoint(path.with_suffix(".safetensors"), self.model_config, states, torch.float16)
+        save_model(path, self.model_config, {"text_encoder": model.encoder}, self.states)
 
 
 def build_text_task(config: TextTrainingConfig) -> TextTask:
@@ -196,8 +192,7 @@ def build_text_task(config: TextTrainingConfig) -> TextTask:
 
 def _captions(config: TextTrainingConfig, split: str) -> list[str]:
     """The captions of a split, each once. The clips are cached with them: both stages use these."""
-    clips = build_clip_cache(cache_root(config), config.data, split, workers=config.workers)
-    return sorted(set(clips.captions))
+    return sorted(set(training_clips(config, split).captions))
 
 
 def train_text(config: TextTrainingConfig) -> Progress:

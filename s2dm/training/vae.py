@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from ..models.build import build_vae
 from ..models.config import VAEConfig
-from .cache import ClipCache, build_clip_cache
-from .config import TrainingConfig, TrainingConfigError
+from ..video import write_contact_sheet
+from .cache import ClipCache, training_clips
+from .config import DataConfig, TrainingConfig, TrainingConfigError
+from .datasets import held_out_clips, pixels
 from .loop import Progress, TrainingLoop, make_accelerator
 from .models import load_vae, preset, save_vae
-from .sheets import save_sheet
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ class VAETask:
         for start in range(0, min(len(outputs), 3 * half), half):
             part = slice(start, start + half)
             rows += [self.validation[part], outputs[part]]
-        save_sheet(path, rows)
+        write_contact_sheet(path, rows)
         return {
             "psnr": float(-10 * error.clamp_min(1e-10).log10().mean()),
             "psnr_worst": float(-10 * error.clamp_min(1e-10).log10().amax()),
@@ -220,7 +221,7 @@ class VAETask:
             mean, std = self.latent_statistics(model.vae)
             normalise_latents(state, mean, std)
             config = dataclasses.replace(config, scaling_factor=1.0)
-        save_vae(path.with_suffix(".safetensors"), config, state)
+        save_vae(path, config, state)
 
     def latent_statistics(self, vae: nn.Module, clips: int = 64) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each latent channel over the training data, (4,) each."""
@@ -271,8 +272,8 @@ def reconstruct(vae: nn.Module, pictures: Tensor) -> Tensor:
 
 def build_vae_task(config: VAETrainingConfig) -> VAETask:
     """Prepare data and model for ``config``."""
-    data = build_clip_cache(cache_root(config), config.data, workers=config.workers)
-    held_out = held_out_frames(config, config.validation_clips)
+    data = training_clips(config)
+    held_out = held_out_frames(config.data, config.validation_clips)
     if config.freeze_encoder and not config.checkpoint:
         raise TrainingConfigError("freeze_encoder needs a checkpoint whose encoder stays as it is.")
     if config.checkpoint:
@@ -300,20 +301,12 @@ def _quiet_posterior(vae: nn.Module, channels: int) -> None:
     vae.quant_conv.bias[channels:] -= _QUIET
 
 
-def cache_root(config: TrainingConfig) -> Path:
-    return Path(config.cache) if config.cache else Path(config.output) / "cache"
-
-
-def held_out_frames(config: TrainingConfig, clips: int) -> Tensor:
-    """First and middle frame of ``clips`` clips spread over the validation split, (2n,3,H,W)."""
-    from .datasets import build_dataset, pixels
-
-    data = build_dataset(config.data, config.data.validation_split)
-    chosen = torch.linspace(0, len(data) - 1, min(clips, len(data))).long().tolist()
+def held_out_frames(config: DataConfig, clips: int) -> Tensor:
+    """First and middle frame of ``clips`` held-out clips, (2n,3,H,W)."""
     frames = []
-    for index in chosen:
-        clip = pixels(data[index].frames)
-        frames += [clip[0], clip[len(clip) // 2]]
+    for clip in held_out_clips(config, clips):
+        picture = pixels(clip.frames)
+        frames += [picture[0], picture[len(picture) // 2]]
     return torch.stack(frames)
 
 

@@ -12,14 +12,34 @@ pytest.importorskip("diffusers")
 from tiny_training import Squares, data_config
 
 from s2dm.flow import estimate_flow
-from s2dm.training.cache import CONDITION_SIZE, ClipCache, build_clip_cache
-from s2dm.training.config import DataConfig, TrainingConfigError
-from s2dm.training.datasets import build_dataset, pixels
+from s2dm.training.cache import CONDITION_SIZE, ClipCache, build_clip_cache, training_clips
+from s2dm.training.config import DataConfig, TrainingConfig, TrainingConfigError
+from s2dm.training.datasets import build_dataset, held_out_clips, pixels
 
 
 def test_unknown_data_set_lists_the_known():
     with pytest.raises(TrainingConfigError, match=r"unknown data set 'films'.*puppets"):
         build_dataset(DataConfig(name="films"))
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [0]), (3, [0, 2, 5]), (9, [*range(6)])])
+def test_held_out_clips_are_spread_over_the_validation_split(count, expected):
+    data = data_config()
+    split = Squares(data, "test")
+    clips = held_out_clips(data, count)
+    assert [clip.caption for clip in clips] == [f"square number {index}" for index in expected]
+    for clip, index in zip(clips, expected, strict=True):
+        assert torch.equal(clip.frames, split[index].frames)
+
+
+def test_a_run_has_a_cache_of_its_own_unless_it_shares_one(tmp_path):
+    run = {"data": data_config(), "output": str(tmp_path / "run"), "workers": 0}
+    own = training_clips(TrainingConfig(**run))
+    assert own.folder.parent == tmp_path / "run" / "cache"
+    shared = training_clips(TrainingConfig(**run, cache=str(tmp_path / "shared")), "test")
+    assert shared.folder.parent == tmp_path / "shared"
+    assert shared.folder.name.startswith("squares-test-")
+    assert own.folder.name.startswith("squares-train-")
 
 
 def test_cache_holds_what_the_data_set_gives(tmp_path):

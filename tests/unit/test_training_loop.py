@@ -21,7 +21,6 @@ from tiny_training import stage2_config
 from s2dm.models import load_checkpoint
 from s2dm.training.config import TrainingConfig
 from s2dm.training.loop import EMA, Progress, RunFolder, TrainingLoop, learning_rate, step_generator
-from s2dm.training.sheets import save_sheet
 from s2dm.training.stage2 import Stage2Task, build_stage2_task, train_stage2
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
@@ -79,16 +78,6 @@ def test_log_forgets_what_is_made_again(tmp_path):
         folder.append({"step": step, "loss": 1.0 / step})
     folder.forget_after(2)
     assert [r["step"] for r in folder.records()] == [1, 2]
-
-
-def test_sheet_has_rows_and_columns(tmp_path):
-    from PIL import Image
-
-    save_sheet(tmp_path / "sheet.png", [torch.zeros(3, 3, 8, 8), torch.ones(2, 3, 8, 8)], gap=2)
-    with Image.open(tmp_path / "sheet.png") as image:
-        assert image.size == (28, 18)
-        assert image.getpixel((0, 0)) == (0, 0, 0)
-    assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
 
 
 def _stop_after(monkeypatch, steps: int, stop) -> None:

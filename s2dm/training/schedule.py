@@ -1,0 +1,26 @@
+"""The noise schedule, as both denoisers are trained on it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..models.config import ScheduleConfig
+from ..sector import alphas_cumprod
+
+
+def alpha_bars(schedule: ScheduleConfig) -> Tensor:
+    """ᾱ_t of every timestep, (steps,) float32."""
+    return alphas_cumprod(
+        schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
+    )
+
+
+def draw_timesteps(count: int, schedule: ScheduleConfig, generator: torch.Generator) -> Tensor:
+    """One t for each of ``count`` clips, (count,) int64.
+
+    Drawn in strata over the batch: the same distribution as one by one, and less variance.
+    """
+    strata = torch.randperm(count, generator=generator)
+    where = (strata + torch.rand(count, generator=generator)) / count
+    return (where * schedule.steps).long().clamp(max=schedule.steps - 1)
