@@ -55,13 +55,15 @@ class Made:
     """A clip to measure.
 
     frames: (N,3,H,W) in [0,1].
-    flow: what it was to follow, at the size of the frames.
-    still: (1,1,H,W) bool, where nothing should change.
+    flow: what it was to follow, at the size of the frames; None for a clip that was given no flow,
+        which then is not measured by any.
+    still: (1,1,H,W) bool, where nothing should change; None for where the clip's own estimated
+        flow finds that nothing moves.
     """
 
     frames: Tensor
-    flow: FlowField
-    still: Tensor
+    flow: FlowField | None
+    still: Tensor | None
 
 
 class Generator:
@@ -97,13 +99,15 @@ class Generator:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 
-    def follow(self, prompt: str, flow: FlowField, variant: Variant, seed: int) -> Tensor:
-        """Stage 2: frames (N,3,H,W) of a prompt and a flow."""
+    def follow(
+        self, prompt: str, flow: FlowField, variant: Variant, seed: int, output_type: str = "pt"
+    ) -> Tensor:
+        """Stage 2: frames (N,3,H,W) of a prompt and a flow, or their latents for "latent"."""
         from ..pipelines import FlowToVideoPipeline
 
         # Of a pipeline of both stages, too, the second alone.
         result = FlowToVideoPipeline.__call__(
-            self.pipeline, prompt, flow, **self._arguments(variant, seed)
+            self.pipeline, prompt, flow, output_type=output_type, **self._arguments(variant, seed)
         )
         return result.frames
 
@@ -155,12 +159,19 @@ Make = Callable[["Generator", Any, "Variant", int], Made]
 class Mode:
     """`make` turns a clip of the data set and a seed into what is measured.
 
-    sampled: it depends on noise, so that noise sharing and seeds mean something.
+    sampled: it depends on noise, so that seeds mean something.
+    shares: each of its frames has noise, so that noise sharing means something, too.
+    stage_1: it needs a checkpoint with the flow generator.
+    recipe: what else decides about its clips than checkpoint and sampling, such as weights of its
+        own with their hash. Clips of another recipe are others; the protocol names it.
     """
 
     title: str
     make: Make
     sampled: bool = True
+    shares: bool = True
+    stage_1: bool = False
+    recipe: str = ""
 
 
 def _beside(clip: Any, frames: Tensor) -> Made:
@@ -197,7 +208,7 @@ def _true(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
 
 MODES = {
     "given-flow": Mode("generated, given flow", _given_flow),
-    "two-stage": Mode("generated, prompt alone", _two_stage),
+    "two-stage": Mode("generated, prompt alone", _two_stage, stage_1=True),
     "zero-flow": Mode("generated, zero flow", _zero_flow),
     "autoencoder": Mode("true clip through the autoencoder", _autoencoder, sampled=False),
     "true": Mode("true clip", _true, sampled=False),
@@ -220,7 +231,7 @@ class Variant:
         if self.mode not in MODES:
             raise ValueError(f"Expected one of {', '.join(MODES)}, got {self.mode!r}.")
         check_sharing(self.sharing, self.share)
-        if self.sharing != "shared" and not self.sampled:
+        if self.sharing != "shared" and not self._has_sharing:
             raise ValueError(f"{self.mode} has no noise to share: leave out {self.sharing!r}.")
 
     @classmethod
@@ -248,9 +259,21 @@ class Variant:
         return MODES[self.mode].sampled
 
     @property
+    def stage_1(self) -> bool:
+        return MODES[self.mode].stage_1
+
+    @property
+    def recipe(self) -> str:
+        return MODES[self.mode].recipe
+
+    @property
+    def _has_sharing(self) -> bool:
+        return self.sampled and MODES[self.mode].shares
+
+    @property
     def title(self) -> str:
         mode = MODES[self.mode]
-        if not mode.sampled:
+        if not self._has_sharing:
             return mode.title
         share = f" ({self.share:g})" if self.sharing == "mixed" else ""
         return f"{mode.title}, {self.sharing} noise{share}"

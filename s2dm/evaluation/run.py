@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..flow import estimate_flow, flow_to_image
+from ..flow import FlowField, estimate_flow, flow_to_image
 from ..models import read_config
 from ..training.config import DataConfig
 from ..training.datasets import build_dataset, pixels
@@ -34,6 +34,7 @@ from .clip_metrics import (
     flow_error,
     motion_magnitude,
     moving_region,
+    still_region,
     warp_error,
 )
 from .distances import sample_size_problem
@@ -153,10 +154,11 @@ class _Run:
         self.chosen = shuffled(len(self.data))[: config.clips or None]
         if config.i3d is not None and len(self.chosen) < 2:
             raise ValueError("FVD and KVD need at least 2 clips, got 1.")
-        if stages.flow_generator is None and any(v.mode == "two-stage" for v in config.variants):
+        needing = [variant.mode for variant in config.variants if variant.stage_1]
+        if stages.flow_generator is None and needing:
             raise ValueError(
-                f"{config.checkpoint.name} has no flow generator (stage 1), which two-stage needs: "
-                "leave that mode out, or take a checkpoint of both stages."
+                f"{config.checkpoint.name} has no flow generator (stage 1), which {needing[0]} "
+                "needs: leave that mode out, or take a checkpoint of both stages."
             )
         # Before hours of sampling, not after.
         self.i3d = None if config.i3d is None else load_i3d(config.i3d, state.device)
@@ -178,6 +180,8 @@ class _Run:
         made_by = [self.weights, dataclasses.asdict(config.data), config.method, str(variant)]
         if variant.sampled:
             made_by += [dataclasses.asdict(config.sampling), config.half]
+        if variant.recipe:
+            made_by.append(variant.recipe)
         key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:8]
         folder = str(variant).replace(":", "_") + "-" + key
         return config.output / "clips" / folder / f"{task.index:05d}_{task.seed}.npz"
@@ -205,15 +209,10 @@ class _Run:
         stored = np.stack([to_uint8(frame) for frame in made.frames])
         frames = _pixels(stored)
         realised = estimate_flow(frames, self.config.method)
-        region = moving_region(made.flow)
-        error, given = flow_error(realised, made.flow), motion_magnitude(made.flow, region)
+        still = still_region(realised) if made.still is None else made.still
         totals = {
-            "flow_error": error,
-            "flow_error_pixels": Total(error.total, given.weight),
-            "motion": motion_magnitude(realised, region),
-            "given_motion": given,
-            "flicker": flicker(frames, made.still),
-            "warp_error": warp_error(frames, made.flow),
+            **({} if made.flow is None else _following(frames, realised, made.flow)),
+            "flicker": flicker(frames, still),
             "attributes": attribute_accuracy(frames[0], getattr(clip, "garments", ())),
         }
         return stored, totals
@@ -277,7 +276,7 @@ class _Run:
         config, data = self.config, self.config.data
         options = "".join(f", {name} {value}" for name, value in data.options.items())
         sampling = f"{config.sampling}, float{16 if config.half else 32}"
-        if any(variant.mode == "two-stage" for variant in config.variants):
+        if any(variant.stage_1 for variant in config.variants):
             sampling += (
                 f"; stage 1 DPM-Solver++ 2M, {config.sampling.flow_steps} steps, guidance "
                 f"{config.sampling.flow_text_guidance:g}"
@@ -295,6 +294,7 @@ class _Run:
             notes={
                 "noise": "of clip k drawn with 100000 seed + k",
                 "sampling": sampling,
+                **{variant.mode: variant.recipe for variant in config.variants if variant.recipe},
                 "pixels": "measured as stored, in 8 bits",
                 "flow error": f"end-point error between given flow and {config.method} flow of the "
                 f"clip, where the given flow is longer than {MOVING:g} pixel and not occluded, "
@@ -329,6 +329,19 @@ class _Run:
 
         hidden = not self.state.is_local_main_process
         return tqdm(total=total, desc=title, unit="clip", disable=hidden)
+
+
+def _following(frames: Tensor, realised: FlowField, given: FlowField) -> dict[str, Total]:
+    """How a clip follows the flow that it was given."""
+    region = moving_region(given)
+    error, motion = flow_error(realised, given), motion_magnitude(given, region)
+    return {
+        "flow_error": error,
+        "flow_error_pixels": Total(error.total, motion.weight),
+        "motion": motion_magnitude(realised, region),
+        "given_motion": motion,
+        "warp_error": warp_error(frames, given),
+    }
 
 
 def _store(path: Path, frames: np.ndarray, totals: dict[str, Total]) -> None:

@@ -430,6 +430,37 @@ def test_a_new_mode_is_one_entry(config, monkeypatch):
     assert row["motion"] == 0 and row["warp_error"] == pytest.approx(0, abs=1e-4)
 
 
+def test_a_mode_that_was_given_no_flow_is_measured_by_none(config, monkeypatch):
+    from s2dm.evaluation.modes import Made, Mode
+
+    def flickering(generator: Generator, clip, variant, seed) -> Made:
+        """Grey, 2 of 255 lighter in every other frame."""
+        frames = torch.full_like(clip.frames, 100 / 255, dtype=torch.float32)
+        frames[1::2] += 2 / 255
+        return Made(frames, flow=None, still=None)
+
+    monkeypatch.setitem(MODES, "grey", Mode("grey", flickering, shares=False))
+    with pytest.raises(ValueError, match="grey has no noise to share"):
+        Variant("grey", "independent")
+    assert Variant("grey").title == "grey"
+    config = dataclasses.replace(config, variants=(Variant("grey"), Variant("true")))
+    table = evaluate(config)["table"]
+    assert not set(table["grey"]) & {"flow_error", "motion", "given_motion", "warp_error"}
+    values = torch.tensor([100.0, 102.0, 100.0])
+    assert table["grey"]["flicker"] == pytest.approx(values.std(correction=0).item(), rel=1e-3)
+    assert "flow_error" in table["true"]
+
+
+def test_clips_of_another_recipe_are_others(config, monkeypatch):
+    from s2dm.evaluation.modes import Mode, _zero_flow
+
+    for number, recipe in enumerate(("", "weights 1", "weights 2", "weights 2"), start=1):
+        monkeypatch.setitem(MODES, "own", Mode("own", _zero_flow, recipe=recipe))
+        card = evaluate(dataclasses.replace(config, variants=(Variant("own"),)))["protocol"]
+        assert card.get("own", "") == recipe
+        assert len(stored(config.output)) == 2 * min(number, 3)
+
+
 # -------------------------------------------------------------------------------- the command
 
 
