@@ -89,6 +89,63 @@ def kvd(real: Tensor, generated: Tensor) -> float:
     return (within(x) + within(y) - 2 * kernel(x, y).mean()).item()
 
 
+def bootstrap(
+    statistic: Callable[..., float | Sequence[float]],
+    *sets: Tensor | Sequence[Any],
+    samples: int = 200,
+    seed: int = 0,
+    paired: bool = False,
+) -> Tensor:
+    """What a figure would be with other clips of the same number.
+
+    Each set is drawn anew from itself, with replacement, `samples` times. Sets that repeat clips
+    lie further apart in FVD and KVD than the sets they were drawn from; that shift of the mean is
+    taken off, so the values lie around the figure. They say nothing about the bias that FVD has
+    for few clips.
+
+    Args:
+        statistic: called with one resampled set for each of `sets`; gives one figure or several.
+            Samples in which one is NaN, because nothing in them can be measured, are left out.
+        sets: tensors or sequences, one entry a clip.
+        samples: how often to resample.
+        seed: of the draws.
+        paired: draw the same entries from every set, where entry k of each belongs to clip k. What
+            the figures have in common then cancels in their ratio.
+
+    Returns:
+        (samples,) or (samples, figures), float64.
+
+    Raises:
+        ValueError: paired sets of different sizes.
+    """
+    if paired and len({len(entries) for entries in sets}) > 1:
+        sizes = ", ".join(str(len(entries)) for entries in sets)
+        raise ValueError(f"Paired sets need one entry a clip in each, got {sizes} entries.")
+    chance = random.Random(seed)
+
+    def choose(entries: Tensor | Sequence[Any]) -> list[int]:
+        return chance.choices(range(len(entries)), k=len(entries))
+
+    def draw() -> list[Tensor | list[Any]]:
+        picks = [choose(sets[0])] * len(sets) if paired else [choose(entries) for entries in sets]
+        return [
+            entries[picked] if isinstance(entries, Tensor) else [entries[i] for i in picked]
+            for entries, picked in zip(sets, picks, strict=True)
+        ]
+
+    figures = torch.tensor(statistic(*sets), dtype=torch.float64)
+    values = torch.tensor([statistic(*draw()) for _ in range(samples)], dtype=torch.float64)
+    values = values[~values.view(samples, -1).isnan().any(1)]
+    return values + (figures - values.mean(0))
+
+
+def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
+    """Between which two numbers the share `level` of the values (samples,) lies."""
+    edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=values.dtype)
+    low, high = torch.quantile(values, edges).tolist()
+    return low, high
+
+
 def bootstrap_interval(
     statistic: Callable[..., float],
     *sets: Tensor | Sequence[Any],
@@ -96,34 +153,13 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """How far a figure would move with other clips of the same number, by bootstrap.
-
-    Each set is drawn anew from itself, with replacement, `samples` times. Sets that repeat clips
-    lie further apart in FVD and KVD than the sets they were drawn from; that shift of the mean is
-    taken off, so the interval lies around the figure. It says nothing about the bias that FVD has
-    for few clips.
+    """How far one figure would move with other clips of the same number: see `bootstrap`.
 
     Args:
-        statistic: called with one resampled set for each of `sets`. Samples in which it is NaN,
-            because nothing in them can be measured, are left out.
-        sets: tensors or sequences, one entry a clip.
-        samples: how often to resample.
+        statistic, sets, samples, seed: as of `bootstrap`.
         level: share of the samples that lie inside.
-        seed: of the draws.
     """
-    chance = random.Random(seed)
-
-    def draw(entries: Tensor | Sequence[Any]) -> Tensor | list[Any]:
-        picked = chance.choices(range(len(entries)), k=len(entries))
-        return entries[picked] if isinstance(entries, Tensor) else [entries[i] for i in picked]
-
-    figure = statistic(*sets)
-    values = torch.tensor([statistic(*map(draw, sets)) for _ in range(samples)]).double()
-    values = values[~values.isnan()]
-    shift = figure - values.mean()
-    edges = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = (torch.quantile(values, edges) + shift).tolist()
-    return low, high
+    return interval(bootstrap(statistic, *sets, samples=samples, seed=seed), level)
 
 
 def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -177,7 +177,8 @@ class _Run:
     def path(self, task: _Task) -> Path:
         """Where a clip is stored: another place with any other setting that changes it."""
         config, variant = self.config, task.variant
-        made_by = [self.weights, dataclasses.asdict(config.data), config.method, str(variant)]
+        weights = None if variant == _TRUE else self.weights  # the truth is every checkpoint's
+        made_by = [weights, dataclasses.asdict(config.data), config.method, str(variant)]
         if variant.sampled:
             made_by += [dataclasses.asdict(config.sampling), config.half]
         if variant.recipe:
@@ -239,24 +240,30 @@ class _Run:
                         np.save(temporary, features.numpy())
                 bar.update()
 
-    def features(self, variant: Variant) -> Tensor | None:
-        """(clips,400) of a row; None without weights."""
+    def features(self) -> dict[str, Tensor]:
+        """(clips,seeds,400) of each row and of the true clips; nothing without weights."""
         if self.i3d is None:
-            return None
-        paths = [self.features_path(task) for task in self.tasks(variant)]
-        return torch.from_numpy(np.stack([np.load(path) for path in paths]))
+            return {}
+        rows = {}
+        for variant in dict.fromkeys((*self.config.variants, _TRUE)):
+            stored = [np.load(self.features_path(task)) for task in self.tasks(variant)]
+            rows[str(variant)] = torch.from_numpy(np.stack(stored)).unflatten(
+                0, (len(self.chosen), -1)
+            )
+        return rows
 
     # ----------------------------------------------------------------------------- results
 
     def results(self) -> dict[str, Any]:
         """Put all clips together and write what there is to see."""
-        config, real, notes = self.config, self.features(_TRUE), []
-        if real is None:
+        config, features, notes = self.config, self.features(), []
+        if not features:
             notes.append("FVD and KVD are left out: they need the weights of I3D (--i3d FILE).")
+        real = features[str(_TRUE)][:, 0] if features else None
         table = {}
         for variant in config.variants:
             totals = [_totals(self.path(task)) for task in self.tasks(variant)]
-            generated = None if variant == _TRUE else self.features(variant)
+            generated = None if variant == _TRUE else features.get(str(variant))
             if generated is not None:
                 notes.append(sample_size_problem(real, generated))
             table[str(variant)] = summarise(totals, real, generated)
@@ -265,6 +272,9 @@ class _Run:
         result = {"protocol": card.to_dict(), "table": table, "notes": notes}
         titles = {str(variant): variant.title for variant in config.variants}
         write_json(config.output / "results.json", result)
+        if features:
+            with replacing(config.output / "features.npz") as temporary:
+                np.savez(temporary, **{name: rows.numpy() for name, rows in features.items()})
         save_plots(config.output / "plots.png", table, titles)
         self._write_sheet(config.output / "sheet.jpg")
         page = ["# Evaluation", markdown_table(table, titles), *notes, card.to_markdown()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +36,13 @@ def summarise(
 ) -> Row:
     """One row: each metric over all clips, and its 95 % interval over clips as `NAME_95`.
 
+    FVD and KVD of several seeds are the mean over the seeds, so that they compare equally many
+    clips for any number of seeds; what each seed gave stands in `fvd_seeds` and `kvd_seeds`.
+
     Args:
         totals: the metrics of each clip. A metric that could be measured on none is left out.
-        real, generated: features (N,D) and (M,D); without them, FVD and KVD are left out.
+        real: features (N,D); without them, FVD and KVD are left out.
+        generated: features (M,D), or (M,seeds,D).
     """
     row: Row = {"clips": len(totals)}
     for name in totals[0]:
@@ -44,9 +50,19 @@ def summarise(
         if not math.isnan(pooled_figure(values)):
             _add(row, name, pooled_figure, values, samples=1000)
     if real is not None and generated is not None:
-        _add(row, "fvd", frechet_distance, real, generated, samples=100)
-        _add(row, "kvd", kvd, real, generated, samples=100)
+        generated = generated if generated.ndim == 3 else generated[:, None]
+        for name, distance in (("fvd", frechet_distance), ("kvd", kvd)):
+            _add(row, name, partial(mean_over_seeds, distance), real, generated, samples=100)
+            if generated.shape[1] > 1:
+                row[f"{name}_seeds"] = [distance(real, seed) for seed in generated.unbind(1)]
     return row
+
+
+def mean_over_seeds(
+    distance: Callable[[Tensor, Tensor], float], real: Tensor, generated: Tensor
+) -> float:
+    """Mean over the seeds of the distance between features (N,D) and (M,seeds,D)."""
+    return statistics.fmean(distance(real, seed) for seed in generated.unbind(1))
 
 
 def _add(row: Row, name: str, statistic: Any, *sets: Any, samples: int) -> None:

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2dm.data.puppets import PuppetClips
-from s2dm.evaluation.distances import bootstrap_interval, frechet_distance, fvd, kvd
+from s2dm.evaluation.distances import (
+    bootstrap,
+    bootstrap_interval,
+    frechet_distance,
+    fvd,
+    interval,
+    kvd,
+)
 
 
 def features(count: int, size: int, seed: int) -> torch.Tensor:
@@ -136,6 +143,36 @@ def test_bootstrap_interval_lies_around_the_figure_and_repeats():
     assert low < inner[0] < inner[1] < high
     # Sequences are drawn from as well.
     assert bootstrap_interval(lambda words: len(set(words)), ["a"] * 4) == (1, 1)
+
+
+def test_pairs_share_what_is_hard_about_a_clip():
+    """The ratio of two means, 1 to 2, whose entries rise and fall together."""
+    source = np.random.default_rng(1)
+    inside, widths = 0, {True: 0.0, False: 0.0}
+    for trial in range(100):
+        clip = source.normal(0, 1, 40)
+        a, b = (torch.from_numpy(mean * (4 + clip) + source.normal(0, 0.2, 40)) for mean in (1, 2))
+        for paired in widths:
+            means = bootstrap(
+                lambda x, y: [x.mean().item(), y.mean().item()],
+                *(a, b), samples=100, seed=trial, paired=paired,
+            )  # fmt: skip
+            assert means.shape == (100, 2)
+            low, high = interval(means[:, 0] / means[:, 1])
+            widths[paired] += high - low
+            inside += paired and low <= 0.5 <= high
+    assert 85 <= inside <= 100
+    assert widths[True] < 0.5 * widths[False]
+
+
+def test_bootstrap_leaves_out_what_cannot_be_measured():
+    def statistic(entries: list[float]) -> list[float]:
+        return [sum(entries), float("nan") if entries[0] == 1 else 0.0]
+
+    values = bootstrap(statistic, [0.0, 0.0, 1.0], samples=100)
+    assert 40 < len(values) < 90
+    with pytest.raises(ValueError, match="one entry a clip in each, got 2, 3 entries"):
+        bootstrap(lambda a, b: 0.0, [1, 2], [1, 2, 3], paired=True)
 
 
 # ------------------------------------------------------------------------------ what it sees

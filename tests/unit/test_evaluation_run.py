@@ -283,6 +283,35 @@ def test_weights_can_be_given_later(with_features, network, made):
     assert {row for row, _ in made} == {"true"}  # the others were there
 
 
+def test_distances_are_means_over_the_seeds(with_features, network):
+    """So that they compare equally many clips; the features of all are kept."""
+    config = dataclasses.replace(with_features, seeds=(0, 1))
+    table = evaluate(config)["table"]
+    with np.load(config.output / "features.npz") as stored:
+        features = {name: torch.from_numpy(stored[name]) for name in stored.files}
+    assert {name: tuple(rows.shape[:2]) for name, rows in features.items()} == {
+        "given-flow": (3, 2),
+        "autoencoder": (3, 1),
+        "true": (3, 1),
+    }
+    row, real = table["given-flow"], features["true"][:, 0]
+    for seed in (0, 1):
+        alone = features["given-flow"][:, seed]
+        assert row["fvd_seeds"][seed] == pytest.approx(frechet_distance(real, alone))
+        assert row["kvd_seeds"][seed] == pytest.approx(kvd(real, alone))
+    for name in ("fvd", "kvd"):
+        assert row[name] == pytest.approx(sum(row[f"{name}_seeds"]) / 2)
+        assert f"{name}_seeds" not in table["autoencoder"]
+
+
+def test_the_truth_is_made_once_for_all_checkpoints(config, made, tmp_path):
+    evaluate(config)
+    made.clear()
+    other = write_random_checkpoint(tmp_path / "other.safetensors", seed=1)
+    evaluate(dataclasses.replace(config, checkpoint=other))
+    assert [row for row, _ in made] == ["given-flow"] * 2
+
+
 # ---------------------------------------------------------------------------------- several
 
 
