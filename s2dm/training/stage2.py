@@ -57,7 +57,7 @@ class Stage2TrainingConfig(TrainingConfig):
     Start: ``checkpoint`` (a file with a U-Net and a text encoder; parts it lacks are new) or else
     random weights in the sizes of ``preset``. ``vae`` and ``text_encoder`` are files to take the
     VAE, and the text encoder with its tokenizer, from if they are not the checkpoint's. ``train``
-    names the parts that learn.
+    names the parts that learn. With stage 1 in the checkpoint its text encoder has to stay.
 
     A batch is ``clips`` clips with ``clip_frames`` frames each, drawn from the clip; with
     probability ``first_frame`` one of them is frame 1, which the flow starts from. The
@@ -321,6 +321,8 @@ def _start(
     """The model's config and the weights that exist already, by part."""
     if config.checkpoint:
         model_config, states = load_model(config.checkpoint)
+        if "flow_generator" in states:
+            _leave_stage_1_its_text(config)
     else:
         model_config, states = preset(config.preset), {}
         model_config = dataclasses.replace(model_config, flow_generator=None)
@@ -354,6 +356,19 @@ def _start(
         licence=config.licence or model_config.licence,
     )
     return model_config, states
+
+
+def _leave_stage_1_its_text(config: Stage2TrainingConfig) -> None:
+    """Stage 1 reads the prompt with the same text encoder, and isn't here to follow a change."""
+    if "text_encoder" not in config.train and not config.text_encoder:
+        return
+    raise TrainingConfigError(
+        f"{config.checkpoint} holds stage 1, which reads the prompt with the same text encoder: "
+        f"expected one that stays as it is, got train={list(config.train)} and "
+        f"text_encoder={config.text_encoder!r}. Leave it out of both, "
+        'train=["unet", "flow_adapter"]. To change it, run the text trainer on the checkpoint '
+        "first, and stage 1 again at the end."
+    )
 
 
 def train_stage2(config: Stage2TrainingConfig) -> Progress:

@@ -10,6 +10,7 @@ the end of the text or any one of the padding behind it. Both stages then leave 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ class TextTrainingConfig(TrainingConfig):
 
     From random weights in the sizes of ``preset``, with a tokenizer trained on the captions, or
     from the text encoder of ``checkpoint``. ``keep_weight`` then holds its states near what they
-    were, for a U-Net that reads them already. A batch is ``batch_size`` captions. The layer that
-    reads them names the first ``from_start`` tokens and the last ``from_end``: places from the
-    end bring the words of different captions together that stand behind texts of different
+    were, for the networks that read them already. A batch is ``batch_size`` captions. The layer
+    that reads them names the first ``from_start`` tokens and the last ``from_end``: places from
+    the end bring the words of different captions together that stand behind texts of different
     length.
     """
 
@@ -177,6 +178,7 @@ def build_text_task(config: TextTrainingConfig) -> TextTask:
                 f"{config.checkpoint} has no text encoder to go on from: leave checkpoint empty "
                 "to train a new one."
             )
+        _say_who_reads(config, states)
     else:
         start = preset(config.preset)
         model_config = S2DMConfig(text_encoder=start.text_encoder)
@@ -188,6 +190,19 @@ def build_text_task(config: TextTrainingConfig) -> TextTask:
     places = config.from_start + config.from_end
     model = TextModel(encoder, size.hidden_size, size.vocab_size, places)
     return TextTask(config, model_config, model, captions, held_out, states)
+
+
+def _say_who_reads(config: TextTrainingConfig, states: Mapping[str, Any]) -> None:
+    readers = {"unet": "stage 2", "flow_generator": "stage 1"}
+    found = [stage for part, stage in readers.items() if part in states]
+    if found:
+        logger.warning(
+            "%s: %s learned to read the prompt with the text encoder as it was. Train on with the "
+            "export: %s.",
+            config.checkpoint,
+            " and ".join(found),
+            ", then ".join(found),
+        )
 
 
 def _captions(config: TextTrainingConfig, split: str) -> list[str]:

@@ -11,9 +11,11 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 
+from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import FRAMES, SIZE, stage2_config
 
 from s2dm.models import SamplingConfig, load_checkpoint
+from s2dm.training.config import TrainingConfigError
 from s2dm.training.loop import RunFolder, step_generator
 from s2dm.training.stage2 import build_stage2_task, train_stage2
 
@@ -47,6 +49,39 @@ def test_only_the_named_parts_learn(tmp_path, vae_file):
         for part, state in before.items()
     }
     assert same == {"unet": True, "text_encoder": True, "vae": True, "flow_adapter": False}
+
+
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory):
+    """A checkpoint with stage 1 in it, of random weights."""
+    return write_random_checkpoint(tmp_path_factory.mktemp("two_stages") / "both.safetensors")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"train": ["flow_adapter", "text_encoder"]},
+        {"train": ["unet"], "text_encoder": "another.safetensors"},
+    ],
+)
+def test_the_text_encoder_of_stage_1_stays(tmp_path, two_stages, settings):
+    config = stage2_config(tmp_path, "", checkpoint=str(two_stages), **settings)
+    with pytest.raises(TrainingConfigError, match=r"both\.safetensors holds stage 1.*Leave it out"):
+        build_stage2_task(config, torch.device("cpu"))
+
+
+def test_stage_1_comes_out_as_it_went_in(tmp_path, two_stages):
+    train = ["unet", "flow_adapter"]
+    train_stage2(stage2_config(tmp_path, "", checkpoint=str(two_stages), train=train, steps=1))
+    before = load_checkpoint(two_stages)[1]
+    config, after = load_checkpoint(tmp_path / "export.safetensors")
+    assert config.flow_generator == tiny_config().flow_generator
+    same = {
+        part: all(torch.equal(value.half(), after[part][key]) for key, value in state.items())
+        for part, state in before.items()
+    }
+    assert {part for part in same if not same[part]} == set(train)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,24 @@ def test_the_other_parts_of_the_checkpoint_stay(tmp_path):
         if any(not torch.equal(value.half(), after[part][key]) for key, value in state.items())
     }
     assert changed == {"text_encoder"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({}, "stage 2 and stage 1 learned.*export: stage 2, then stage 1"),
+        ({"flow_generator": None}, "stage 2 learned.*export: stage 2"),
+        ({"flow_generator": None, "unet": None, "flow_adapter": None}, ""),
+    ],
+)
+def test_it_says_who_reads_the_text_encoder_of_a_checkpoint(tmp_path, caplog, parts, said):
+    config = dataclasses.replace(tiny_config(), **parts)
+    start = write_random_checkpoint(tmp_path / "start.safetensors", config)
+    with caplog.at_level("WARNING", logger="s2dm"):
+        build_text_task(_config(tmp_path / "run", checkpoint=str(start)))
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == bool(said)
+    assert all(re.search(said, warning) for warning in warnings)
 
 
 def test_bad_settings_are_refused(tmp_path):
