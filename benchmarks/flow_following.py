@@ -41,9 +41,8 @@ def main() -> None:
     default = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
     parser.add_argument("--checkpoint", type=Path, default=default)
     parser.add_argument("--clips", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--flow-guidance", type=float)
+    for name, kind in (("--steps", int), ("--guidance", float), ("--flow-guidance", float)):
+        parser.add_argument(name, type=kind, help="what the checkpoint recommends by default")
     parser.add_argument("--i3d", type=Path, help="weights of I3D, for FVD and KVD")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "flow_following.json")
