@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import ablation
 import flow_generation
+import table1
 import two_stage
 from common import RESULTS, ROOT
 from flow_following import TARGET_ERROR, TARGET_FLICKER, TITLES
@@ -138,8 +140,44 @@ def _two_stage(result: dict[str, Any]) -> str:
     return "\n".join(lines) + _protocol(result)
 
 
+def _table1(result: dict[str, Any]) -> str:
+    lines = [
+        "## Table 1: given flow, two stages, baselines",
+        "",
+        f"![Given flow and two stages](results/{result['sheet']})",
+        "",
+        "Held-out puppets: for each clip the true frames, their flow, what the model makes of "
+        "caption and flow, and what it makes of the caption alone, which has a flow of its own.",
+        "",
+        table1.markdown(result),
+        "",
+        *(f"{note}\n" for note in result["notes"]),
+    ]
+    return "\n".join(lines) + _protocol(result)
+
+
+def _ablation(result: dict[str, Any]) -> str:
+    lines = [
+        "## Table 2: shared noise in training and in sampling",
+        "",
+        f"![The cells of the ablation](results/{result['sheet']})",
+        "",
+        "Held-out puppets: for each clip the true frames, the flow that was given, and what each "
+        "cell makes of it. The trainings differ in the named setting alone "
+        "([commands](training.md#ablation)). Ratios of FVD are to be compared with those of the "
+        "paper, the distances themselves are not: data, size and number of clips are others.",
+        "",
+        ablation.markdown(result),
+        "",
+        *(f"{note}\n" for note in result["notes"]),
+    ]
+    return "\n".join(lines) + _protocol(result)
+
+
 SECTIONS = {
     "flow_following": _flow_following,
+    "ablation": _ablation,
+    "table1": _table1,
     "flow_generation": _flow_generation,
     "two_stage": _two_stage,
     "speed": _speed,

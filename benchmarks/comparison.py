@@ -1,0 +1,314 @@
+"""What the paper's tables share: rows made of the same clips, and the ratios of their FVD.
+
+A row is a checkpoint with a mode of `s2dm evaluate`, or the result of an evaluation that was made
+elsewhere under the same protocol. All rows of a run keep their clips in one folder, so that the
+true clips are rendered and measured once, and a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from common import ROOT, RUNS
+from flow_following import TAKE
+from torch import Tensor
+
+from s2dm.evaluation.distances import bootstrap, frechet_distance, interval
+from s2dm.evaluation.modes import Generator, Sampling, Variant
+from s2dm.evaluation.run import EvaluationConfig, evaluate, shuffled
+from s2dm.evaluation.tables import mean_over_seeds
+from s2dm.flow import flow_to_image
+from s2dm.models import load_checkpoint, read_config
+from s2dm.training.config import DataConfig
+from s2dm.training.datasets import build_dataset, pixels
+from s2dm.video import write_contact_sheet
+
+BUNDLED = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
+SHEET_CLIPS = 4
+# What makes two figures comparable.
+COMMON = ("data", "clips", "frames", "size", "value_range", "features")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: what is evaluated."""
+
+    checkpoint: Path
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The rows that `compare` evaluated.
+
+    protocol: of all of them, the checkpoints by the names of their rows.
+    table: by name, what `summarise` made of each.
+    notes: what `s2dm evaluate` remarks.
+    real: features (clips,400) of the true clips.
+    generated: features (clips,seeds,400) of each row, by name.
+    """
+
+    protocol: dict[str, Any]
+    table: dict[str, dict[str, Any]]
+    notes: list[str]
+    real: Tensor
+    generated: dict[str, Tensor]
+
+    def ratios(self, *over: str, samples: int) -> dict[str, dict[str, dict[str, Any]]]:
+        """The FVD of each row over that of each of the rows `over`, with its 95 % interval.
+
+        The same clips are drawn for all rows, and for the true ones: what is hard about a clip is
+        hard for every row.
+
+        Returns:
+            By the name of the row below the line, then of that above it: `ratio`, `ratio_95`.
+        """
+        values = bootstrap(_fvds, self.real, *self.generated.values(), samples=samples, paired=True)
+        drawn = dict(zip(self.generated, values.unbind(1), strict=True))
+        return {
+            below: {
+                name: {
+                    "ratio": self.table[name]["fvd"] / self.table[below]["fvd"],
+                    "ratio_95": list(interval(drawn[name] / drawn[below])),
+                }
+                for name in drawn
+                if name != below
+            }
+            for below in over
+        }
+
+
+def _fvds(real: Tensor, *rows: Tensor) -> list[float]:
+    return [mean_over_seeds(frechet_distance, real, row) for row in rows]
+
+
+def add_options(parser: argparse.ArgumentParser, seeds: Sequence[int]) -> None:
+    """The options of every comparison: which clips, how they are sampled, where."""
+    parser.add_argument("--clips", type=int, default=512)
+    parser.add_argument("--takes", type=int, default=8, help="of each held-out combination")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="of the noise")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--flow-guidance", type=float)
+    parser.add_argument("--samples", type=int, default=200, help="of the bootstrap of ratios")
+    parser.add_argument("--i3d", type=Path, required=True, help="weights of I3D")
+    parser.add_argument("--half", action="store_true", help="compute in half precision")
+    parser.add_argument("--chunk", type=int, default=8, help="frames computed at a time")
+    parser.add_argument("--cpu", action="store_true")
+
+
+def compare(rows: Mapping[str, Row], options: argparse.Namespace, run: str) -> Compared | None:
+    """Evaluate the rows, or go on with it; None in other processes than the main one.
+
+    Args:
+        rows: by name.
+        options: of `add_options`.
+        run: folder in `runs/benchmarks` that keeps the clips.
+    """
+    by_checkpoint: dict[Path, list[str]] = {}
+    for name, row in rows.items():
+        by_checkpoint.setdefault(row.checkpoint, []).append(name)
+    checkpoints, table, notes, generated, real = [], {}, [], {}, None
+    for checkpoint, names in by_checkpoint.items():
+        config = _config(checkpoint, [rows[name].variant for name in names], options, RUNS / run)
+        result = evaluate(config)
+        if result is None:
+            continue
+        with np.load(config.output / "features.npz") as stored:
+            real = torch.from_numpy(stored["true"])[:, 0]
+            for name in names:
+                key = str(rows[name].variant)
+                table[name] = result["table"][key]
+                generated[name] = torch.from_numpy(stored[key])
+        checkpoints.append(f"{', '.join(names)}: {result['protocol']['checkpoint']}")
+        notes += result["notes"]
+        protocol = result["protocol"]
+    if real is None:
+        return None
+    return Compared(
+        protocol={**protocol, "checkpoint": "; ".join(checkpoints)},
+        table={name: table[name] for name in rows},
+        notes=list(dict.fromkeys(notes)),
+        real=real,
+        generated={name: generated[name] for name in rows},
+    )
+
+
+def _config(
+    checkpoint: Path, variants: Sequence[Variant], options: argparse.Namespace, output: Path
+) -> EvaluationConfig:
+    return EvaluationConfig(
+        checkpoint=checkpoint,
+        output=output,
+        data=_data(checkpoint, options),
+        clips=options.clips,
+        variants=tuple(variants),
+        seeds=tuple(options.seeds),
+        sampling=_sampling(options),
+        i3d=options.i3d,
+        chunk=options.chunk,
+        half=options.half,
+        cpu=options.cpu,
+    )
+
+
+def _data(checkpoint: Path, options: argparse.Namespace) -> DataConfig:
+    trained = read_config(checkpoint)
+    return DataConfig(
+        size=trained.resolution[0],
+        frames=trained.frames,
+        takes=options.takes,
+        options={"first_take": TAKE},
+    )
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    return Sampling(
+        steps=options.steps, guidance=options.guidance, flow_guidance=options.flow_guidance
+    )
+
+
+# ------------------------------------------------------------------------ rows from elsewhere
+
+
+def read_row(text: str, protocol: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and row of "NAME=FILE", the `results.json` of an evaluation with one generated row.
+
+    "NAME=FILE#ROW" chooses a row where there are several.
+
+    Args:
+        text: as above.
+        protocol: of the rows to compare with.
+
+    Raises:
+        ValueError: not such a text or file, no FVD in it, or another protocol.
+    """
+    name, equals, place = text.partition("=")
+    if not (name and equals and place):
+        raise ValueError(f"A row is written NAME=FILE or NAME=FILE#ROW, got {text!r}.")
+    file, _, key = place.partition("#")
+    result = json.loads(Path(file).read_text("utf-8"))
+    if not {"protocol", "table"} <= set(result):
+        raise ValueError(f"{file} is no result of an evaluation: it has no protocol and table.")
+    rows = {k: row for k, row in result["table"].items() if "fvd" in row}
+    if not key and len(rows) == 1:
+        key = next(iter(rows))
+    if key not in rows:
+        known = ", ".join(rows) or "none: evaluate with --i3d"
+        raise ValueError(f"{file}: choose the row of {name} as {name}={file}#ROW. Rows: {known}.")
+    for entry in COMMON:
+        ours, theirs = protocol.get(entry), result["protocol"].get(entry)
+        if ours != theirs:
+            raise ValueError(
+                f"{name} was evaluated under another protocol: its {entry.replace('_', ' ')} is "
+                f"{theirs!r}, here it is {ours!r}. Evaluate it on the same clips."
+            )
+    return name, rows[key]
+
+
+# --------------------------------------------------------------------------------- trainings
+
+
+# Settings of a training run that change nothing of what is learnt.
+_WHERE = {"output", "cache", "threads", "workers", "export_only", "log_every"}
+_WHERE |= {"sample_every_minutes", "save_every_minutes"}
+
+
+def check_trainings(first: Path, second: Path, setting: str, values: tuple[str, str]) -> str:
+    """Make sure that two checkpoints of stage 2 differ in nothing but one setting.
+
+    Compared are their configurations, VAE and text encoder, and, where the files of the training
+    runs lie beside them, all settings and the steps trained.
+
+    Args:
+        first, second: the checkpoints.
+        setting: "noise_sharing" or "fusion".
+        values: what it has to be in the one and in the other.
+
+    Returns:
+        What is known of the trainings, for the protocol.
+
+    Raises:
+        ValueError: a setting is not what it has to be, or something else differs.
+    """
+    names = f"{first} and {second}"
+    (one, weights), (other, other_weights) = (
+        load_checkpoint(path, ["vae", "text_encoder"]) for path in (first, second)
+    )
+    for path, config, value in zip((first, second), (one, other), values, strict=True):
+        found = config.flow_adapter.fusion if setting == "fusion" else config.noise_sharing
+        if found != value:
+            raise ValueError(f"{path}: expected {setting} = {value} in training, got {found}.")
+    if setting == "fusion":
+        adapter = dataclasses.replace(other.flow_adapter, fusion=values[0])
+        other = dataclasses.replace(other, flow_adapter=adapter)
+    else:
+        other = dataclasses.replace(other, noise_sharing=values[0])
+    if one != other:
+        raise ValueError(f"{names} differ in more of their configuration than {setting}.")
+    for part in ("vae", "text_encoder"):
+        a, b = weights[part], other_weights[part]
+        if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
+            raise ValueError(f"{names} have different weights in their {part.replace('_', ' ')}.")
+    runs = [_training(path) for path in (first, second)]
+    if None in runs:
+        return "settings unknown: config.json and log.jsonl of the runs are not beside the files"
+    (settings, steps), (others, other_steps) = runs
+    different = {key for key in settings | others if settings.get(key) != others.get(key)}
+    different -= _WHERE | {setting}
+    if different:
+        raise ValueError(f"The trainings of {names} differ in {', '.join(sorted(different))}.")
+    if steps != other_steps:
+        raise ValueError(f"{names} were trained for {steps} and for {other_steps} steps.")
+    return (
+        f"{steps} steps of {settings['clips']} clips with {settings['clip_frames']} frames, seed "
+        f"{settings['seed']}; the runs differ in {setting} alone"
+    )
+
+
+def _training(checkpoint: Path) -> tuple[dict[str, Any], int] | None:
+    """Settings of the run that made a checkpoint, and the steps it had then."""
+    config, log = (checkpoint.with_name(name) for name in ("config.json", "log.jsonl"))
+    if not (config.exists() and log.exists()):
+        return None
+    records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    # The weights are exported with every sheet, whose figures have a record of their own.
+    steps = [record["step"] for record in records if "sample_error" in record]
+    return json.loads(config.read_text("utf-8")), max(steps, default=0)
+
+
+# ------------------------------------------------------------------------------------- sheet
+
+
+def write_sheet(
+    path: Path, rows: Mapping[str, Row], titles: Mapping[str, str], options: argparse.Namespace
+) -> None:
+    """The first clips of the evaluation: true frames, flow, and what each row makes of them."""
+    data = _data(next(iter(rows.values())).checkpoint, options)
+    clips = build_dataset(data, data.validation_split)
+    generators = {}
+    for row in rows.values():
+        sampling = _sampling(options).filled(read_config(row.checkpoint).sampling)
+        generators[row.checkpoint] = Generator(
+            row.checkpoint, sampling, options.chunk, PartialState().device
+        )
+    pictures, labels = [], []
+    for index in shuffled(len(clips))[:SHEET_CLIPS]:
+        clip = clips[index]
+        pictures += [pixels(clip.frames), flow_to_image(clip.flow)]
+        labels += [clip.caption, "its flow"]
+        for name, row in rows.items():
+            noise_seed = 100_000 * options.seeds[0] + index
+            made = row.variant.make(generators[row.checkpoint], clip, noise_seed)
+            pictures.append(made.frames)
+            labels.append(titles[name])
+    write_contact_sheet(path, pictures, labels, columns=8)

