@@ -14,10 +14,18 @@ from comfy_api.latest import io
 from ..s2dm.flow import FlowField, estimate_flow, flow_to_image
 from ..s2dm.flow.estimate import METHODS, FlowModel
 from .native.flow_generator import FLOW_SAMPLERS, MAX_FRAMES, MIN_FRAMES, Stage1, generate_flow
-from .schema import advanced, named_errors, schema
+from .schema import advanced, cfg_input, named_errors, schema, seed_input, steps_input
 from .types import Flow, FlowGenerator, OpticalFlowModel
 
 _MODEL = "model"
+
+
+def _flow_output() -> io.Output:
+    return Flow.Output(
+        "flow",
+        display_name="flow",
+        tooltip="Motion and occlusion of every frame, for Encode Flow or to look at.",
+    )
 
 
 class EstimateFlow(io.ComfyNode):
@@ -60,13 +68,7 @@ class EstimateFlow(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[
-                Flow.Output(
-                    "flow",
-                    display_name="flow",
-                    tooltip="Motion and occlusion of every frame, for Encode Flow or to look at.",
-                )
-            ],
+            outputs=[_flow_output()],
         )
 
     @classmethod
@@ -125,35 +127,15 @@ class GenerateFlow(io.ComfyNode):
                         "motion, not more of it."
                     ),
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=1000,
-                    tooltip="Steps of the sampler.",
+                steps_input(1000, "Steps of the sampler."),
+                cfg_input(
+                    1.0,
+                    "Guidance scale: how closely to keep to the prompt. 1: no guidance, and half "
+                    "the time.",
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip=(
-                        "Guidance scale: how closely to keep to the prompt. 1: no guidance, and "
-                        "half the time."
-                    ),
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip=(
-                        "Seed of the motion. It may be another than that of the picture: the same "
-                        "frame then moves in another way."
-                    ),
+                seed_input(
+                    "Seed of the motion. It may be another than that of the picture: the same "
+                    "frame then moves in another way."
                 ),
                 io.Float.Input(
                     "motion_strength",
@@ -174,13 +156,7 @@ class GenerateFlow(io.ComfyNode):
                     tooltip="dpmpp_2m: of second order, for few steps. ddim: of first order.",
                 ),
             ],
-            outputs=[
-                Flow.Output(
-                    "flow",
-                    display_name="flow",
-                    tooltip="Motion and occlusion of every frame, for Encode Flow or to look at.",
-                )
-            ],
+            outputs=[_flow_output()],
         )
 
     @classmethod

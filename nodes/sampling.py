@@ -12,9 +12,9 @@ from comfy_api.latest import io
 
 from ..s2dm.sector import NOISE_SHARING
 from .native import noise as native
-from .schema import advanced, named_errors, schema
+from .schema import advanced, cfg_input, named_errors, schema, seed_input, steps_input
 
-_LARGEST_SEED = 0xFFFFFFFFFFFFFFFF
+_SEED = "Seed of all noise. One frame with the same seed and size starts as the clip."
 
 
 def _sharing_inputs() -> list[io.Input]:
@@ -40,17 +40,6 @@ def _sharing_inputs() -> list[io.Input]:
     ]
 
 
-def _seed_input() -> io.Input:
-    return io.Int.Input(
-        "seed",
-        default=0,
-        min=0,
-        max=_LARGEST_SEED,
-        control_after_generate=True,
-        tooltip="Seed of all noise. One frame with the same seed and size starts as the clip.",
-    )
-
-
 class SharedNoiseKSampler(io.ComfyNode):
     """KSampler with noise that the frames share, at the start and at every step."""
 
@@ -67,25 +56,12 @@ class SharedNoiseKSampler(io.ComfyNode):
             search_aliases=["s2dm", "ksampler", "fixed noise", "consistent noise", "video sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="The model, with a flow adapter to follow flow."),
-                _seed_input(),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=10000,
-                    tooltip="Steps of the sampler (20 in the paper).",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=7.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip=(
-                        "Guidance scale: how closely to keep to the labels. 7.5 in the paper, "
-                        "1.75 for the bundled checkpoint."
-                    ),
+                seed_input(_SEED),
+                steps_input(10000, "Steps of the sampler (20 in the paper)."),
+                cfg_input(
+                    7.5,
+                    "Guidance scale: how closely to keep to the labels. 7.5 in the paper, 1.75 "
+                    "for the bundled checkpoint.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -177,7 +153,7 @@ class SharedNoise(io.ComfyNode):
                 "on the sampler too if it draws noise at its steps."
             ),
             search_aliases=["s2dm", "random noise", "fixed noise", "consistent noise"],
-            inputs=[_seed_input(), *_sharing_inputs()],
+            inputs=[seed_input(_SEED), *_sharing_inputs()],
             outputs=[
                 io.Noise.Output("noise", display_name="noise", tooltip="For SamplerCustomAdvanced.")
             ],

@@ -12,6 +12,8 @@ from comfy_api.latest import io
 # Fields that newer versions of ComfyUI have and the oldest one we run on (0.3.75) refuses.
 _NEWER_FIELDS = {"search_aliases", "essentials_category", "advanced"}
 
+_LARGEST_SEED = 2**64 - 1
+
 
 def known(kind: Callable[..., Any], **fields: Any) -> dict[str, Any]:
     """The fields without those that this version of ComfyUI doesn't know of `kind`.
@@ -39,6 +41,30 @@ def advanced(kind: type[io.Input], name: str, **fields: Any) -> io.Input:
 def flow_strength(tooltip: str) -> io.Input:
     """How strongly flow acts, from not at all to four times as strongly as in training."""
     return io.Float.Input("strength", default=1.0, min=0.0, max=4.0, step=0.05, tooltip=tooltip)
+
+
+def seed_input(tooltip: str) -> io.Input:
+    """A seed, with the widget that changes it after each run."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=_LARGEST_SEED,
+        control_after_generate=True,
+        tooltip=tooltip,
+    )
+
+
+def steps_input(most: int, tooltip: str) -> io.Input:
+    """Steps of a sampler, 20 as in the paper."""
+    return io.Int.Input("steps", default=20, min=1, max=most, tooltip=tooltip)
+
+
+def cfg_input(default: float, tooltip: str) -> io.Input:
+    """A guidance scale, in the range of core's KSampler."""
+    return io.Float.Input(
+        "cfg", default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip
+    )
 
 
 @contextmanager
