@@ -71,6 +71,8 @@ def add_modes(options: argparse.Namespace) -> list[str]:
         if path is None:
             continue
         network, trained_on = load_network(path)
+        if (name == "vdm") != (network.config.text_dim > 0):
+            raise ValueError(f"{path}: expected the export of train.py {name}, got the other one.")
         _check(path, network, trained_on, options.checkpoint)
         guidance = options.vdm_guidance if network.config.text_dim else None
         recipe = f"{path.name} ({file_hash(path)})"

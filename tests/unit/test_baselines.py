@@ -374,6 +374,8 @@ def test_weights_that_do_not_belong_together_are_refused(networks, tmp_path, mod
         evaluated(networks, other, tmp_path / "out")
     with pytest.raises(SystemExit, match="lvdm"):
         evaluated({"lvdm": tmp_path / "lvdm.safetensors"}, other, tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"expected the export of train\.py lvdm"):
+        evaluated({"lvdm": networks["vdm"]}, other, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
