@@ -66,7 +66,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--chunk", type=positive, default=8, help="frames computed at a time (%(default)s)"
     )
-    parser.add_argument("--half", action="store_true", help="compute in float16, for GPUs")
+    parser.add_argument(
+        "--half", action="store_true", help="compute in float16, on a CPU in bfloat16"
+    )
     parser.add_argument("--cpu", action="store_true", help="don't use a GPU")
     parser.set_defaults(run=run)
 

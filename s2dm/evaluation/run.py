@@ -60,7 +60,7 @@ class EvaluationConfig:
     method: flow estimator of the figures.
     i3d: weights for FVD and KVD (`load_i3d`), which are left out without them.
     chunk: frames computed at a time.
-    half: weights in half precision.
+    half: weights in half precision: float16, on a CPU bfloat16.
     sheet_clips: clips on the sheet of pictures.
     cpu: don't use an accelerator.
     """
@@ -162,7 +162,8 @@ class _Run:
             )
         # Before hours of sampling, not after.
         self.i3d = None if config.i3d is None else load_i3d(config.i3d, state.device)
-        dtype = torch.float16 if config.half else torch.float32
+        half = torch.bfloat16 if state.device.type == "cpu" else torch.float16
+        dtype = half if config.half else torch.float32
         self.generator = Generator(
             config.checkpoint, config.sampling, config.chunk, state.device, dtype
         )
@@ -285,7 +286,8 @@ class _Run:
     def _card(self) -> ProtocolCard:
         config, data = self.config, self.config.data
         options = "".join(f", {name} {value}" for name, value in data.options.items())
-        sampling = f"{config.sampling}, float{16 if config.half else 32}"
+        dtype = str(self.generator.dtype).removeprefix("torch.")
+        sampling = f"{config.sampling}, {dtype}"
         if any(variant.stage_1 for variant in config.variants):
             sampling += (
                 f"; stage 1 DPM-Solver++ 2M, {config.sampling.flow_steps} steps, guidance "

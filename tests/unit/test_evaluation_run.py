@@ -220,6 +220,23 @@ def test_a_checkpoint_is_sampled_as_it_recommends(config, made, tmp_path):
     assert made
 
 
+def test_half_precision_of_a_cpu_is_bfloat16(config):
+    """Other clips than in float32, but hardly, of all that a checkpoint makes."""
+    variants = tuple(map(Variant, ("given-flow", "two-stage", "autoencoder")))
+    for half, name in ((False, "float32"), (True, "bfloat16")):
+        changed = dataclasses.replace(
+            config, half=half, clips=1, variants=variants, output=config.output / name
+        )
+        assert f", {name};" in evaluate(changed)["protocol"]["sampling"]
+    for variant in variants:
+        whole, half = (
+            np.load(next((config.output / name).glob(f"clips/{variant}-*/*.npz")))["frames"]
+            for name in ("float32", "bfloat16")
+        )
+        distance = np.abs(whole.astype(float) - half).mean()
+        assert 0 < distance < 3, (variant, distance)
+
+
 # ------------------------------------------------------------------------------ FVD and KVD
 
 
