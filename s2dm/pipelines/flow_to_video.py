@@ -365,7 +365,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
     ) -> list[tuple[Tensor, Tensor]]:
         """Text (1, L, d) and flow tokens (N, tokens, width) of each prediction that is needed."""
         conditional = (self.encode_prompt(prompt), self.encode_flow(flow))
-        if flow_guidance_scale is None and guidance_scale == 1:
+        if guidance_scale == 1 and flow_guidance_scale in (None, 1):
             return [conditional]
         negative, null = self.encode_prompt(negative_prompt), self.flow_adapter.adapter.null_tokens
         texts = _same_length([conditional[0], negative])
