@@ -89,6 +89,7 @@ def run_table(monkeypatch, module, output: Path, *arguments: object) -> dict:
 # ---------------------------------------------------------------------------------- ablation
 
 
+@pytest.mark.slow
 def test_ablation_fills_its_cells_from_two_trainings(made, monkeypatch, tmp_path):
     files = {
         "--shared": save(tmp_path / "shared" / "a.safetensors"),
@@ -246,6 +247,7 @@ def test_the_shipped_config_has_a_budget_in_steps_and_the_data_of_the_bundled_mo
 # ----------------------------------------------------------------------------------- table 1
 
 
+@pytest.mark.slow
 def test_table_1_sets_two_stages_beside_given_flow_and_baselines(made, monkeypatch, tmp_path):
     checkpoint = save(tmp_path / "both" / "a.safetensors")
     output = tmp_path / "results" / "table1.json"
