@@ -52,7 +52,8 @@ def test_dynamic_thresholding_keeps_small_clips_and_bounds_large_ones():
 
 def test_mean_motion_is_in_half_frames_and_by_clip():
     displacement = torch.zeros(2, 2, 6, 10)
-    displacement[1, 0] = 5.0  # half of the width's half, in every pixel of one of two frames
+    # 0.6 of half the width and 0.8 of half the height: one half-frame, in one of two frames.
+    displacement[1, 0], displacement[1, 1] = 3.0, 2.4
     condition = FlowField(displacement, torch.zeros(2, 1, 6, 10)).condition(12, 12)
     motion = mean_motion(torch.stack([condition, condition * 2]))
     torch.testing.assert_close(motion, torch.tensor([0.5, 1.0]))

@@ -12,14 +12,22 @@ pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 
 from random_checkpoint import tiny_config, write_random_checkpoint
-from tiny_training import DATA, FRAMES
+from tiny_training import DATA, FRAMES, Squares, data_config
+from torch import nn
 
 from s2dm.models import load_checkpoint, mean_motion, presets
-from s2dm.models.build import build_text_encoder, build_tokenizer
+from s2dm.models.build import build_text_encoder, build_tokenizer, build_vae
 from s2dm.pipelines import embed_prompts
+from s2dm.sector import implied_prediction
 from s2dm.training.config import TrainingConfigError, config_from_dict
+from s2dm.training.datasets import pixels
 from s2dm.training.loop import RunFolder, step_generator
-from s2dm.training.stage1 import Stage1TrainingConfig, build_stage1_task, train_stage1
+from s2dm.training.stage1 import (
+    Stage1Model,
+    Stage1TrainingConfig,
+    build_stage1_task,
+    train_stage1,
+)
 
 CPU = torch.device("cpu")
 
@@ -140,6 +148,57 @@ def test_a_clip_comes_with_its_caption_as_the_text_encoder_reads_it(task, stage2
     for reference, text in zip(batch["reference"], batch["text"], strict=True):
         (clip,) = (references == reference).flatten(1).all(1).nonzero()
         torch.testing.assert_close(text, expected[clip.item()])
+
+
+def test_the_reference_is_frame_1_as_the_vae_has_it(task, stage2_file):
+    config, states = load_checkpoint(stage2_file, ["vae"])
+    vae = build_vae(config.vae, states["vae"]).eval()
+    references = torch.from_numpy(task.references.astype("float32"))
+    for number, clip in enumerate(Squares(data_config(), "train")[i] for i in range(6)):
+        with torch.no_grad():
+            latents = vae.encode(pixels(clip.frames) * 2 - 1).latent_dist.mode()
+        latents = latents * config.vae.scaling_factor
+        apart = (latents - references[number]).abs().amax((1, 2, 3))
+        assert apart[0] < 0.01 < apart[1:].min()
+
+
+def test_timesteps_cover_the_schedule(task):
+    before = task.config
+    task.config = dataclasses.replace(before, clips=8)
+    try:
+        timesteps = task.batch(step_generator(0, 0), CPU)["timesteps"]
+    finally:
+        task.config = before
+    assert sorted((timesteps * 8 // 1000).tolist()) == list(range(8))
+
+
+class Oracle(nn.Module):
+    """Knows the clean clip: answers with what the schedule asks for, and keeps what it was told."""
+
+    def __init__(self, config, clean):
+        super().__init__()
+        self.config, self.clean = config, clean
+
+    def forward(self, sample, timesteps, *labels, **kept):
+        self.labels, self.kept = labels, kept
+        alpha_bar = self.alpha_bars[timesteps]
+        kind = self.config.schedule.prediction_type
+        return implied_prediction(self.clean, sample, alpha_bar, kind)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_loss_is_nothing_for_who_knows_the_clip(task, kind):
+    batch = task.batch(step_generator(0, 0), CPU)
+    network = task.model.flow_generator.config
+    schedule = dataclasses.replace(network.schedule, prediction_type=kind)
+    oracle = Oracle(dataclasses.replace(network, schedule=schedule), batch["flow"])
+    model = Stage1Model(oracle, task.model.text_encoder)
+    oracle.alpha_bars = model.alpha_bars
+    assert model(batch)["loss"] < 1e-6
+    oracle.clean = oracle.clean + 1
+    assert model(batch)["loss"] > 0.1
+    assert [*oracle.labels] == [batch[name] for name in ("reference", "text", "motion")]
+    assert oracle.kept == {name: batch[name] for name in batch if name.startswith("keep_")}
 
 
 def test_the_flow_generator_alone_learns(task):

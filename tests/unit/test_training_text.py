@@ -72,6 +72,8 @@ def test_a_batch_asks_for_the_words_of_its_captions(tmp_path):
         assert words[:4].tolist() == padded
         assert words[4:].tolist() == text[::-1][:3]
         assert torch.equal(weights == 1, words != end)
+    ends, padding = batch["positions"].T
+    assert (padding > ends).any()  # any one of the padding, not the end of the text alone
 
 
 def test_it_learns_to_tell_captions_apart(tmp_path):
