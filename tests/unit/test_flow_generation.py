@@ -31,7 +31,7 @@ class Oracle(nn.Module):
         alphas = alphas_cumprod(
             schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
         )
-        self.calls.append((timesteps.tolist(), text is None, motion))
+        self.calls.append((timesteps.tolist(), text is None, reference, motion))
         alpha_bar = alphas[timesteps.long()]
         return implied_prediction(self.clean, sample, alpha_bar, schedule.prediction_type)
 
@@ -69,11 +69,13 @@ def test_guidance_asks_for_the_null_text_only_where_it_counts():
     oracle = Oracle(CONFIG, _clean())
     scheduler = flow_scheduler(CONFIG.schedule, "ddim")
     generate_flow(oracle, scheduler, TEXT, REFERENCE, steps=2, guidance_scale=1.0)
-    assert [null for _, null, _ in oracle.calls] == [False, False]
+    assert [null for _, null, *_ in oracle.calls] == [False, False]
     oracle.calls.clear()
     motion = torch.tensor([0.1, 0.2])
-    generate_flow(oracle, scheduler, TEXT, REFERENCE, 2, guidance_scale=2.0, motion=motion)
-    assert [null for _, null, _ in oracle.calls] == [False, True, False, True]
+    reference = torch.ones_like(REFERENCE)
+    generate_flow(oracle, scheduler, TEXT, reference, 2, guidance_scale=2.0, motion=motion)
+    assert [null for _, null, *_ in oracle.calls] == [False, True, False, True]
+    assert all(torch.equal(seen, reference) for *_, seen, _ in oracle.calls)
     assert all(given is motion for *_, given in oracle.calls)
 
 

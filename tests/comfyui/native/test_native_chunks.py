@@ -48,6 +48,22 @@ def test_the_unet_sees_no_more_frames_than_asked_for(rig):
     assert seen == [6, 6, 4] * 2
 
 
+@pytest.mark.parametrize("free, expected", [(0, 1), (99, 1), (1000, 7), (10**9, 16)])
+def test_a_chunk_fits_into_the_memory_that_is_free(rig, monkeypatch, free, expected):
+    """A device other than the CPU, with room for a number of frames of 100 bytes."""
+    import comfy.model_management
+
+    chunks = rig.module("nodes.native.chunks")
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: free)
+    latents = torch.empty(2 * 16, 4, 8, 8, device="meta")
+
+    def required(shape):
+        assert shape == [2, 4, 8, 8]
+        return 100
+
+    assert chunks.frames_at_once(None, latents, 2, required) == expected
+
+
 def test_control_follows_its_frames(rig):
     """What a ControlNet says of a frame stays with the frame."""
     import comfy.controlnet
