@@ -88,6 +88,18 @@ def test_a_clip_is_fixed_by_its_numbers():
     assert (first.frames - other.frames).abs().mean() > 0.02
 
 
+@pytest.mark.parametrize("action", range(len(ACTIONS)), ids=[a.name for a in ACTIONS])
+def test_the_amplitude_sizes_the_movement_and_leaves_frame_1_alone(action):
+    numbers = (action % len(PERSONS), action, 0, 64, 6)
+    none, half, usual, more = (render_clip(*numbers, amplitude=a) for a in (0, 0.5, 1, 1.5))
+    assert none.flow.displacement.abs().max() < 1e-4
+    motion = [clip.flow.magnitude().mean() for clip in (half, usual, more)]
+    assert 0.4 < motion[0] / motion[1] < 0.6
+    assert 1.2 < motion[2] / motion[1] < 1.8
+    assert torch.equal(half.frames[0], more.frames[0])
+    assert torch.equal(usual.frames, render_clip(*numbers).frames)
+
+
 @pytest.mark.parametrize(("size", "frames"), [(128, 1), (96, 17), (64, 2), (200, 3)])
 def test_any_size_and_number_of_frames(size, frames):
     clip = render_clip(0, 26, 1, size=size, frames=frames)
@@ -110,8 +122,12 @@ def test_the_first_frames_do_not_depend_on_how_many_follow():
 
 
 @pytest.mark.parametrize(
-    "arguments", [(24, 0, 0), (-1, 0, 0), (0, 27, 0), (0, 0, -1), (0, 0, 0, 4), (0, 0, 0, 64, 0)]
-)
+    "arguments",
+    [
+        (24, 0, 0), (-1, 0, 0), (0, 27, 0), (0, 0, -1), (0, 0, 0, 4), (0, 0, 0, 64, 0),
+        (0, 0, 0, 64, 2, -0.1),
+    ],
+)  # fmt: skip
 def test_numbers_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match="Expected"):
         render_clip(*arguments)
@@ -214,3 +230,14 @@ def test_data_set_runs_through_combinations_and_takes():
         clips[len(clips)]
     with pytest.raises(ValueError, match="at least 1 take"):
         PuppetClips("test", takes=0)
+
+
+def test_takes_have_their_amplitudes_in_turn():
+    clips = PuppetClips("test", takes=3, first_take=7, size=32, frames=3, amplitudes=[1, 0.5])
+    pairs = split("test")
+    for number, amplitude in enumerate((1, 0.5, 1)):
+        expected = render_clip(*pairs[2], 7 + number, 32, 3, amplitude)
+        assert torch.equal(clips[2 + number * len(pairs)].frames, expected.frames)
+    for wrong in ([], [1, -0.5]):
+        with pytest.raises(ValueError, match="amplitudes"):
+            PuppetClips("test", amplitudes=wrong)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -73,6 +73,7 @@ class PuppetClips(Dataset[Clip]):
         size: height and width in pixels.
         frames: frames of a clip.
         seed: of the split.
+        amplitudes: how much larger than usual the movements are, taking turns from take to take.
     """
 
     def __init__(
@@ -83,12 +84,16 @@ class PuppetClips(Dataset[Clip]):
         size: int = 128,
         frames: int = 16,
         seed: int = 0,
+        amplitudes: Sequence[float] = (1.0,),
     ) -> None:
         if takes < 1:
             raise ValueError(f"Expected at least 1 take, got {takes}.")
+        if not amplitudes or min(amplitudes) < 0:
+            raise ValueError(f"Expected one or more amplitudes from 0 on, got {[*amplitudes]}.")
         self._pairs = split(name, seed)
         self._takes, self._first_take = takes, first_take
         self._size, self._frames = size, frames
+        self._amplitudes = tuple(amplitudes)
 
     def __len__(self) -> int:
         return len(self._pairs) * self._takes
@@ -98,4 +103,6 @@ class PuppetClips(Dataset[Clip]):
             raise IndexError(f"Clip {index} of {len(self)}.")
         take, pair = divmod(index, len(self._pairs))
         person, action = self._pairs[pair]
-        return render_clip(person, action, self._first_take + take, self._size, self._frames)
+        amplitude = self._amplitudes[take % len(self._amplitudes)]
+        take += self._first_take
+        return render_clip(person, action, take, self._size, self._frames, amplitude)

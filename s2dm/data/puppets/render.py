@@ -62,7 +62,14 @@ class Clip:
     garments: tuple[Garment, ...]
 
 
-def render_clip(person: int, action: int, take: int, size: int = 128, frames: int = 16) -> Clip:
+def render_clip(
+    person: int,
+    action: int,
+    take: int,
+    size: int = 128,
+    frames: int = 16,
+    amplitude: float = 1.0,
+) -> Clip:
     """Render a person doing an action.
 
     Args:
@@ -72,6 +79,7 @@ def render_clip(person: int, action: int, take: int, size: int = 128, frames: in
             The same numbers always give the same clip.
         size: height and width in pixels.
         frames: number of frames, 1 or more.
+        amplitude: how much larger than usual the movement is, 0 for none; frame 1 stays the same.
 
     Raises:
         ValueError: an index or a number is out of range.
@@ -81,9 +89,10 @@ def render_clip(person: int, action: int, take: int, size: int = 128, frames: in
             f"Expected a person below {len(PERSONS)} and an action below {len(ACTIONS)}, "
             f"got person {person} and action {action}."
         )
-    if size < 8 or frames < 1 or take < 0:
+    if size < 8 or frames < 1 or take < 0 or amplitude < 0:
         raise ValueError(
-            f"Expected size >= 8, frames >= 1 and take >= 0, got {size}, {frames} and {take}."
+            "Expected size >= 8, frames >= 1, take >= 0 and amplitude >= 0, got "
+            f"{size}, {frames}, {take} and {amplitude:g}."
         )
     rng = np.random.default_rng((2403, person, action, take))
     who, what = PERSONS[person], ACTIONS[action]
@@ -96,7 +105,7 @@ def render_clip(person: int, action: int, take: int, size: int = 128, frames: in
     light = np.array([0.75 * np.sin(angle), -0.55, 0.75])
     moments = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
     moments = moments ** rng.uniform(0.85, 1.2) * rng.uniform(0.92, 1.0)
-    pose = poses(what, moments, amplitude=rng.uniform(0.88, 1.06))
+    pose = poses(what, moments, amplitude * rng.uniform(0.88, 1.06))
 
     measures = body(who)
     placements = place(measures, pose, view)
