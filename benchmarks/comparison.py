@@ -154,6 +154,7 @@ def _config(
         variants=tuple(variants),
         seeds=tuple(options.seeds),
         sampling=_sampling(options),
+        method=None,  # how well flow is followed is another benchmark's, and would take as long
         i3d=options.i3d,
         chunk=options.chunk,
         half=options.half,

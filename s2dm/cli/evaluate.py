@@ -59,7 +59,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         default=1.0,
         help="guidance scale of the prompt in stage 1 (%(default)s)",
     )
-    parser.add_argument("--method", default="dis", help="flow estimator: dis or farneback")
+    parser.add_argument(
+        "--method",
+        default="dis",
+        help="flow estimator: dis, farneback, or none, which leaves out flow error and motion and "
+        "saves much time (%(default)s)",
+    )
     parser.add_argument(
         "--sheet-clips", type=int, default=4, help="clips on the sheet of pictures (%(default)s)"
     )
@@ -103,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
             flow_steps=options.flow_steps,
             flow_text_guidance=options.flow_text_guidance,
         ),
-        method=options.method,
+        method=None if options.method == "none" else options.method,
         i3d=options.i3d,
         chunk=options.chunk,
         half=options.half,

@@ -57,7 +57,8 @@ class EvaluationConfig:
     variants: modes with their noise sharing, the rows of the table.
     seeds: each clip is generated once with each; clip k starts from noise 100000·seed + k.
     sampling: steps and guidance.
-    method: flow estimator of the figures.
+    method: flow estimator of the figures; None leaves out those that need one, and the time that
+        it takes, which may be as long as sampling.
     i3d: weights for FVD and KVD (`load_i3d`), which are left out without them.
     chunk: frames computed at a time.
     half: weights in half precision: float16, on a CPU bfloat16.
@@ -72,7 +73,7 @@ class EvaluationConfig:
     variants: tuple[Variant, ...] = (Variant("given-flow"),)
     seeds: tuple[int, ...] = (0,)
     sampling: Sampling = field(default_factory=Sampling)
-    method: str = "dis"
+    method: str | None = "dis"
     i3d: Path | None = None
     chunk: int = 8
     half: bool = False
@@ -210,13 +211,18 @@ class _Run:
         """Frames as bytes (N,H,W,3), and the figures of these bytes."""
         stored = np.stack([to_uint8(frame) for frame in made.frames])
         frames = _pixels(stored)
-        realised = estimate_flow(frames, self.config.method)
-        still = still_region(realised) if made.still is None else made.still
-        totals = {
-            **({} if made.flow is None else _following(frames, realised, made.flow)),
-            "flicker": flicker(frames, still),
-            "attributes": attribute_accuracy(frames[0], getattr(clip, "garments", ())),
-        }
+        method, still = self.config.method, made.still
+        realised = None if method is None else estimate_flow(frames, method)
+        if still is None and realised is not None:
+            still = still_region(realised)
+        totals = {}
+        if made.flow is not None:
+            if realised is not None:
+                totals |= _following(realised, made.flow)
+            totals["warp_error"] = warp_error(frames, made.flow)
+        if still is not None:
+            totals["flicker"] = flicker(frames, still)
+        totals["attributes"] = attribute_accuracy(frames[0], getattr(clip, "garments", ()))
         return stored, totals
 
     # ---------------------------------------------------------------------------- features
@@ -293,6 +299,13 @@ class _Run:
                 f"; stage 1 DPM-Solver++ 2M, {config.sampling.flow_steps} steps, guidance "
                 f"{config.sampling.flow_text_guidance:g}"
             )
+        flow_error = {}
+        if config.method is not None:
+            flow_error["flow error"] = (
+                f"end-point error between given flow and {config.method} flow of the clip, where "
+                f"the given flow is longer than {MOVING:g} pixel and not occluded, over its mean "
+                "length there"
+            )
         return ProtocolCard(
             checkpoint=f"{config.checkpoint.name} ({self.weights})",
             features=self.i3d and f"{self.i3d.description}; {self.i3d.preprocessing}",
@@ -308,9 +321,7 @@ class _Run:
                 "sampling": sampling,
                 **{variant.mode: variant.recipe for variant in config.variants if variant.recipe},
                 "pixels": "measured as stored, in 8 bits",
-                "flow error": f"end-point error between given flow and {config.method} flow of the "
-                f"clip, where the given flow is longer than {MOVING:g} pixel and not occluded, "
-                "over its mean length there",
+                **flow_error,
                 "flicker": "standard deviation over time of pixels that nothing passes, of 255",
                 "warp error": "mean |frame i - frame 1 warped by the given flow| where visible, "
                 "of 255",
@@ -343,7 +354,7 @@ class _Run:
         return tqdm(total=total, desc=title, unit="clip", disable=hidden)
 
 
-def _following(frames: Tensor, realised: FlowField, given: FlowField) -> dict[str, Total]:
+def _following(realised: FlowField, given: FlowField) -> dict[str, Total]:
     """How a clip follows the flow that it was given."""
     region = moving_region(given)
     error, motion = flow_error(realised, given), motion_magnitude(given, region)
@@ -352,7 +363,6 @@ def _following(frames: Tensor, realised: FlowField, given: FlowField) -> dict[st
         "flow_error_pixels": Total(error.total, motion.weight),
         "motion": motion_magnitude(realised, region),
         "given_motion": motion,
-        "warp_error": warp_error(frames, given),
     }
 
 

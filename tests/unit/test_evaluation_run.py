@@ -198,10 +198,26 @@ def test_other_settings_are_never_mixed(config, made, tmp_path):
         {"seeds": (5,)},
         {"variants": (Variant("given-flow", "independent"),)},
         {"method": "farneback"},
+        {"method": None},
     ):
         made.clear()
         evaluate(dataclasses.replace(config, clips=1, **change))
         assert any(row.startswith("given-flow") for row, _ in made), change
+
+
+def test_without_an_estimator_all_but_its_figures_are_there(config):
+    variants = (Variant("given-flow"), Variant("two-stage"))
+    config = dataclasses.replace(config, clips=2, variants=variants)
+    full, brief = (evaluate(dataclasses.replace(config, method=m)) for m in ("dis", None))
+    for name, row in brief["table"].items():
+        left_out = {key for key in full["table"][name] if key not in row}
+        assert left_out == {
+            f"{metric}{end}"
+            for metric in ("flow_error", "flow_error_pixels", "motion", "given_motion")
+            for end in ("", "_95")
+        }
+        assert all(full["table"][name][key] == row[key] for key in row)
+    assert "flow error" in full["protocol"] and "flow error" not in brief["protocol"]
 
 
 def test_a_checkpoint_is_sampled_as_it_recommends(config, made, tmp_path):
