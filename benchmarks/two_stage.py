@@ -9,6 +9,7 @@ its clip starts from noise of seed k: nothing is selected.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import random
@@ -24,8 +25,10 @@ from tqdm import tqdm
 from s2dm.data.puppets import caption, split
 from s2dm.evaluation.clip_metrics import STILL, Total, flicker, pooled, still_region
 from s2dm.evaluation.distances import bootstrap_interval
+from s2dm.evaluation.modes import Sampling
 from s2dm.evaluation.protocol import ProtocolCard, file_hash, write_json
 from s2dm.flow import FlowField, flow_to_image
+from s2dm.models import read_config
 from s2dm.pipelines import TextToVideoPipeline
 from s2dm.video import write_contact_sheet
 
@@ -40,15 +43,21 @@ def main() -> None:
     )
     default = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
     parser.add_argument("--checkpoint", type=Path, default=default)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=1.75)
-    parser.add_argument("--flow-guidance", type=float, default=1.0)
+    for name, kind in (("--steps", int), ("--guidance", float), ("--flow-guidance", float)):
+        parser.add_argument(name, type=kind, help="what the checkpoint recommends by default")
     parser.add_argument("--flow-steps", type=int, default=20)
     parser.add_argument("--flow-text-guidance", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3, help="of the timing, the median counts")
     parser.add_argument("--output", type=Path, default=RESULTS / "two_stage.json")
     options = parser.parse_args()
 
+    sampling = Sampling(
+        steps=options.steps,
+        guidance=options.guidance,
+        flow_guidance=options.flow_guidance,
+        flow_steps=options.flow_steps,
+        flow_text_guidance=options.flow_text_guidance,
+    ).filled(read_config(options.checkpoint).sampling)
     prompts = [caption(*random.Random(seed).choice(split("test"))) for seed in range(PROMPTS)]
     weights = file_hash(options.checkpoint)
     card = ProtocolCard(
@@ -60,9 +69,8 @@ def main() -> None:
         size=(128, 128),
         seeds=list(range(PROMPTS)),
         notes={
-            "sampling": f"stage 2 DDIM, {options.steps} steps, guidance {options.guidance:g} "
-            f"(flow {options.flow_guidance:g}); stage 1 DPM-Solver++ 2M, {options.flow_steps} "
-            f"steps, guidance {options.flow_text_guidance:g}; float32",
+            "sampling": f"stage 2 {sampling}; stage 1 DPM-Solver++ 2M, {sampling.flow_steps} "
+            f"steps, guidance {sampling.flow_text_guidance:g}; float32",
             "still": f"standard deviation over time, of 255, of pixels that the generated flow "
             f"moves by less than {STILL:g} pixels in every frame, 8 pixels away "
             "from all others",
@@ -70,12 +78,12 @@ def main() -> None:
         },
     )
     show("Text to video in two stages", card)
-    key = json.dumps([weights, {k: str(v) for k, v in vars(options).items() if k != "output"}])
+    key = json.dumps([weights, dataclasses.asdict(sampling)])
     store = RUNS / "two_stage" / hashlib.sha256(key.encode()).hexdigest()[:12]
     pipeline = TextToVideoPipeline.from_single_file(options.checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     made = [
-        _clip(pipeline, prompt, seed, options, store)
+        _clip(pipeline, prompt, seed, sampling, store)
         for seed, prompt in enumerate(tqdm(prompts, unit="clip"))
     ]
     totals = [flicker(clip["frames"], still_region(clip["flow"])) for clip in made]
@@ -83,7 +91,7 @@ def main() -> None:
         "still": pooled(totals).figure,
         "still_95": bootstrap_interval(_figure, totals, samples=1000),
         "equal": max(_first_frame_difference(clip) for clip in made),
-        "seconds": _timing(pipeline, prompts[0], options),
+        "seconds": _timing(pipeline, prompts[0], sampling, options.repeats),
     }
     print(markdown(table))
     sheet = options.output.with_suffix(".jpg")
@@ -92,13 +100,13 @@ def main() -> None:
     print(f"\n{options.output}\n{sheet}")
 
 
-def _arguments(options: argparse.Namespace) -> dict[str, Any]:
+def _arguments(sampling: Sampling) -> dict[str, Any]:
     return {
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-        "flow_guidance_scale": options.flow_guidance,
-        "flow_steps": options.flow_steps,
-        "flow_text_guidance_scale": options.flow_text_guidance,
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
+        "flow_guidance_scale": sampling.flow_guidance,
+        "flow_steps": sampling.flow_steps,
+        "flow_text_guidance_scale": sampling.flow_text_guidance,
     }
 
 
@@ -106,13 +114,13 @@ def _clip(
     pipeline: TextToVideoPipeline,
     prompt: str,
     seed: int,
-    options: argparse.Namespace,
+    sampling: Sampling,
     store: Path,
 ) -> dict[str, Any]:
     """Frames (N,3,H,W), flow and reference frame of one prompt, kept in the run's folder."""
     path = store / f"{seed:02d}.pt"
     if not path.exists():
-        made = pipeline(prompt, seed=seed, **_arguments(options))
+        made = pipeline(prompt, seed=seed, **_arguments(sampling))
         path.parent.mkdir(parents=True, exist_ok=True)
         flow = (made.flow.displacement, made.flow.occlusion)
         torch.save({"frames": made.frames, "flow": flow, "reference": made.reference}, path)
@@ -129,21 +137,21 @@ def _figure(totals: list[Total]) -> float:
 
 
 def _timing(
-    pipeline: TextToVideoPipeline, prompt: str, options: argparse.Namespace
+    pipeline: TextToVideoPipeline, prompt: str, sampling: Sampling, repeats: int
 ) -> dict[str, float]:
     """Median seconds of stage 1 and of the whole, at the settings of the clips."""
     runs = []
-    for _ in range(options.repeats + 1):
+    for _ in range(repeats + 1):
         marks = [time.perf_counter()]
         pipeline(
             prompt,
             seed=0,
             callback_on_step_end=lambda step, state, marks=marks: marks.append(time.perf_counter()),
-            **_arguments(options),
+            **_arguments(sampling),
         )
         end = time.perf_counter()
         # The callbacks come after each step of the reference frame, then of the flow.
-        first, last = options.steps, options.steps + options.flow_steps
+        first, last = sampling.steps, sampling.steps + sampling.flow_steps
         runs.append((marks[last] - marks[first], end - marks[0]))
     stage1, whole = (statistics.median(column) for column in zip(*runs[1:], strict=True))
     return {"stage_1": stage1, "whole": whole}
