@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .models import S2DMConfig, load_checkpoint, read_config, save_checkpoint
+from .models import PARTS, FlowAdapter, S2DMConfig, load_checkpoint, read_config, save_checkpoint
 from .models.checkpoint import METADATA_KEY
 from .models.lfdm import PREFIX as LFDM_PREFIX
 from .models.lfdm import from_lfdm, lfdm_config
+from .models.presets import SD15
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 # What unpickling raises, depending on where the bytes stop making sense.
@@ -31,6 +35,8 @@ _UNREADABLE = (
 )
 # Where training codes of this family put the weights inside what they pickle.
 _NESTED = ("state_dict", "model", "module")
+# What a folder of one of our pipelines holds and one of Stable Diffusion doesn't.
+_FLOW = {"flow_adapter", "flow_generator"}
 
 
 class ConversionError(ValueError):
@@ -48,7 +54,9 @@ def convert(
     - a diffusers folder (of `save_pretrained`) to an S2DM checkpoint `.safetensors`
     - an S2DM checkpoint `.safetensors` to a diffusers folder, or to another `.safetensors` with
       the same parts
-    - pickled weights (`.ckpt`, `.pt`, `.pth`, `.bin`) to `.safetensors`, key by key
+    - Stable Diffusion 1.x, as a diffusers folder, a `.safetensors` or a pickled file, to an S2DM
+      checkpoint whose flow adapter is new: without effect, and ready for training
+    - other pickled weights (`.ckpt`, `.pt`, `.pth`, `.bin`) to `.safetensors`, key by key
     - LFDM's pickled diffusion model (`flowdiff_*.pth`) to an S2DM checkpoint that holds the flow
       generator alone. It is LFDM's network, with LFDM's inputs and outputs: features of LFDM's own
       encoder as reference, BERT's embedding as prompt, and in place of displacement and
@@ -60,7 +68,7 @@ def convert(
         target: written under a temporary name first where it is a file.
         half: store the weights as float16; else they stay as they are.
         recommend: entries of `SamplingConfig` that the target recommends in place of the source's;
-            for a checkpoint or a diffusers folder.
+            for all that becomes a checkpoint or a folder, but LFDM's.
 
     Raises:
         ConversionError: the two can't be converted into each other, or a pickle holds something
@@ -72,25 +80,26 @@ def convert(
     if not source.exists():
         raise ConversionError(f"There is nothing at {source}.")
     to_file = target.suffix.lower() == ".safetensors"
-    if source.is_file() and source.suffix.lower() in PICKLE_SUFFIXES:
-        if not to_file:
-            raise ConversionError(
-                f"Pickled weights become one file: give a name that ends in .safetensors, not "
-                f"{target.name}."
-            )
-        if recommend:
-            raise ConversionError(
-                f"{source.name} holds pickled weights, which recommend no sampling. Convert them "
-                "to .safetensors first, then set steps and guidance of that file."
-            )
-        _unpickle(source, target, half)
-        return
+    pickled = source.is_file() and source.suffix.lower() in PICKLE_SUFFIXES
+    plain = not pickled and _is_stable_diffusion(source)
+    if (pickled or plain) and not to_file:
+        raise ConversionError(
+            f"{'Stable Diffusion becomes' if plain else 'Pickled weights become'} one file: give a "
+            f"name that ends in .safetensors, not {target.name}."
+        )
     if target.suffix and not to_file:
         raise ConversionError(
             f"Can't write {target.suffix}. Give a name that ends in .safetensors, or one without "
             "an ending for a diffusers folder."
         )
     dtype = torch.float16 if half else None
+    if pickled:
+        _unpickle(source, target, half, recommend)
+        return
+    if plain:
+        read = _read_folder if source.is_dir() else load_file
+        _add_adapter(read(source), source, target, half, recommend)
+        return
     if source.is_file() and to_file:
         config, states = load_checkpoint(source)
         save_checkpoint(target, config.recommending(recommend or {}), states, dtype)
@@ -121,18 +130,98 @@ def _load(source: Path) -> Any:
     return (TextToVideoPipeline if both else FlowToVideoPipeline).from_pretrained(source)
 
 
-def _unpickle(source: Path, target: Path, half: bool) -> None:
-    """Pickled weights to safetensors, with S2DM's metadata if the pickle holds them."""
-    from safetensors.torch import save_file
+def _is_stable_diffusion(source: Path) -> bool:
+    """Whether a folder or a `.safetensors` file is Stable Diffusion without a flow adapter."""
+    if source.is_dir():
+        index = source / "model_index.json"
+        return index.is_file() and not _FLOW & set(json.loads(index.read_text("utf-8")))
+    try:
+        with safe_open(source, framework="pt") as file:
+            return METADATA_KEY not in (file.metadata() or {}) and _is_ldm(file.keys())
+    except SafetensorError:
+        return False  # whoever reads it as a checkpoint says what is wrong
 
+
+def _is_ldm(names: Iterable[str]) -> bool:
+    return any(name.startswith(PARTS["unet"].prefix) for name in names)
+
+
+def _read_folder(source: Path) -> dict[str, Tensor]:
+    """The weights of a diffusers folder of Stable Diffusion 1.x under the names of its one file."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from .models.build import text_encoder_state, unet_state, vae_state
+
+    parts = {
+        "unet": (UNet2DConditionModel, unet_state),
+        "text_encoder": (CLIPTextModel, text_encoder_state),
+        "vae": (AutoencoderKL, vae_state),
+    }
+    weights = {}
+    for part, (kind, state) in parts.items():
+        try:
+            network = kind.from_pretrained(source / part)
+            named = state(network, getattr(SD15, part))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _not_sd15(source, f"its {part}: {str(error).splitlines()[0]}") from error
+        weights |= {PARTS[part].prefix + name: weight for name, weight in named.items()}
+    return weights
+
+
+def _add_adapter(
+    weights: Mapping[str, Tensor],
+    source: Path,
+    target: Path,
+    half: bool,
+    recommend: Mapping[str, Any] | None,
+) -> None:
+    """Stable Diffusion 1.x, under the names of its one file, as a checkpoint with a new adapter."""
+    states: dict[str, dict[str, Tensor]] = {}
+    for part in ("unet", "text_encoder", "vae"):
+        prefix, keys = PARTS[part]
+        states[part] = {}
+        for key in keys(getattr(SD15, part)):
+            weight = weights.get(prefix + key.ldm)
+            if weight is None or tuple(weight.shape) != key.ldm_shape:
+                found = "nothing" if weight is None else tuple(weight.shape)
+                raise _not_sd15(source, f"{key.ldm_shape} at {prefix + key.ldm}, found {found}")
+            states[part][key.ldm] = weight
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        states["flow_adapter"] = FlowAdapter(SD15.flow_adapter).state_dict()
+    config = dataclasses.replace(
+        SD15, data=f"Stable Diffusion from {source.name}, new flow adapter"
+    )
+    dtype = torch.float16 if half else None
+    save_checkpoint(target, config.recommending(recommend or {}), states, dtype)
+
+
+def _not_sd15(source: Path, expected: str) -> ConversionError:
+    return ConversionError(
+        f"{source.name}: expected Stable Diffusion 1.x, {expected}. Other kinds, such as SDXL, 2.x "
+        "or an inpainting model, can't follow flow here."
+    )
+
+
+def _unpickle(source: Path, target: Path, half: bool, recommend: Mapping[str, Any] | None) -> None:
+    """Pickled weights to safetensors, with S2DM's metadata if the pickle holds them."""
     from .video import replacing
 
     content = _read_pickle(source)
+    weights = _weights_in(content)
+    if _is_ldm(weights) and METADATA_KEY not in content:
+        _add_adapter(weights, source, target, half, recommend)
+        return
+    if recommend:
+        raise ConversionError(
+            f"{source.name} holds pickled weights, which recommend no sampling. Convert them "
+            "to .safetensors first, then set steps and guidance of that file."
+        )
     diffusion = content.get("diffusion") if isinstance(content, dict) else None
     if isinstance(diffusion, dict) and any(str(name).startswith(LFDM_PREFIX) for name in diffusion):
         _convert_lfdm(diffusion, source, target, half)
         return
-    weights = _weights_in(content)
     if not weights:
         raise ConversionError(f"{source} holds no weights: expected tensors by name.")
     tensors = {
@@ -142,7 +231,7 @@ def _unpickle(source: Path, target: Path, half: bool) -> None:
         for name, tensor in weights.items()
     }
     metadata = {"format": "pt"}
-    if isinstance(content, dict) and METADATA_KEY in content:
+    if METADATA_KEY in content:
         described = content[METADATA_KEY]
         metadata[METADATA_KEY] = described if isinstance(described, str) else json.dumps(described)
     target.parent.mkdir(parents=True, exist_ok=True)

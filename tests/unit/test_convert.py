@@ -8,17 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from random_checkpoint import random_states, tiny_config, write_random_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from s2dm import cli
 from s2dm.convert import ConversionError, convert
 from s2dm.models import (
+    PARTS,
     ConfigError,
     FlowGeneratorConfig,
     SamplingConfig,
     load_checkpoint,
     read_config,
     save_checkpoint,
+)
+from s2dm.models.build import (
+    attach_adapter,
+    build_flow_adapter,
+    build_text_encoder,
+    build_unet,
+    build_vae,
 )
 from s2dm.models.lfdm import lfdm_keys
 
@@ -63,7 +71,7 @@ def test_a_recommendation_is_changed_entry_by_entry_and_kept(tmp_path, checkpoin
     for recommend, message in (({"cfg": 2}, "cfg"), ({"steps": 0}, "steps: expected a whole")):
         with pytest.raises(ConfigError, match=message):
             convert(told, tmp_path / "wrong.safetensors", recommend=recommend)
-    torch.save(load_file(told), tmp_path / "plain.pt")
+    torch.save({"some.weight": torch.ones(2)}, tmp_path / "plain.pt")
     with pytest.raises(ConversionError, match="recommend no sampling"):
         convert(tmp_path / "plain.pt", tmp_path / "wrong.safetensors", recommend={"steps": 7})
     assert not (tmp_path / "wrong.safetensors").exists()
@@ -93,10 +101,79 @@ def test_convert_reads_pickled_weights(tmp_path, checkpoint):
     assert again == config
     loaded = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
-    # Plain Stable Diffusion weights become a plain file.
-    torch.save(weights, tmp_path / "plain.pt")
+    # Other weights become a plain file.
+    torch.save({"some.weight": torch.ones(2)}, tmp_path / "plain.pt")
     convert(tmp_path / "plain.pt", tmp_path / "plain.safetensors", half=True)
-    assert load_file(tmp_path / "plain.safetensors").keys() == weights.keys()
+    assert torch.equal(load_file(tmp_path / "plain.safetensors")["some.weight"], torch.ones(2))
+
+
+@pytest.fixture
+def stable_diffusion(tmp_path, monkeypatch) -> dict[str, Path]:
+    """Plain Stable Diffusion in its three forms, of the tiny size."""
+    config = tiny_config(flow_generator=None)
+    monkeypatch.setattr("s2dm.convert.SD15", config)
+    states = random_states(config)
+    adapter = states.pop("flow_adapter")
+    assert adapter
+    weights = {PARTS[part].prefix + name: w for part in states for name, w in states[part].items()}
+    # What such files hold beside the weights.
+    extra = {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.ones(())}
+    save_file(weights | extra, tmp_path / "sd.safetensors")
+    torch.save({"state_dict": weights | extra, "global_step": 5}, tmp_path / "sd.ckpt")
+    folder = tmp_path / "sd"
+    build_unet(config.unet, states["unet"]).save_pretrained(folder / "unet")
+    build_vae(config.vae, states["vae"]).save_pretrained(folder / "vae")
+    build_text_encoder(config.text_encoder, states["text_encoder"]).save_pretrained(
+        folder / "text_encoder"
+    )
+    index = {"_class_name": "StableDiffusionPipeline", "unet": [], "vae": [], "text_encoder": []}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return {name: tmp_path / name for name in ("sd.safetensors", "sd.ckpt", "sd")}
+
+
+@pytest.mark.parametrize("form", ["sd.safetensors", "sd.ckpt", "sd"])
+def test_stable_diffusion_gets_an_adapter_without_effect(tmp_path, stable_diffusion, form):
+    source, target = stable_diffusion[form], tmp_path / "out" / "s2dm.safetensors"
+    convert(source, target, recommend={"steps": 7})
+    config, states = load_checkpoint(target)
+    assert config.sampling.steps == 7 and form in config.data
+    weights = load_file(stable_diffusion["sd.safetensors"])
+    for part in ("unet", "text_encoder", "vae"):
+        for name, weight in states[part].items():
+            assert torch.equal(weight, weights[PARTS[part].prefix + name])
+    adapter = build_flow_adapter(config.flow_adapter, states["flow_adapter"])
+    noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, config.unet.context_dim)
+    flow = torch.rand(2, 3, 88, 56)
+    plain, following = (build_unet(config.unet, states["unet"]) for _ in range(2))
+    attach_adapter(following, adapter)
+    timestep = torch.tensor(500)
+    with torch.no_grad():
+        kwargs = {"cross_attention_kwargs": {"flow_tokens": adapter.encode(flow)}}
+        expected = plain(noise, timestep, text).sample
+        assert torch.equal(following(noise, timestep, text, **kwargs).sample, expected)
+    again = tmp_path / "again.safetensors"
+    convert(source, again)
+    one, other = load_file(target), load_file(again)
+    assert all(torch.equal(one[name], other[name]) for name in one)  # the same every time
+
+
+def test_other_stable_diffusions_are_refused(tmp_path, stable_diffusion):
+    weights = load_file(stable_diffusion["sd.safetensors"])
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    wrong = {
+        "missing": {key: w for key, w in weights.items() if key != name},
+        "inpainting": weights | {name: torch.zeros(32, 9, 3, 3)},
+    }
+    for kind, changed in wrong.items():
+        save_file(changed, tmp_path / f"{kind}.safetensors")
+        with pytest.raises(ConversionError, match=rf"{kind}.*Stable Diffusion 1\.x.*{name}"):
+            convert(tmp_path / f"{kind}.safetensors", tmp_path / "out.safetensors")
+    (tmp_path / "sd" / "text_encoder" / "config.json").unlink()
+    with pytest.raises(ConversionError, match="its text_encoder"):
+        convert(tmp_path / "sd", tmp_path / "out.safetensors")
+    with pytest.raises(ConversionError, match=r"becomes one file.*\.safetensors"):
+        convert(stable_diffusion["sd.safetensors"], tmp_path / "folder")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def lfdm_pickle(path: Path, **changes: torch.Tensor | None) -> Path:
