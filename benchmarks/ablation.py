@@ -79,8 +79,7 @@ def main() -> None:
     }
     print(markdown(result))
     sheet = options.output.with_suffix(".jpg")
-    generated = {name: row for name, row in rows.items() if name != "autoencoder"}
-    write_sheet(sheet, generated, TITLES, options)
+    write_sheet(sheet, found, TITLES, options)
     write_json(options.output, {**result, "sheet": sheet.name})
     print(f"\n{options.output}\n{sheet}")
 

@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from common import ROOT, RUNS
 from flow_following import TAKE
 from torch import Tensor
 
 from s2dm.evaluation.distances import bootstrap, frechet_distance, interval
-from s2dm.evaluation.modes import Generator, Sampling, Variant
-from s2dm.evaluation.run import EvaluationConfig, evaluate, shuffled
+from s2dm.evaluation.modes import Sampling, Variant
+from s2dm.evaluation.run import EvaluationConfig, evaluate, shuffled, stored_frames
 from s2dm.evaluation.tables import mean_over_seeds
 from s2dm.flow import flow_to_image
 from s2dm.models import load_checkpoint, read_config
@@ -55,6 +54,8 @@ class Compared:
     notes: what `s2dm evaluate` remarks.
     real: features (clips,400) of the true clips.
     generated: features (clips,seeds,400) of each row, by name.
+    data: whose clips they are.
+    folders: where the clips of each row are stored, by name.
     """
 
     protocol: dict[str, Any]
@@ -62,6 +63,8 @@ class Compared:
     notes: list[str]
     real: Tensor
     generated: dict[str, Tensor]
+    data: DataConfig
+    folders: dict[str, Path]
 
     def ratios(self, *over: str, samples: int) -> dict[str, dict[str, dict[str, Any]]]:
         """The FVD of each row over that of each of the rows `over`, with its 95 % interval.
@@ -117,7 +120,7 @@ def compare(rows: Mapping[str, Row], options: argparse.Namespace, run: str) -> C
     by_checkpoint: dict[Path, list[str]] = {}
     for name, row in rows.items():
         by_checkpoint.setdefault(row.checkpoint, []).append(name)
-    checkpoints, table, notes, generated, real = [], {}, [], {}, None
+    checkpoints, table, notes, generated, folders, real = [], {}, [], {}, {}, None
     for checkpoint, names in by_checkpoint.items():
         config = _config(checkpoint, [rows[name].variant for name in names], options, RUNS / run)
         result = evaluate(config)
@@ -129,6 +132,7 @@ def compare(rows: Mapping[str, Row], options: argparse.Namespace, run: str) -> C
                 key = str(rows[name].variant)
                 table[name] = result["table"][key]
                 generated[name] = torch.from_numpy(stored[key])
+                folders[name] = config.output / result["clips"][key]
         checkpoints.append(f"{', '.join(names)}: {result['protocol']['checkpoint']}")
         notes += result["notes"]
         protocol = result["protocol"]
@@ -140,6 +144,8 @@ def compare(rows: Mapping[str, Row], options: argparse.Namespace, run: str) -> C
         notes=list(dict.fromkeys(notes)),
         real=real,
         generated={name: generated[name] for name in rows},
+        data=config.data,
+        folders={name: folders[name] for name in rows},
     )
 
 
@@ -291,25 +297,16 @@ def _training(checkpoint: Path) -> tuple[dict[str, Any], int] | None:
 
 
 def write_sheet(
-    path: Path, rows: Mapping[str, Row], titles: Mapping[str, str], options: argparse.Namespace
+    path: Path, found: Compared, titles: Mapping[str, str], options: argparse.Namespace
 ) -> None:
-    """The first clips of the evaluation: true frames, flow, and what each row makes of them."""
-    data = _data(next(iter(rows.values())).checkpoint, options)
-    clips = build_dataset(data, data.validation_split)
-    generators = {}
-    for row in rows.values():
-        sampling = _sampling(options).filled(read_config(row.checkpoint).sampling)
-        generators[row.checkpoint] = Generator(
-            row.checkpoint, sampling, options.chunk, PartialState().device
-        )
+    """The first clips of the evaluation: true frames, flow, and what each row made of them."""
+    clips = build_dataset(found.data, found.data.validation_split)
     pictures, labels = [], []
-    for index in shuffled(len(clips))[:SHEET_CLIPS]:
+    for index in shuffled(len(clips))[: options.clips or None][:SHEET_CLIPS]:
         clip = clips[index]
         pictures += [pixels(clip.frames), flow_to_image(clip.flow)]
         labels += [clip.caption, "its flow"]
-        for name, row in rows.items():
-            noise_seed = 100_000 * options.seeds[0] + index
-            made = row.variant.make(generators[row.checkpoint], clip, noise_seed)
-            pictures.append(made.frames)
+        for name, folder in found.folders.items():
+            pictures.append(stored_frames(folder, index, options.seeds[0]))
             labels.append(titles[name])
     write_contact_sheet(path, pictures, labels, columns=8)

@@ -66,7 +66,7 @@ def main() -> None:
     }
     print(markdown(result))
     sheet = options.output.with_suffix(".jpg")
-    write_sheet(sheet, rows, TITLES, options)
+    write_sheet(sheet, found, TITLES, options)
     write_json(options.output, {**result, "sheet": sheet.name})
     print(f"\n{options.output}\n{sheet}")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..flow import FlowField, estimate_flow, flow_to_image
 from ..models import read_config
 from ..training.config import DataConfig
-from ..training.datasets import build_dataset, pixels
+from ..training.datasets import ClipDataset, build_dataset, pixels
 from ..video import replacing, write_contact_sheet
 from ..video.frames import from_uint8, to_uint8
 from .clip_metrics import (
@@ -40,7 +40,7 @@ from .clip_metrics import (
 from .distances import sample_size_problem
 from .i3d import LEAST_FRAMES, load_i3d
 from .modes import Generator, Made, Sampling, Variant
-from .protocol import ProtocolCard, file_hash, write_json, write_text
+from .protocol import ProtocolCard, code_version, file_hash, write_json, write_text
 from .tables import markdown_table, save_plots, summarise
 
 _TRUE = Variant("true")
@@ -101,11 +101,12 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     Writes `results.json`, `results.md`, `plots.png` and `sheet.jpg` into the output folder.
 
     Returns:
-        What is in `results.json`: `protocol`, `table` and `notes`. None in other processes than
-        the main one.
+        What is in `results.json`: `protocol`, `table`, `notes` and, by row, in which folder of
+        the output its `clips` lie. None in other processes than the main one.
 
     Raises:
-        ValueError: settings, checkpoint, data set or weights that don't fit together.
+        ValueError: settings, checkpoint, data set or weights that don't fit together, or frames
+            that are not finite.
         OSError: a file can't be read or written.
     """
     from accelerate import PartialState
@@ -126,6 +127,15 @@ def shuffled(count: int) -> list[int]:
     return order
 
 
+def stored_frames(folder: Path, index: int, seed: int) -> Tensor:
+    """Frames (N,3,H,W) in [0,1] that an evaluation stored: of a row's folder, a clip and a seed."""
+    return _frames(folder / _file_name(index, seed))
+
+
+def _file_name(index: int, seed: int) -> str:
+    return f"{index:05d}_{seed}.npz"
+
+
 @dataclass(frozen=True)
 class _Task:
     """One clip of one row: a clip of the data set, and the seed."""
@@ -141,6 +151,8 @@ class _Task:
 
 class _Run:
     def __init__(self, config: EvaluationConfig, state: Any) -> None:
+        from accelerate.utils import broadcast_object_list
+
         stages = read_config(config.checkpoint)
         # The numbers that are really used: clips are stored by them, and the protocol has them.
         config = dataclasses.replace(config, sampling=config.sampling.filled(stages.sampling))
@@ -168,6 +180,9 @@ class _Run:
         self.generator = Generator(
             config.checkpoint, config.sampling, config.chunk, state.device, dtype
         )
+        self.code = code_version()
+        # Of the main process, because other machines may differ in a last digit.
+        (self.data_hash,) = broadcast_object_list([_fingerprint(self.data)])
 
     # ------------------------------------------------------------------------------- clips
 
@@ -176,18 +191,22 @@ class _Run:
         indices = self.chosen if indices is None else indices
         return [_Task(variant, index, seed) for index in indices for seed in seeds]
 
-    def path(self, task: _Task) -> Path:
-        """Where a clip is stored: another place with any other setting that changes it."""
-        config, variant = self.config, task.variant
-        weights = None if variant == _TRUE else self.weights  # the truth is every checkpoint's
-        made_by = [weights, dataclasses.asdict(config.data), config.method, str(variant)]
+    def folder(self, variant: Variant) -> str:
+        """Where the clips of a row lie in the output: elsewhere with anything that changes them."""
+        config = self.config
+        made_by = [self.data_hash, dataclasses.asdict(config.data), config.method, str(variant)]
+        if variant != _TRUE:  # the truth is every checkpoint's
+            made_by += [self.weights, str(self.generator.dtype)]
         if variant.sampled:
-            made_by += [dataclasses.asdict(config.sampling), config.half]
+            made_by.append(dataclasses.asdict(config.sampling))
         if variant.recipe:
             made_by.append(variant.recipe)
         key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:8]
-        folder = str(variant).replace(":", "_") + "-" + key
-        return config.output / "clips" / folder / f"{task.index:05d}_{task.seed}.npz"
+        return f"clips/{str(variant).replace(':', '_')}-{key}"
+
+    def path(self, task: _Task) -> Path:
+        folder = self.config.output / self.folder(task.variant)
+        return folder / _file_name(task.index, task.seed)
 
     def generate(self) -> None:
         """Make, measure and store what is missing of this process's part."""
@@ -204,8 +223,17 @@ class _Run:
                     if not path.exists():
                         clip = self.data[index] if clip is None else clip
                         made = task.variant.make(self.generator, clip, task.noise_seed)
-                        _store(path, *self._measured(made, clip))
+                        self._check_finite(made, task)
+                        _store(path, *self._measured(made, clip), self.code)
                     bar.update()
+
+    def _check_finite(self, made: Made, task: _Task) -> None:
+        if not torch.isfinite(made.frames).all():
+            remedy = "evaluate without --half" if self.config.half else "look at the checkpoint"
+            raise ValueError(
+                f"Expected finite frames of row {task.variant}, clip {task.index}, seed "
+                f"{task.seed}, got NaN or infinite values: {remedy}."
+            )
 
     def _measured(self, made: Made, clip: Any) -> tuple[np.ndarray, dict[str, Total]]:
         """Frames as bytes (N,H,W,3), and the figures of these bytes."""
@@ -276,7 +304,8 @@ class _Run:
             table[str(variant)] = summarise(totals, real, generated)
         notes = [note for note in dict.fromkeys(notes) if note]
         card = self._card()
-        result = {"protocol": card.to_dict(), "table": table, "notes": notes}
+        folders = {str(variant): self.folder(variant) for variant in config.variants}
+        result = {"protocol": card.to_dict(), "table": table, "notes": notes, "clips": folders}
         titles = {str(variant): variant.title for variant in config.variants}
         write_json(config.output / "results.json", result)
         if features:
@@ -306,6 +335,10 @@ class _Run:
                 f"the given flow is longer than {MOVING:g} pixel and not occluded, over its mean "
                 "length there"
             )
+        versions = {_code(self.path(t)) for variant in config.variants for t in self.tasks(variant)}
+        clips_code = {}
+        if versions != {self.code}:
+            clips_code["code of the clips"] = "; ".join(sorted(versions))
         return ProtocolCard(
             checkpoint=f"{config.checkpoint.name} ({self.weights})",
             features=self.i3d and f"{self.i3d.description}; {self.i3d.preprocessing}",
@@ -325,7 +358,9 @@ class _Run:
                 "flicker": "standard deviation over time of pixels that nothing passes, of 255",
                 "warp error": "mean |frame i - frame 1 warped by the given flow| where visible, "
                 "of 255",
+                **clips_code,
             },
+            code=self.code,
         )
 
     def _write_sheet(self, path: Path) -> None:
@@ -366,11 +401,20 @@ def _following(realised: FlowField, given: FlowField) -> dict[str, Total]:
     }
 
 
-def _store(path: Path, frames: np.ndarray, totals: dict[str, Total]) -> None:
+def _fingerprint(data: ClipDataset) -> str:
+    """Of what the first clip holds: the same settings may name other clips some day."""
+    clip = data[0]
+    digest = hashlib.sha256(clip.caption.encode())
+    digest.update(np.stack([to_uint8(frame) for frame in pixels(clip.frames)]))
+    digest.update(clip.flow.displacement.cpu().float().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _store(path: Path, frames: np.ndarray, totals: dict[str, Total], code: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = json.dumps({name: dataclasses.astuple(total) for name, total in totals.items()})
     with replacing(path) as temporary:
-        np.savez_compressed(temporary, frames=frames, totals=np.array(figures))
+        np.savez_compressed(temporary, frames=frames, totals=np.array(figures), code=np.array(code))
 
 
 def _frames(path: Path) -> Tensor:
@@ -388,6 +432,12 @@ def _totals(path: Path) -> dict[str, Total]:
     with np.load(path) as stored:
         figures = json.loads(str(stored["totals"]))
     return {name: Total(*total) for name, total in figures.items()}
+
+
+def _code(path: Path) -> str:
+    """Version of the project that made a clip."""
+    with np.load(path) as stored:
+        return str(stored["code"])
 
 
 def _one_thread_of_opencv() -> None:

@@ -205,6 +205,46 @@ def test_other_settings_are_never_mixed(config, made, tmp_path):
         assert any(row.startswith("given-flow") for row, _ in made), change
 
 
+def test_clips_of_data_that_changed_are_never_mixed(config, made, monkeypatch):
+    """The same settings, but another caption, other frames or another flow in each clip."""
+    scene = Folder()[1]
+    paler = dataclasses.replace(scene, frames=scene.frames // 2)
+    slower = FlowField(scene.flow.displacement / 2, scene.flow.occlusion)
+    slower = dataclasses.replace(scene, flow=slower)
+    config = dataclasses.replace(config, data=dataclasses.replace(DATA, name="plain-folder"))
+    for clip in (scene, dataclasses.replace(scene, caption="another"), paler, slower):
+        monkeypatch.setattr(Folder, "__getitem__", lambda self, index, clip=clip: clip)
+        for expected in (4, 0):  # the truth, too
+            made.clear()
+            evaluate(config)
+            assert len(made) == expected
+
+
+def test_protocol_names_the_code_that_made_the_clips(config, monkeypatch):
+    versions = []
+    for code, clips in (("1", 1), ("1", 1), ("2", 2), ("3", 2)):
+        monkeypatch.setattr(run, "code_version", lambda code=code: code)
+        card = evaluate(dataclasses.replace(config, clips=clips))["protocol"]
+        assert card["code"] == code
+        versions.append(card.get("code of the clips"))
+    assert versions == [None, None, "1; 2", "1; 2"]
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_frames_that_are_not_finite_are_refused(config, monkeypatch, half):
+    from s2dm.evaluation.modes import Made, Mode
+
+    def broken(generator: Generator, clip, variant, seed) -> Made:
+        return Made(torch.full((3, 3, 32, 32), torch.nan), clip.flow, clip.still)
+
+    monkeypatch.setitem(MODES, "broken", Mode("broken", broken))
+    config = dataclasses.replace(config, variants=(Variant("broken"),), half=half)
+    remedy = "without --half" if half else "look at the checkpoint"
+    with pytest.raises(ValueError, match=f"finite frames of row broken, clip .*{remedy}"):
+        evaluate(config)
+    assert stored(config.output) == {}
+
+
 def test_without_an_estimator_all_but_its_figures_are_there(config):
     variants = (Variant("given-flow"), Variant("two-stage"))
     config = dataclasses.replace(config, clips=2, variants=variants)
@@ -238,16 +278,17 @@ def test_a_checkpoint_is_sampled_as_it_recommends(config, made, tmp_path):
 
 def test_half_precision_of_a_cpu_is_bfloat16(config):
     """Other clips than in float32, but hardly, of all that a checkpoint makes."""
-    variants = tuple(map(Variant, ("given-flow", "two-stage", "autoencoder")))
+    variants = tuple(map(Variant, ("given-flow", "two-stage", "autoencoder", "true")))
+    folders = {}
     for half, name in ((False, "float32"), (True, "bfloat16")):
-        changed = dataclasses.replace(
-            config, half=half, clips=1, variants=variants, output=config.output / name
-        )
-        assert f", {name};" in evaluate(changed)["protocol"]["sampling"]
-    for variant in variants:
+        result = evaluate(dataclasses.replace(config, half=half, clips=1, variants=variants))
+        assert f", {name};" in result["protocol"]["sampling"]
+        folders[name] = result["clips"]
+    assert folders["float32"]["true"] == folders["bfloat16"]["true"]
+    for variant in variants[:-1]:
         whole, half = (
-            np.load(next((config.output / name).glob(f"clips/{variant}-*/*.npz")))["frames"]
-            for name in ("float32", "bfloat16")
+            np.load(next((config.output / rows[str(variant)]).glob("*.npz")))["frames"]
+            for rows in folders.values()
         )
         distance = np.abs(whole.astype(float) - half).mean()
         assert 0 < distance < 3, (variant, distance)
