@@ -18,7 +18,7 @@ from s2dm.evaluation.modes import Generator, Made, Sampling, Variant
 from s2dm.flow import FlowField
 from s2dm.models import decode_flow
 from s2dm.pipelines import TextToVideoPipeline, embed_prompts, flow_scheduler, generate_flow
-from s2dm.pipelines.text_to_video import seed_of_flow
+from s2dm.sector import seed_of_flow
 
 
 def warp_latents(reference: Tensor, flow: FlowField) -> Tensor:

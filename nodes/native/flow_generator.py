@@ -23,7 +23,7 @@ from ...s2dm.flow import FlowField
 from ...s2dm.flow.geometry import resample
 from ...s2dm.models import FlowGenerator, FlowGeneratorConfig, S2DMConfig, constrain, decode_flow
 from ...s2dm.models.flow_generator import FLOW_CHANNELS
-from ...s2dm.sector import betas
+from ...s2dm.sector import betas, seed_of_flow
 
 MODEL_TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
 MIN_FRAMES, MAX_FRAMES = 2, 64
@@ -93,7 +93,7 @@ def generate_flow(
             the flow is retimed.
         steps: of the sampler, at most as many as the schedule has.
         cfg: how far to go from the null label to the prompt; 1 for no guidance.
-        seed: of the noise.
+        seed: of the noise. It may be that of the clip: stage 1 makes another one of it.
         motion_strength: mean motion as a multiple of the training clips' mean; 0 leaves it open.
         sampler: one of `FLOW_SAMPLERS`.
         on_step: core's sampling callback.
@@ -116,7 +116,8 @@ def generate_flow(
     if prompt.strip():
         known |= {"text": _embed(stage1.clip, prompt), "keep_text": torch.tensor([True])}
     shape = (1, config.frames, FLOW_CHANNELS, *config.size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed_of_flow(seed))
+    noise = torch.randn(shape, generator=generator)
     noise = noise.transpose(1, 2).contiguous()
     sample = comfy.sample.sample_custom(
         stage1.network,

@@ -20,6 +20,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..flow import FlowField
 from ..models import CheckpointError, FlowGeneratorConfig, S2DMConfig, decode_flow, read_config
 from ..models import build as models
+from ..sector import seed_of_flow
 from ..video import cover
 from ..video.frames import from_uint8
 from .arguments import check_arguments
@@ -349,11 +350,6 @@ def _motion(strength: float | None, config: FlowGeneratorConfig) -> Tensor | Non
             "without that input: leave it out, and scale the flow instead (FlowField.scale)."
         )
     return torch.tensor([strength * config.motion])
-
-
-def seed_of_flow(seed: int) -> int:
-    """Stage 1's own seed. With that of ν, its noise would begin with the numbers of ν."""
-    return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
 
 
 def _cropped(flow: FlowField, height: int, width: int) -> FlowField:

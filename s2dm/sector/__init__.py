@@ -11,7 +11,7 @@ from .diffusion import (
     training_target,
 )
 from .guidance import guide
-from .noise import NOISE_SHARING, StepNoise, draw_noise
+from .noise import NOISE_SHARING, StepNoise, draw_noise, seed_of_flow
 from .sampling import sample
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "predicted_x0",
     "sample",
     "sector_loss",
+    "seed_of_flow",
     "training_target",
 ]

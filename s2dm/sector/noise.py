@@ -21,6 +21,14 @@ def check_sharing(sharing: str, share: float) -> None:
         raise ValueError(f"The share of common noise must lie between 0 and 1, not {share}.")
 
 
+def seed_of_flow(seed: int) -> int:
+    """The seed of stage 1 in a clip of some seed.
+
+    With the clip's own, the noise of the flow would begin with the numbers of ν.
+    """
+    return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
+
+
 def draw_noise(
     frames: int,
     shape: tuple[int, ...],

@@ -13,6 +13,7 @@ from random_checkpoint import TINY, random_states, tiny_config, write_random_che
 from s2dm.flow import FlowField
 from s2dm.models import build, decode_flow, save_checkpoint
 from s2dm.pipelines import embed_prompts, flow_scheduler, generate_flow
+from s2dm.sector import seed_of_flow
 
 pytestmark = pytest.mark.comfyui
 
@@ -96,7 +97,7 @@ def by_diffusers(rig, reference, prompt, steps, cfg, seed, motion_strength, samp
         latents * config.vae.scaling_factor,
         steps,
         cfg,
-        torch.Generator().manual_seed(seed),
+        torch.Generator().manual_seed(seed_of_flow(seed)),
         motion,
     )
     return decode_flow(sample[0], settings, *reference.shape[1:3])
