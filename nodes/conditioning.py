@@ -69,8 +69,8 @@ class EncodeFlow(io.ComfyNode):
                     ),
                 ),
                 flow_strength(
-                    "0: no flow, the model moves as it likes; 1: the flow as it is. To move "
-                    "less far, change the flow itself."
+                    "0: no flow, the model moves as it likes; 1: the flow as it is. It doesn't "
+                    "make the motion smaller."
                 ),
                 _percent(
                     "start_percent", 0.0, "From which part of the sampling steps on the flow acts."

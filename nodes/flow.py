@@ -144,8 +144,8 @@ class GenerateFlow(io.ComfyNode):
                     max=4.0,
                     step=0.05,
                     tooltip=(
-                        "How much to move: 1 is the mean of the training clips, 2 twice as much. "
-                        "0: as the prompt suggests."
+                        "How much to move: 1 is the mean of the training clips. The network stays "
+                        "near the sizes that it knows of a movement. 0: as the prompt suggests."
                     ),
                 ),
                 advanced(

@@ -9,7 +9,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-# Fields that newer versions of ComfyUI have and the oldest one we run on (0.3.75) refuses.
+# Fields that newer versions of ComfyUI have and older ones refuse.
 _NEWER_FIELDS = {"search_aliases", "essentials_category", "advanced"}
 
 _LARGEST_SEED = 2**64 - 1

@@ -13,7 +13,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "convert",
         help="convert between a checkpoint file, a diffusers folder and pickled weights",
         description="Convert a diffusers folder to one .safetensors file or back, or pickled "
-        "weights (.ckpt, .pt, .pth, .bin) to .safetensors. LFDM's diffusion model becomes a "
+        "weights (.ckpt, .pt, .pth, .bin) to .safetensors. Stable Diffusion 1.x, as a folder or a "
+        "file, gets a new flow adapter, ready for training. LFDM's diffusion model becomes a "
         "checkpoint with the flow generator alone. Pickles are read as plain weights: code in "
         "them is never run.",
     )
