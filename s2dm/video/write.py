@@ -63,12 +63,17 @@ def write_clip(
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` (same ending); rename it to `path` if all went well."""
+    """Give a temporary name beside `path` (same ending); rename it to `path` if all went well.
+
+    What it holds is on the disk by then, so that a lost machine leaves no empty file under `path`.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         # mkstemp makes files that only the user may read; a result is an ordinary file.
         umask = os.umask(0)
         os.umask(umask)

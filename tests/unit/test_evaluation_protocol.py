@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,16 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
         write_json(path, {"bad": object()})
     assert json.loads(path.read_text("utf-8")) == {"größe": 1}
     assert [p.name for p in path.parent.iterdir()] == ["result.json"]
+
+
+def test_what_a_file_holds_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    target = tmp_path / "a.json"
+    synced = []
+
+    def fsync(handle: int, fsync=os.fsync) -> None:
+        fsync(handle)
+        synced.append((os.fstat(handle).st_size, target.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(target, [1])
+    assert synced == [(target.stat().st_size, False)]
