@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PUBLISHED_CLIPS = 2048
+
 
 def fvd(real: Tensor, generated: Tensor, correction: int = 1) -> float:
     """Frechet video distance between features (N,D) and (M,D).
 
-    `frechet_distance`, with a warning where the sets are too small to know a covariance.
+    `frechet_distance`, with a warning where the sets are smaller than published ones.
     """
     distance = frechet_distance(real, generated, correction)
     problem = sample_size_problem(real, generated)
@@ -30,13 +32,18 @@ def fvd(real: Tensor, generated: Tensor, correction: int = 1) -> float:
 def sample_size_problem(real: Tensor, generated: Tensor) -> str:
     """Why an FVD between features (N,D) and (M,D) means little; empty if there are enough."""
     size, needed = min(len(real), len(generated)), real.shape[1]
-    if size > needed:
+    if size >= PUBLISHED_CLIPS:
         return ""
+    if size > needed:
+        return (
+            f"FVD of {size} clips, where papers use {PUBLISHED_CLIPS}: it is biased upwards, and "
+            "ratios of two FVDs are pulled towards 1."
+        )
     return (
         f"FVD of {size} clips: a covariance of {needed} features needs more than {needed} clips, "
         f"{size} leave most of it unknown. The figure is then largely the number of clips. Compare "
         "it only with figures from equally many clips, and with published ones not at all; those "
-        "use 2048."
+        f"use {PUBLISHED_CLIPS}."
     )
 
 
@@ -72,7 +79,9 @@ def kvd(real: Tensor, generated: Tensor) -> float:
     """Kernel video distance between features (N,D) and (M,D): unbiased squared MMD, unscaled.
 
     Polynomial kernel (x·y/D + 1)³, in float64. Without bias even for few clips, so it can be below
-    zero where the sets agree.
+    zero where the sets agree. That is said of independent sets: where clip k of one was made from
+    clip k of the other, these N pairs are more alike than others, and lower the figure by a term
+    in 1/N.
 
     Raises:
         ValueError: as `frechet_distance`.
@@ -95,6 +104,7 @@ def bootstrap(
     samples: int = 200,
     seed: int = 0,
     paired: bool = False,
+    groups: Sequence[int] | None = None,
 ) -> Tensor:
     """What a figure would be with other clips of the same number.
 
@@ -111,12 +121,13 @@ def bootstrap(
         seed: of the draws.
         paired: draw the same entries from every set, where entry k of each belongs to clip k. What
             the figures have in common then cancels in their ratio.
+        groups: of each clip, where clips of one group are alike: whole groups are drawn.
 
     Returns:
         (samples,) or (samples, figures), float64.
 
     Raises:
-        ValueError: paired sets of different sizes.
+        ValueError: paired sets of different sizes, or groups of another number of clips.
     """
     if paired and len({len(entries) for entries in sets}) > 1:
         sizes = ", ".join(str(len(entries)) for entries in sets)
@@ -124,7 +135,8 @@ def bootstrap(
     chance = random.Random(seed)
 
     def choose(entries: Tensor | Sequence[Any]) -> list[int]:
-        return chance.choices(range(len(entries)), k=len(entries))
+        blocks = _blocks(len(entries), groups)
+        return [entry for block in chance.choices(blocks, k=len(blocks)) for entry in block]
 
     def draw() -> list[Tensor | list[Any]]:
         picks = [choose(sets[0])] * len(sets) if paired else [choose(entries) for entries in sets]
@@ -137,6 +149,17 @@ def bootstrap(
     values = torch.tensor([statistic(*draw()) for _ in range(samples)], dtype=torch.float64)
     values = values[~values.view(samples, -1).isnan().any(1)]
     return values + (figures - values.mean(0))
+
+
+def _blocks(count: int, groups: Sequence[int] | None) -> list[list[int]]:
+    """Entries that are drawn together: those of one group, or each by itself."""
+    groups = range(count) if groups is None else groups
+    if len(groups) != count:
+        raise ValueError(f"Expected the group of each of {count} clips, got {len(groups)} groups.")
+    blocks: dict[int, list[int]] = {}
+    for entry, group in enumerate(groups):
+        blocks.setdefault(group, []).append(entry)
+    return list(blocks.values())
 
 
 def interval(values: Tensor, level: float = 0.95) -> tuple[float, float]:
@@ -152,14 +175,17 @@ def bootstrap_interval(
     samples: int = 200,
     level: float = 0.95,
     seed: int = 0,
+    paired: bool = False,
+    groups: Sequence[int] | None = None,
 ) -> tuple[float, float]:
     """How far one figure would move with other clips of the same number: see `bootstrap`.
 
     Args:
-        statistic, sets, samples, seed: as of `bootstrap`.
+        statistic, sets, samples, seed, paired, groups: as of `bootstrap`.
         level: share of the samples that lie inside.
     """
-    return interval(bootstrap(statistic, *sets, samples=samples, seed=seed), level)
+    values = bootstrap(statistic, *sets, samples=samples, seed=seed, paired=paired, groups=groups)
+    return interval(values, level)
 
 
 def _checked(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ from .clip_metrics import (
     flow_error,
     motion_magnitude,
     moving_region,
+    pooled,
     still_region,
     warp_error,
 )
@@ -125,6 +127,15 @@ def shuffled(count: int) -> list[int]:
     order = list(range(count))
     random.Random(0).shuffle(order)
     return order
+
+
+def take_groups(indices: Sequence[int], count: int, takes: int) -> list[int]:
+    """Which clips are takes of one combination, and alike therefore: a number for each.
+
+    Of the clips `indices` of a data set of `count`, where clip i is a take of combination i modulo
+    the number of combinations.
+    """
+    return [index % (count // takes) for index in indices]
 
 
 def stored_frames(folder: Path, index: int, seed: int) -> Tensor:
@@ -296,12 +307,16 @@ class _Run:
             notes.append("FVD and KVD are left out: they need the weights of I3D (--i3d FILE).")
         real = features[str(_TRUE)][:, 0] if features else None
         table = {}
+        groups = take_groups(self.chosen, len(self.data), config.data.takes)
         for variant in config.variants:
-            totals = [_totals(self.path(task)) for task in self.tasks(variant)]
+            totals = [
+                _pooled_totals([self.path(task) for task in self.tasks(variant, [index])])
+                for index in self.chosen
+            ]
             generated = None if variant == _TRUE else features.get(str(variant))
             if generated is not None:
                 notes.append(sample_size_problem(real, generated))
-            table[str(variant)] = summarise(totals, real, generated)
+            table[str(variant)] = summarise(totals, real, generated, groups)
         notes = [note for note in dict.fromkeys(notes) if note]
         card = self._card()
         folders = {str(variant): self.folder(variant) for variant in config.variants}
@@ -432,6 +447,12 @@ def _totals(path: Path) -> dict[str, Total]:
     with np.load(path) as stored:
         figures = json.loads(str(stored["totals"]))
     return {name: Total(*total) for name, total in figures.items()}
+
+
+def _pooled_totals(paths: Sequence[Path]) -> dict[str, Total]:
+    """Of the seeds of a clip: they count as one in intervals."""
+    seeds = [_totals(path) for path in paths]
+    return {name: pooled(totals[name] for totals in seeds) for name in seeds[0]}
 
 
 def _code(path: Path) -> str:

@@ -33,6 +33,7 @@ def summarise(
     totals: Sequence[Mapping[str, Total]],
     real: Tensor | None = None,
     generated: Tensor | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Row:
     """One row: each metric over all clips, and its 95 % interval over clips as `NAME_95`.
 
@@ -40,19 +41,22 @@ def summarise(
     clips for any number of seeds; what each seed gave stands in `fvd_seeds` and `kvd_seeds`.
 
     Args:
-        totals: the metrics of each clip. A metric that could be measured on none is left out.
+        totals: the metrics of each clip, over its seeds. A metric that could be measured on none
+            is left out.
         real: features (N,D); without them, FVD and KVD are left out.
-        generated: features (M,D), or (M,seeds,D).
+        generated: features (N,D), or (N,seeds,D), of the clips in the same order.
+        groups: of each clip, where some are alike: see `bootstrap`.
     """
+    add = partial(_add, groups=groups)
     row: Row = {"clips": len(totals)}
     for name in totals[0]:
         values = [clip[name] for clip in totals]
         if not math.isnan(pooled_figure(values)):
-            _add(row, name, pooled_figure, values, samples=1000)
+            add(row, name, pooled_figure, values, samples=1000)
     if real is not None and generated is not None:
         generated = generated if generated.ndim == 3 else generated[:, None]
         for name, distance in (("fvd", frechet_distance), ("kvd", kvd)):
-            _add(row, name, partial(mean_over_seeds, distance), real, generated, samples=100)
+            add(row, name, partial(mean_over_seeds, distance), real, generated, samples=100)
             if generated.shape[1] > 1:
                 row[f"{name}_seeds"] = [distance(real, seed) for seed in generated.unbind(1)]
     return row
@@ -65,9 +69,12 @@ def mean_over_seeds(
     return statistics.fmean(distance(real, seed) for seed in generated.unbind(1))
 
 
-def _add(row: Row, name: str, statistic: Any, *sets: Any, samples: int) -> None:
+def _add(
+    row: Row, name: str, statistic: Any, *sets: Any, samples: int, groups: Sequence[int] | None
+) -> None:
     row[name] = statistic(*sets)
-    row[f"{name}_95"] = list(bootstrap_interval(statistic, *sets, samples=samples))
+    edges = bootstrap_interval(statistic, *sets, samples=samples, paired=True, groups=groups)
+    row[f"{name}_95"] = list(edges)
 
 
 def markdown_table(table: Mapping[str, Row], titles: Mapping[str, str]) -> str:

@@ -97,9 +97,14 @@ def test_few_clips_are_warned_of_in_plain_words():
     x, y = features(20, 40, 0), features(60, 40, 1)
     with pytest.warns(UserWarning, match=r"FVD of 20 clips.*more than 40"):
         fvd(x, y)
+    many = features(2048, 40, 2)
+    for few in (y, features(2047, 40, 3)):
+        message = f"FVD of {len(few)} clips, where papers use 2048: it is biased upwards"
+        with pytest.warns(UserWarning, match=message):
+            fvd(few, many)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fvd(y, features(41, 40, 2))
+        fvd(many, many)
 
 
 def test_features_that_cannot_be_compared_are_refused():
@@ -163,6 +168,38 @@ def test_pairs_share_what_is_hard_about_a_clip():
             inside += paired and low <= 0.5 <= high
     assert 85 <= inside <= 100
     assert widths[True] < 0.5 * widths[False]
+
+
+def test_clips_of_a_group_are_drawn_together():
+    """Of 100 sets of 10 groups with 8 equal numbers each, as often as it says: else half of them.
+
+    The mean of a set varies with its groups alone.
+    """
+    source = np.random.default_rng(2)
+    inside = {True: 0, False: 0}
+    groups = [clip % 10 for clip in range(80)]
+    for trial in range(100):
+        clips = torch.from_numpy(np.tile(source.normal(3, 1, 10), 8))
+        for grouped in inside:
+            low, high = bootstrap_interval(
+                lambda s: s.mean().item(), clips, seed=trial, groups=groups if grouped else None
+            )
+            inside[grouped] += low <= 3 <= high
+    assert inside[True] >= 82 and inside[False] <= 60
+
+    # Pairs stay pairs, and every clip of a group that was drawn is there.
+    def statistic(a: torch.Tensor, b: list[int]) -> float:
+        assert a.tolist() == b and all(b.count(clip) == b.count(clip % 10) for clip in b)
+        return 0.0
+
+    bootstrap(statistic, torch.arange(80), list(range(80)), paired=True, groups=groups, samples=9)
+    with pytest.raises(ValueError, match="group of each of 80 clips, got 3 groups"):
+        bootstrap(lambda a: 0.0, list(range(80)), groups=[0, 0, 1])
+
+
+def test_an_interval_of_pairs_draws_pairs():
+    x = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    assert bootstrap_interval(lambda a, b: (a - b).sum().item(), x, x, paired=True) == (0, 0)
 
 
 def test_bootstrap_leaves_out_what_cannot_be_measured():

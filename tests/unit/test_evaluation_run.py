@@ -16,7 +16,7 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 
 from s2dm import cli
 from s2dm.data.puppets import PuppetClips
-from s2dm.evaluation import run
+from s2dm.evaluation import run, tables
 from s2dm.evaluation.clip_metrics import Total
 from s2dm.evaluation.distances import frechet_distance, kvd
 from s2dm.evaluation.i3d import VideoFeatures
@@ -82,7 +82,7 @@ def test_every_mode_becomes_a_row(config):
     table = result["table"]
     assert list(table) == modes
     for name, row in table.items():
-        assert row["clips"] == (2 if name in ("autoencoder", "true") else 4)
+        assert row["clips"] == 2, name  # the seeds of a clip are no clips of their own
         for metric in ("flow_error", "warp_error", "motion", "attributes"):
             low, high = row[f"{metric}_95"]
             assert low <= row[metric] <= high or row[metric] == pytest.approx(low)
@@ -97,7 +97,7 @@ def test_every_mode_becomes_a_row(config):
     assert json.loads((output / "results.json").read_text("utf-8")) == result
     page = (output / "results.md").read_text("utf-8")
     for text in (
-        "| generated, given flow, independent noise | 4 |",
+        "| generated, given flow, independent noise | 2 |",
         "| true clip | 2 |",
         "FVD and KVD are left out",
         "- frames: 3",
@@ -506,6 +506,42 @@ def test_rows_pool_what_was_measured():
     assert "flicker" not in row  # measured on none
     low, high = row["flow_error_95"]
     assert low < 0.75 < high
+
+
+def test_distances_have_intervals_of_pairs_and_groups():
+    """A row that is its true clips: any pairs drawn from them lie 0 apart, others don't."""
+    real = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    totals = [{"motion": Total(float(clip % 6), 1.0)} for clip in range(24)]
+    row = summarise(totals, real, real[:, None])
+    assert row["fvd_95"] == pytest.approx([0, 0], abs=1e-9)
+    width = {None: 0.0, "groups": 0.0}
+    for name in width:
+        groups = [clip % 6 for clip in range(24)] if name else None
+        low, high = summarise(totals, groups=groups)["motion_95"]
+        width[name] = high - low
+    assert width["groups"] > 1.5 * width[None]  # 6 numbers instead of 24: twice as wide
+
+
+def test_seeds_and_takes_of_a_clip_count_as_one(config, monkeypatch):
+    """However often a clip is generated: figures of equal seeds have the interval of one."""
+    from s2dm.evaluation.modes import Mode, _true
+
+    seen = []
+
+    def bootstrap_interval(statistic, *sets, groups, go_on=tables.bootstrap_interval, **others):
+        seen.append((len(sets[0]), groups))
+        return go_on(statistic, *sets, groups=groups, **others)
+
+    monkeypatch.setattr(tables, "bootstrap_interval", bootstrap_interval)
+    monkeypatch.setitem(MODES, "equal", Mode("equal", _true, shares=False))
+    variants = (Variant("equal"), Variant("true"))
+    data = dataclasses.replace(DATA, takes=2)
+    config = dataclasses.replace(config, variants=variants, data=data, clips=3, method=None)
+    table = evaluate(dataclasses.replace(config, seeds=(0, 1, 2)))["table"]
+    assert table["equal"]["warp_error_95"] == pytest.approx(table["true"]["warp_error_95"])
+    groups = [index % 65 for index in run.shuffled(130)[:3]]
+    assert seen and all(entry == (3, groups) for entry in seen)
+    assert run.take_groups([0, 65, 129, 64], 130, 2) == [0, 0, 64, 64]
 
 
 def test_table_shows_what_there_is(tmp_path):
