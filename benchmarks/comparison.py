@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ from torch import Tensor
 
 from s2dm.evaluation.distances import bootstrap, frechet_distance, interval
 from s2dm.evaluation.modes import Sampling, Variant
-from s2dm.evaluation.run import EvaluationConfig, evaluate, shuffled, stored_frames
+from s2dm.evaluation.run import (
+    EvaluationConfig,
+    evaluate,
+    shuffled,
+    stored_frames,
+    take_groups,
+)
 from s2dm.evaluation.tables import mean_over_seeds
 from s2dm.flow import flow_to_image
 from s2dm.models import load_checkpoint, read_config
@@ -33,6 +39,7 @@ from s2dm.video import write_contact_sheet
 
 BUNDLED = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
 SHEET_CLIPS = 4
+FEWER_CLIPS = (128, 256)
 # What makes two figures comparable.
 COMMON = ("data", "clips", "frames", "size", "value_range", "features")
 
@@ -47,15 +54,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Compared:
-    """The rows that `compare` evaluated.
+    """The rows that `compare` evaluated, and those that `add_row` added.
 
-    protocol: of all of them, the checkpoints by the names of their rows.
-    table: by name, what `summarise` made of each.
+    protocol: of what was evaluated here, the checkpoints by the names of their rows.
+    table: by name, what `summarise` made of each; of those evaluated here also `fvd_by_clips`, of
+        the first of the clips, and `fvd_extrapolated` (see `extrapolated`).
     notes: what `s2dm evaluate` remarks.
     real: features (clips,400) of the true clips.
-    generated: features (clips,seeds,400) of each row, by name.
+    generated: features (clips,seeds,400) of each row, by name, where they are known.
+    groups: which clips are takes of one combination, a number for each.
     data: whose clips they are.
     folders: where the clips of each row are stored, by name.
+    protocols: of each row that was added, by name.
     """
 
     protocol: dict[str, Any]
@@ -63,19 +73,29 @@ class Compared:
     notes: list[str]
     real: Tensor
     generated: dict[str, Tensor]
+    groups: list[int]
     data: DataConfig
     folders: dict[str, Path]
+    protocols: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def ratios(self, *over: str, samples: int) -> dict[str, dict[str, dict[str, Any]]]:
         """The FVD of each row over that of each of the rows `over`, with its 95 % interval.
 
         The same clips are drawn for all rows, and for the true ones: what is hard about a clip is
-        hard for every row.
+        hard for every row. All takes of a combination are drawn together. A row whose features are
+        unknown has no ratio.
 
         Returns:
             By the name of the row below the line, then of that above it: `ratio`, `ratio_95`.
         """
-        values = bootstrap(_fvds, self.real, *self.generated.values(), samples=samples, paired=True)
+        values = bootstrap(
+            _fvds,
+            self.real,
+            *self.generated.values(),
+            samples=samples,
+            paired=True,
+            groups=self.groups,
+        )
         drawn = dict(zip(self.generated, values.unbind(1), strict=True))
         return {
             below: {
@@ -94,9 +114,55 @@ def _fvds(real: Tensor, *rows: Tensor) -> list[float]:
     return [mean_over_seeds(frechet_distance, real, row) for row in rows]
 
 
+def extrapolated(real: Tensor, generated: Tensor) -> dict[str, Any]:
+    """FVD of fewer clips, and of how many there will never be.
+
+    Its bias is nearly proportional to 1/N as long as N is not much below the number of features:
+    so a line through the figures of the two largest N, at 1/N = 0.
+
+    Args:
+        real: features (N,400).
+        generated: features (N,seeds,400).
+    """
+    sizes = [*(size for size in FEWER_CLIPS if size < len(real)), len(real)]
+    figures = [mean_over_seeds(frechet_distance, real[:n], generated[:n]) for n in sizes]
+    found = {"fvd_by_clips": dict(zip(map(str, sizes), figures, strict=True))}
+    if len(sizes) > 1:
+        (few, fewer), (many, more) = zip(sizes[-2:], figures[-2:], strict=True)
+        found["fvd_extrapolated"] = (many * more - few * fewer) / (many - few)
+    return found
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a table must show, in words, and whether it does.
+
+    met: None for what was not measured.
+    entry: the ratio that decides, with its interval, and the limit.
+    """
+
+    text: str
+    met: bool | None
+    entry: tuple[Mapping[str, Any], float] | None = None
+
+    def __str__(self) -> str:
+        outcome = {True: "met", False: "**missed**", None: "**not measured**"}[self.met]
+        if self.entry is not None:
+            ratio, limit = self.entry
+            low, high = ratio["ratio_95"]
+            if low <= limit <= high:
+                outcome += f" (the interval contains the limit, {limit:g})"
+        return f"{self.text}, {outcome}."
+
+
+def ratio_text(entry: Mapping[str, Any]) -> str:
+    low, high = entry["ratio_95"]
+    return f"{entry['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
 def add_options(parser: argparse.ArgumentParser, seeds: Sequence[int]) -> None:
     """The options of every comparison: which clips, how they are sampled, where."""
-    parser.add_argument("--clips", type=int, default=512)
+    parser.add_argument("--clips", type=int, default=0, help="how many (all of the takes)")
     parser.add_argument("--takes", type=int, default=8, help="of each held-out combination")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="of the noise")
     parser.add_argument("--steps", type=int, default=10)
@@ -138,12 +204,15 @@ def compare(rows: Mapping[str, Row], options: argparse.Namespace, run: str) -> C
         protocol = result["protocol"]
     if real is None:
         return None
+    count = len(build_dataset(config.data, config.data.validation_split))
+    chosen = shuffled(count)[: options.clips or None]
     return Compared(
         protocol={**protocol, "checkpoint": "; ".join(checkpoints)},
-        table={name: table[name] for name in rows},
+        table={name: {**table[name], **extrapolated(real, generated[name])} for name in rows},
         notes=list(dict.fromkeys(notes)),
         real=real,
         generated={name: generated[name] for name in rows},
+        groups=take_groups(chosen, count, options.takes),
         data=config.data,
         folders={name: folders[name] for name in rows},
     )
@@ -187,17 +256,14 @@ def _sampling(options: argparse.Namespace) -> Sampling:
 # ------------------------------------------------------------------------ rows from elsewhere
 
 
-def read_row(text: str, protocol: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and row of "NAME=FILE", the `results.json` of an evaluation with one generated row.
+def add_row(found: Compared, text: str) -> Compared:
+    """With the row "NAME=FILE", the `results.json` of an evaluation with one generated row.
 
-    "NAME=FILE#ROW" chooses a row where there are several.
-
-    Args:
-        text: as above.
-        protocol: of the rows to compare with.
+    "NAME=FILE#ROW" chooses a row where there are several. Where `features.npz` lies beside the
+    file, the row has ratios, too, and its true clips are compared with ours.
 
     Raises:
-        ValueError: not such a text or file, no FVD in it, or another protocol.
+        ValueError: not such a text or file, no FVD in it, another protocol, or other true clips.
     """
     name, equals, place = text.partition("=")
     if not (name and equals and place):
@@ -213,13 +279,28 @@ def read_row(text: str, protocol: Mapping[str, Any]) -> tuple[str, dict[str, Any
         known = ", ".join(rows) or "none: evaluate with --i3d"
         raise ValueError(f"{file}: choose the row of {name} as {name}={file}#ROW. Rows: {known}.")
     for entry in COMMON:
-        ours, theirs = protocol.get(entry), result["protocol"].get(entry)
+        ours, theirs = found.protocol.get(entry), result["protocol"].get(entry)
         if ours != theirs:
             raise ValueError(
                 f"{name} was evaluated under another protocol: its {entry.replace('_', ' ')} is "
                 f"{theirs!r}, here it is {ours!r}. Evaluate it on the same clips."
             )
-    return name, rows[key]
+    features = Path(file).with_name("features.npz")
+    generated = {}
+    if features.exists():
+        with np.load(features) as stored:
+            true, generated[name] = stored["true"][:, 0], torch.from_numpy(stored[key])
+        if true.shape != found.real.shape or not np.allclose(true, found.real, atol=1e-3):
+            raise ValueError(
+                f"{name} was compared with other true clips: their features in {features} are not "
+                "those found here. Evaluate it again on the clips of this version."
+            )
+    return dataclasses.replace(
+        found,
+        table={**found.table, name: rows[key]},
+        generated={**found.generated, **generated},
+        protocols={**found.protocols, name: result["protocol"]},
+    )
 
 
 # --------------------------------------------------------------------------------- trainings

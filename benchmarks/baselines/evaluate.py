@@ -1,4 +1,4 @@
-"""Evaluate the baselines of text to video as `s2dm evaluate` does S2DM: its options, its protocol.
+"""Evaluate the baselines of Table 1 as `s2dm evaluate` does S2DM: its options, its protocol.
 
 The baselines are modes of that command: vdm and lvdm, which need trained weights, and warping. The
 checkpoint brings VAE and text encoder, and stages 1 and 2 for warping.

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from random_checkpoint import random_states, tiny_config
@@ -17,7 +18,7 @@ from s2dm.evaluation.distances import frechet_distance
 from s2dm.evaluation.i3d import VideoFeatures
 from s2dm.evaluation.modes import Variant
 from s2dm.models import S2DMConfig, save_checkpoint
-from s2dm.training.config import read_config
+from s2dm.training.config import DataConfig, read_config
 from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -124,7 +125,7 @@ def test_ablation_fills_its_cells_from_two_trainings(made, monkeypatch, tmp_path
     table = result["table"]
     assert list(table) == ["I", "II", "III", "IV", "autoencoder"]
     for name in ("I", "II", "III", "IV"):
-        assert table[name]["clips"] == 6
+        assert table[name]["clips"] == 3
         assert table[name]["fvd"] == pytest.approx(sum(table[name]["fvd_seeds"]) / 2)
         assert table[name]["kvd"] == pytest.approx(sum(table[name]["kvd_seeds"]) / 2)
     for cell in ("I", "IV"):  # sampled with independent noise, they flicker
@@ -141,21 +142,67 @@ def test_ablation_fills_its_cells_from_two_trainings(made, monkeypatch, tmp_path
     assert (output.parent / result["sheet"]).stat().st_size > 1000
     page = report.SECTIONS["ablation"](result)
     assert "(IV) shared in sampling only" in page and "| 0.87 | 0.74 |" in page
+    for cell, other in (("I", "II"), ("IV", "III"), ("I", "IV"), ("II", "III")):
+        ratio = table[cell]["fvd"] / table[other]["fvd"]
+        assert f": ({cell}) over ({other}) | {ratio:.2f} (" in page
 
 
 def test_ablation_says_what_is_met():
-    def result(first: float, second: float) -> dict:
+    def result(first: float, second: float, third: float) -> dict:
+        entry = lambda ratio: {"ratio": ratio, "ratio_95": [ratio - 0.1, ratio + 0.1]}  # noqa: E731
         return {
-            "ratios": {
-                "III": {"I": {"ratio": first, "ratio_95": [first - 0.1, first + 0.1]}},
-                "I": {"II": {"ratio": second, "ratio_95": [second - 0.1, second + 0.1]}},
-            }
+            "ratios": {"III": {"I": entry(first), "II": entry(third)}, "I": {"II": entry(second)}}
         }
 
-    assert [met for _, met in ablation.checks(result(0.87, 1.01))] == [True, True]
-    assert [met for _, met in ablation.checks(result(0.88, 0.99))] == [False, False]
-    text = ablation.checks(result(0.8, 1.2))[0][0]
-    assert text.endswith("0.866 on MHAD, 0.738 on MUG): 0.80 (0.70 to 0.90)")
+    checks = ablation.checks(result(0.87, 1.01, 0.99))
+    assert [check.met for check in checks] == [True, True, True]
+    for check, limit in zip(checks, ("0.87", "1", "1"), strict=True):
+        assert str(check).endswith(f", met (the interval contains the limit, {limit}).")
+    checks = ablation.checks(result(0.88, 0.99, 1))
+    assert [check.met for check in checks] == [False, False, False]
+    assert "**missed** (the interval contains" in str(checks[0])
+    text = str(ablation.checks(result(0.7, 1.2, 0.8))[0])
+    assert text.endswith("0.866 on MHAD, 0.738 on MUG): 0.70 (0.60 to 0.80), met.")
+
+
+def compared(**fields: object) -> comparison.Compared:
+    """Rows without clips. Each clip is by itself."""
+    unknown = {"protocol": {}, "table": {}, "notes": [], "real": torch.zeros(0, 3)}
+    unknown |= {"generated": {}, "data": DataConfig(), "folders": {}}
+    fields = {**unknown, **fields}
+    return comparison.Compared(**{"groups": list(range(len(fields["real"]))), **fields})
+
+
+def test_ratios_draw_all_takes_of_a_combination():
+    """Takes that are equal say no more than one of them: the interval is that of one take."""
+    source = torch.Generator().manual_seed(0)
+    real, near, far = (torch.randn(30, 3, generator=source) + shift for shift in (0.0, 0.5, 1.0))
+    widths = []
+    for takes, groups in ((1, 30), (4, 30), (4, 120)):
+        rows = {"near": near.repeat(takes, 1)[:, None], "far": far.repeat(takes, 1)[:, None]}
+        found = compared(
+            table={"near": {"fvd": 1.0}, "far": {"fvd": 2.0}},
+            real=real.repeat(takes, 1),
+            generated=rows,
+            groups=[clip % groups for clip in range(30 * takes)],
+        )
+        low, high = found.ratios("far", samples=100)["far"]["near"]["ratio_95"]
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)
+    assert widths[2] < 0.7 * widths[0]
+
+
+def test_fvd_of_few_clips_is_extrapolated_to_many():
+    """Normal features of as many numbers as clips, whose means lie 2 apart: FVD of 4."""
+    source = torch.Generator().manual_seed(0)
+    real, row = (torch.randn(512, 200, generator=source) for _ in range(2))
+    row[:, 0] += 2
+    found = comparison.extrapolated(real, row[:, None])
+    assert list(found["fvd_by_clips"]) == ["128", "256", "512"]
+    few, more, all_of_them = found["fvd_by_clips"].values()
+    assert few > more > all_of_them == frechet_distance(real, row)
+    assert all_of_them > 20 and abs(found["fvd_extrapolated"] - 4) < 6
+    assert "fvd_extrapolated" not in comparison.extrapolated(real[:100], row[:100, None])
 
 
 def test_ratio_of_known_distances_lies_in_its_interval():
@@ -168,7 +215,7 @@ def test_ratio_of_known_distances_lies_in_its_interval():
         )
         rows = {"near": near[:, None], "far": far[:, None]}
         table = {name: {"fvd": frechet_distance(real, row[:, 0])} for name, row in rows.items()}
-        found = comparison.Compared({}, table, [], real, rows).ratios("far", samples=60)
+        found = compared(table=table, real=real, generated=rows).ratios("far", samples=60)
         assert list(found["far"]) == ["near"]
         low, high = found["far"]["near"]["ratio_95"]
         assert low < found["far"]["near"]["ratio"] < high
@@ -257,30 +304,40 @@ def test_table_1_sets_two_stages_beside_given_flow_and_baselines(made, monkeypat
 
     other = {"clips": 3, "fvd": 2 * table["two stages"]["fvd"], "fvd_95": [0.0, 1.0]}
     file = tmp_path / "vdm.json"
-    file.write_text(json.dumps({"protocol": result["protocol"], "table": {"vdm": other}}))
+    protocol = {**result["protocol"], "command": "made elsewhere"}
+    file.write_text(json.dumps({"protocol": protocol, "table": {"vdm": other}}))
     made.clear()
     result = run_table(
         monkeypatch, table1, output, "--checkpoint", checkpoint, "--row", f"VDM={file}"
     )
     assert made == []  # the clips were there, for the sheet, too
     assert result["table"]["VDM"] == other
-    assert table1.checks(result)[1] == (
-        f"FVD of two stages below that of VDM: {other['fvd'] / 2:.1f} to {other['fvd']:.1f}",
-        True,
-    )
+    text = f"FVD of two stages below that of VDM: {other['fvd'] / 2:.1f} to {other['fvd']:.1f}"
+    assert table1.checks(result)[1] == comparison.Check(text, True)
+    assert result["protocols"] == {"VDM": protocol}
     page = report.SECTIONS["table1"](result)
     assert "| VDM | 3 | –" in page and "| 6.49 | 3.83 |" in page
 
 
 def test_table_1_says_what_is_met():
+    entry = {"ratio": 1.4, "ratio_95": [1.3, 1.5]}
     result = {
         "table": {"two stages": {"fvd": 10.0}, "VDM": {"fvd": 9.0}, "LFDM": {"fvd": 1.0}},
-        "ratios": {"given flow": {"two stages": {"ratio": 1.41, "ratio_95": [1.3, 1.5]}}},
+        "ratios": {"given flow": {"two stages": entry}, "two stages": {}},
     }
-    assert [met for _, met in table1.checks(result)] == [False, False]
-    result["ratios"]["given flow"]["two stages"]["ratio"] = 1.4
+    assert [check.met for check in table1.checks(result)] == [False, False, None]
+    assert str(table1.checks(result)[2]).endswith("LVDM, **not measured**.")
+    entry["ratio"] = 1.39
     result["table"]["VDM"]["fvd"] = 11.0
-    assert [met for _, met in table1.checks(result)] == [True, True]
+    result["table"]["LVDM"] = {"fvd": 12.0}
+    result["ratios"]["two stages"]["VDM"] = {"ratio": 1.1, "ratio_95": [0.9, 1.3]}
+    texts = [str(check) for check in table1.checks(result)]
+    assert texts[0].endswith("1.39 (1.30 to 1.50), met (the interval contains the limit, 1.4).")
+    assert texts[1].endswith(
+        "10.0 to 11.0, which is 1.10 (0.90 to 1.30) times as large, met (the interval contains the "
+        "limit, 1)."
+    )
+    assert texts[2].endswith("10.0 to 12.0, met.")
 
 
 PROTOCOL = {
@@ -301,14 +358,17 @@ def test_rows_of_another_protocol_are_refused(tmp_path, entry, value):
     protocol = {**PROTOCOL, entry: value}
     file.write_text(json.dumps({"protocol": protocol, "table": {"vdm": {"fvd": 1.0}}}))
     with pytest.raises(ValueError, match=f"VDM was evaluated under another.*its {entry} is"):
-        comparison.read_row(f"VDM={file}", PROTOCOL)
+        comparison.add_row(compared(protocol=PROTOCOL), f"VDM={file}")
 
 
 def test_rows_are_named_and_chosen(tmp_path):
     file = tmp_path / "results.json"
     table = {"vdm": {"fvd": 1.0}, "lvdm": {"fvd": 2.0}, "true": {"flicker": 0.0}}
     file.write_text(json.dumps({"protocol": {**PROTOCOL, "seeds": [5]}, "table": table}))
-    assert comparison.read_row(f"LVDM={file}#lvdm", PROTOCOL) == ("LVDM", {"fvd": 2.0})
+    ours = compared(protocol=PROTOCOL, table={"own": {"fvd": 3.0}})
+    found = comparison.add_row(ours, f"LVDM={file}#lvdm")
+    assert found.table == {"own": {"fvd": 3.0}, "LVDM": {"fvd": 2.0}}
+    assert found.protocols == {"LVDM": {**PROTOCOL, "seeds": [5]}} and found.generated == {}
     for text, message in (
         (f"VDM={file}", r"as VDM=.*#ROW\. Rows: vdm, lvdm"),
         (f"VDM={file}#true", "Rows: vdm, lvdm"),
@@ -316,13 +376,33 @@ def test_rows_are_named_and_chosen(tmp_path):
         (f"={file}", "NAME=FILE"),
     ):
         with pytest.raises(ValueError, match=message):
-            comparison.read_row(text, PROTOCOL)
+            comparison.add_row(ours, text)
     file.write_text(json.dumps({"protocol": PROTOCOL, "table": {"vdm": {"flicker": 0.0}}}))
     with pytest.raises(ValueError, match="evaluate with --i3d"):
-        comparison.read_row(f"VDM={file}", PROTOCOL)
+        comparison.add_row(ours, f"VDM={file}")
     file.write_text("{}")
     with pytest.raises(ValueError, match="no result of an evaluation"):
-        comparison.read_row(f"VDM={file}", PROTOCOL)
+        comparison.add_row(ours, f"VDM={file}")
+
+
+def test_features_beside_the_file_give_a_row_ratios_or_refuse_it(tmp_path):
+    source = torch.Generator().manual_seed(0)
+    real, own, other = (torch.randn(40, 3, generator=source) + shift for shift in (0, 1, 2))
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"protocol": PROTOCOL, "table": {"vdm": {"fvd": 12.0}}}))
+    ours = compared(
+        protocol=PROTOCOL, table={"own": {"fvd": 3.0}}, real=real, generated={"own": own[:, None]}
+    )
+    # Another machine differs a little.
+    for true, message in ((real + 1e-4, ""), (real + 0.01, "other true"), (real[1:], "other true")):
+        np.savez(tmp_path / "features.npz", true=true[:, None], vdm=other[:, None])
+        if message:
+            with pytest.raises(ValueError, match=f"VDM was compared with {message} clips"):
+                comparison.add_row(ours, f"VDM={file}")
+            continue
+        entry = comparison.add_row(ours, f"VDM={file}").ratios("own", samples=50)["own"]["VDM"]
+        assert entry["ratio"] == 4
+        assert 1 < entry["ratio_95"][0] < entry["ratio_95"][1]
 
 
 # ------------------------------------------------------------------------------- the report
