@@ -103,6 +103,7 @@ def _import_time(result: dict[str, Any]) -> str:
             f"- The pack adds at most {TARGET_IMPORT} s to ComfyUI's start: {seconds:.2f} s, "
             f"{_met(seconds <= TARGET_IMPORT)}.",
         ]
+    lines += ["", "The pack needs a ComfyUI: `COMFYUI_PATH`, or `--comfyui FOLDER`."]
     return "\n".join([*lines, ""]) + _protocol(result)
 
 
