@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from s2dm.data.puppets import ACTIONS, PuppetClips, split
+from s2dm.files import replacing
 
 SIZE = (32, 32)
 TAKES, FIRST_TAKE = 2, 500  # takes that no training run of the generator renders
@@ -43,10 +44,8 @@ def true_flows(name: str, takes: int, first_take: int) -> tuple[Tensor, Tensor]:
         data = _Conditions(name, takes, first_take)
         loader = DataLoader(data, batch_size=None, num_workers=2, worker_init_fn=_one_thread)
         conditions, actions = zip(*loader, strict=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        torch.save((torch.stack(conditions).half(), torch.tensor(actions)), temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            torch.save((torch.stack(conditions).half(), torch.tensor(actions)), temporary)
     conditions, actions = torch.load(path, weights_only=True)
     return conditions.float(), actions
 
@@ -118,9 +117,8 @@ def _disturbed(conditions: Tensor) -> Tensor:
 
 
 def _save(model: ActionClassifier, path: Path) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(model.state_dict(), temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(model.state_dict(), temporary)
 
 
 @torch.no_grad()

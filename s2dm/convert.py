@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .files import replacing
 from .models import PARTS, FlowAdapter, S2DMConfig, load_checkpoint, read_config, save_checkpoint
 from .models.checkpoint import METADATA_KEY
 from .models.lfdm import PREFIX as LFDM_PREFIX
@@ -206,8 +207,6 @@ def _not_sd15(source: Path, expected: str) -> ConversionError:
 
 def _unpickle(source: Path, target: Path, half: bool, recommend: Mapping[str, Any] | None) -> None:
     """Pickled weights to safetensors, with S2DM's metadata if the pickle holds them."""
-    from .video import replacing
-
     content = _read_pickle(source)
     weights = _weights_in(content)
     if _is_ldm(weights) and METADATA_KEY not in content:
@@ -234,7 +233,6 @@ def _unpickle(source: Path, target: Path, half: bool, recommend: Mapping[str, An
     if METADATA_KEY in content:
         described = content[METADATA_KEY]
         metadata[METADATA_KEY] = described if isinstance(described, str) else json.dumps(described)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 

@@ -26,10 +26,11 @@ sys.path.append(str(PACK))
 from s2dm.cli.options import DEFAULT_CHECKPOINT, positive  # noqa: E402
 from s2dm.evaluation.modes import Generator, Sampling, Variant  # noqa: E402
 from s2dm.evaluation.run import shuffled  # noqa: E402
+from s2dm.files import replacing  # noqa: E402
 from s2dm.models import read_config  # noqa: E402
 from s2dm.training.config import DataConfig  # noqa: E402
 from s2dm.training.datasets import build_dataset  # noqa: E402
-from s2dm.video import DEFAULT_FPS, replacing, to_uint8  # noqa: E402
+from s2dm.video import DEFAULT_FPS, to_uint8  # noqa: E402
 
 ROWS = {
     "true": "given clip",
@@ -101,7 +102,6 @@ def write(path: Path, moments: Sequence[Image.Image], fps: float = DEFAULT_FPS) 
     Raises:
         ValueError: it would be too large for a page.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = moments
     with replacing(path) as temporary:
         first.save(

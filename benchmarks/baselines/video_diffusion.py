@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from s2dm.files import replacing
 from s2dm.models import ScheduleConfig
 from s2dm.models.flow_generator import Head, UNet3D, per_frame
 from s2dm.pipelines.flow_to_video import ddim_scheduler
 from s2dm.sector import draw_noise, guide, sample
 from s2dm.training.cache import weights_hash
 from s2dm.training.config import config_from_dict
-from s2dm.video import replacing
 
 _METADATA_KEY = "video_diffusion"
 
@@ -148,7 +148,6 @@ def save_network(path: Path, network: VideoDiffusion, trained_on: str) -> None:
     """
     state = {key: value.half().cpu().contiguous() for key, value in network.state_dict().items()}
     description = {"config": dataclasses.asdict(network.config), "trained_on": trained_on}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         save_file(state, temporary, {"format": "pt", _METADATA_KEY: json.dumps(description)})
 

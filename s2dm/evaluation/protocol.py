@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..video import replacing
+from ..files import replacing
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,6 +164,5 @@ def write_json(path: str | Path, content: Any) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a file whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, "utf-8")

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import replacing
 from ..flow import FlowField, estimate_flow, flow_to_image
 from ..models import read_config
 from ..training.config import DataConfig
 from ..training.datasets import ClipDataset, build_dataset, pixels
-from ..video import replacing, write_contact_sheet
+from ..video import write_contact_sheet
 from ..video.frames import from_uint8, to_uint8
 from .clip_metrics import (
     MOVING,
@@ -426,7 +427,6 @@ def _fingerprint(data: ClipDataset) -> str:
 
 
 def _store(path: Path, frames: np.ndarray, totals: dict[str, Total], code: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     figures = json.dumps({name: dataclasses.astuple(total) for name, total in totals.items()})
     with replacing(path) as temporary:
         np.savez_compressed(temporary, frames=frames, totals=np.array(figures), code=np.array(code))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..video import replacing
+from ..files import replacing
 from .clip_metrics import Total, pooled_figure
 from .distances import bootstrap_interval, frechet_distance, kvd
 

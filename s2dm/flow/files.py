@@ -7,14 +7,13 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
+from ..files import replacing
 from .field import FlowError, FlowField
 
 _FLO_MAGIC = b"PIEH"
@@ -39,7 +38,7 @@ def save_flow(
             "displacement": _to_numpy(field.displacement, precision),
             "occlusion": _to_numpy(field.occlusion, precision),
         }
-        with _replacing(path) as temporary, open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **parts)
     elif path.suffix == ".flo":
         if field.frames != 2:
@@ -47,7 +46,7 @@ def save_flow(
                 f"a .flo file holds one frame besides the first, got a field of {field.frames} "
                 "frames: give a folder for a clip of another length, or use .npz"
             )
-        with _replacing(path) as temporary:
+        with replacing(path) as temporary:
             _write_flo(temporary, field.displacement[1])
     else:
         _save_folder(path, field)
@@ -174,15 +173,3 @@ def _to_numpy(tensor: torch.Tensor, dtype: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise FlowError(f"displacements this long don't fit {dtype}: save as float32")
     return array
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

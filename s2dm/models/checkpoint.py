@@ -12,7 +12,6 @@ is read, and that all weights are finite before anything is built from them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import replacing
 from .config import FORMAT_VERSION, ConfigError, S2DMConfig
 from .keys import (
     Key,
@@ -175,13 +175,8 @@ def save_checkpoint(
             tensors[prefix + name] = state[name].detach().to("cpu", dtype).contiguous()
     _check_finite(tensors, f"{path.name}: not saved: expected finite weights")
     metadata = {"format": "pt", METADATA_KEY: json.dumps(config.to_dict())}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parts_of(config: S2DMConfig) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..video import replacing
+from ..files import replacing
 
 
 def save_curves(path: str | Path, records: Sequence[dict[str, float]]) -> None:

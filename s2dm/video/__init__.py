@@ -9,7 +9,7 @@ file behind. PyAV and Pillow are imported when they are first needed.
 from .frames import DEFAULT_FPS, VideoError, cover, to_uint8
 from .read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iter_frames, read_clip, read_image
 from .sheet import contact_sheet, write_contact_sheet
-from .write import WRITABLE_SUFFIXES, replacing, write_clip
+from .write import WRITABLE_SUFFIXES, write_clip
 
 __all__ = [
     "DEFAULT_FPS",
@@ -23,7 +23,6 @@ __all__ = [
     "iter_frames",
     "read_clip",
     "read_image",
-    "replacing",
     "to_uint8",
     "write_clip",
     "write_contact_sheet",

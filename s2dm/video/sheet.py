@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..files import replacing
 from .frames import to_uint8
-from .write import replacing
 
 
 def contact_sheet(
@@ -75,7 +75,6 @@ def write_contact_sheet(
 ) -> Path:
     """Write `contact_sheet` to an image file (PNG, JPEG or what Pillow knows by the ending)."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet(rows, labels, columns)
     with replacing(path) as temporary:
         sheet.save(temporary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ..files import replacing
 from .frames import DEFAULT_FPS, VideoError, size_text, to_uint8
 from .gif import write_gif
 from .mp4 import write_mp4
@@ -59,28 +59,6 @@ def write_clip(
         else:
             write_mp4(temporary, pixels, fps)
     return path
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` (same ending); rename it to `path` if all went well.
-
-    What it holds is on the disk by then, so that a lost machine leaves no empty file under `path`.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files that only the user may read; a result is an ordinary file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _iter_checked(frames: Tensor | Iterable[Tensor]) -> Iterator[np.ndarray]:
