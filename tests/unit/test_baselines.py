@@ -327,7 +327,7 @@ def evaluated(networks: dict[str, Path], checkpoint: Path, output: Path, *more: 
 def test_the_command_evaluates_all_that_there_are(networks, checkpoint, tmp_path, modes, capsys):
     assert evaluated(networks, checkpoint, tmp_path, "--vdm-guidance", "3") == 0
     result = json.loads((tmp_path / "results.json").read_text("utf-8"))
-    assert list(result) == ["protocol", "table", "notes"]
+    assert list(result) == ["protocol", "table", "notes", "clips"]
     assert list(result["table"]) == ["warping", "vdm", "lvdm"]
     assert {row["clips"] for row in result["table"].values()} == {2}
     # What never had a flow is not measured by one.

@@ -57,7 +57,7 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
         negative_prompt=negative,
         num_inference_steps=steps,
         guidance_scale=cfg,
-        flow_guidance_scale=None if guide_flow else 1.0,
+        flow_guidance_scale=cfg if guide_flow else 1.0,
         seed=seed,
         noise_sharing=sharing,
         output_type="latent",
