@@ -1,4 +1,4 @@
-"""Data sets. `puppets`: procedural people with exact optical flow."""
+"""Data sets. `puppets`: procedural people with exact optical flow; `videos`: a folder of clips."""
 
 from .puppets import (
     ACTIONS,
@@ -10,8 +10,9 @@ from .puppets import (
     split,
     training_captions,
 )
+from .videos import VideoClip, VideoClips
 
 __all__ = [
-    "ACTIONS", "PERSONS", "Clip", "PuppetClips", "caption", "render_clip", "split",
-    "training_captions",
+    "ACTIONS", "PERSONS", "Clip", "PuppetClips", "VideoClip", "VideoClips", "caption",
+    "render_clip", "split", "training_captions",
 ]  # fmt: skip

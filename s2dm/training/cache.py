@@ -65,11 +65,15 @@ class ClipCache:
         return torch.from_numpy(self.frames[clip, frames].copy()).float() / 255
 
 
-def cache_folder(root: str | Path, data: DataConfig, split: str) -> Path:
-    """Where the clips of a split are cached; another data config gets another folder."""
+def cache_folder(
+    root: str | Path, data: DataConfig, split: str, fingerprint: str | None = None
+) -> Path:
+    """Where the clips of a split are cached: another data config, or files, another folder."""
     values = config_to_dict(data)
     values.pop("validation_split")
     values["split"] = split
+    if fingerprint is not None:
+        values["fingerprint"] = fingerprint
     key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
     return Path(root) / f"{data.name}-{split}-{key}"
 
@@ -79,10 +83,10 @@ def build_clip_cache(
 ) -> ClipCache:
     """Render or read every clip of the split once, with ``workers`` processes, and cache it."""
     split = split or data.split
-    folder = cache_folder(root, data, split)
+    clips = build_dataset(data, split)
+    folder = cache_folder(root, data, split, getattr(clips, "fingerprint", None))
     if (folder / "captions.json").exists():
         return ClipCache(folder)
-    clips = build_dataset(data, split)
     folder.mkdir(parents=True, exist_ok=True)
     prepared = _Prepared(clips, data.estimated_flow)
     _, frames, condition, _ = prepared[0]

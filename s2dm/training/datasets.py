@@ -1,7 +1,9 @@
 """Data sets by name. A data set is a sequence of clips; trainers know nothing else about it.
 
 A clip has ``frames`` (N,3,H,W), uint8 or float in [0,1]; ``flow``, a
-:class:`~s2dm.flow.FlowField` from each frame back to the first; and ``caption``, a string.
+:class:`~s2dm.flow.FlowField` from each frame back to the first; and ``caption``, a string. A data
+set whose clips may change while its settings stay the same has a ``fingerprint`` of them, a string,
+so that clips that were prepared before are not taken for them.
 """
 
 from __future__ import annotations
@@ -60,4 +62,16 @@ def _puppets(config: DataConfig, split: str) -> ClipDataset:
     )
 
 
+def _videos(config: DataConfig, split: str) -> ClipDataset:
+    from ..data.videos import VideoClips
+
+    if config.takes != 1:
+        raise TrainingConfigError(f"videos have one take each, got takes = {config.takes}.")
+    if set(config.options) != {"folder"}:
+        given = ", ".join(config.options) or "none"
+        raise TrainingConfigError(f"videos need the option folder and no other, got {given}.")
+    return VideoClips(config.options["folder"], split, size=config.size, frames=config.frames)
+
+
 register_dataset("puppets", _puppets)
+register_dataset("videos", _videos)

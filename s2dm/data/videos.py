@@ -1,0 +1,118 @@
+"""Videos of one's own: a folder of clips, with what each shows in a text file beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ..flow import FlowField, estimate_flow
+from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
+
+_SPLITS = ("train", "test")
+_HELD_OUT = 10
+"""One clip in so many is held out where the folder doesn't say which."""
+
+
+@dataclass(frozen=True, eq=False)
+class VideoClip:
+    """A clip that was read.
+
+    Attributes:
+        frames: (N, 3, H, W) float32 in [0, 1].
+        flow: estimated from the frames.
+        caption: what happens in it.
+    """
+
+    frames: torch.Tensor
+    flow: FlowField
+    caption: str
+
+
+class VideoClips:
+    """Clips of a folder: `wave.mp4`, or a folder `wave` of its frames, with `wave.txt` beside it.
+
+    A clip is spread over `frames` frames from its first to its last, so it should show one action
+    and not much else. Frames are scaled to cover the square and cropped at the centre; flow is
+    estimated. Where the folder has subfolders `train` and `test`, these are the splits; otherwise
+    every tenth clip in the order of names is held out, the first one included. Clips are looked
+    for in subfolders too.
+
+    Args:
+        folder: of the clips.
+        name: "train" or "test".
+        size: height and width in pixels.
+        frames: frames of a clip.
+
+    Raises:
+        ValueError: a split that is neither, no clip in it, or a clip without caption.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], name: str = "train", size: int = 128, frames: int = 16
+    ) -> None:
+        if name not in _SPLITS:
+            raise ValueError(f'Expected the split "train" or "test", got {name!r}.')
+        folder = Path(folder)
+        if all((folder / split).is_dir() for split in _SPLITS):
+            self.paths = _clips(folder / name)
+        else:
+            found = enumerate(_clips(folder))
+            self.paths = [
+                path for place, path in found if (place % _HELD_OUT == 0) == (name == "test")
+            ]
+        if not self.paths:
+            raise ValueError(
+                f"No clip of the split {name!r} in {folder}: expected videos "
+                f"({', '.join(VIDEO_SUFFIXES)}) or folders of images, two or more, each with a "
+                "text file of the same name beside it."
+            )
+        self.captions = [_caption(path) for path in self.paths]
+        self._size, self._frames = size, frames
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files and captions: another one when a clip was added, changed or named anew."""
+        digest = hashlib.sha256()
+        for path, caption in zip(self.paths, self.captions, strict=True):
+            state = path.stat()
+            digest.update(f"{path} {state.st_mtime_ns} {state.st_size} {caption}\n".encode())
+        return digest.hexdigest()
+
+    def __getitem__(self, index: int) -> VideoClip:
+        """Read a clip and estimate its flow.
+
+        Raises:
+            VideoError: the file can't be read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"Clip {index} of {len(self)}.")
+        frames, _ = read_clip(self.paths[index], self._frames, (self._size, self._size))
+        return VideoClip(frames, estimate_flow(frames), self.captions[index])
+
+
+def _clips(folder: Path) -> list[Path]:
+    """Videos and folders of images anywhere below, in the order of names."""
+    return sorted(path for path in folder.rglob("*") if _is_clip(path))
+
+
+def _is_clip(path: Path) -> bool:
+    if path.is_dir():
+        return any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _caption(path: Path) -> str:
+    # Not with_suffix: a folder's name may hold a dot.
+    file = path.with_name((path.name if path.is_dir() else path.stem) + ".txt")
+    caption = file.read_text("utf-8").strip() if file.is_file() else ""
+    if not caption:
+        raise ValueError(f"{path} has no caption: expected {file} to say in a line what it shows.")
+    return " ".join(caption.split())

@@ -1,0 +1,123 @@
+"""Training data out of a folder of videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("av")
+pytest.importorskip("diffusers")
+
+from s2dm.data import VideoClips
+from s2dm.flow import estimate_flow
+from s2dm.training.cache import build_clip_cache
+from s2dm.training.config import DataConfig, TrainingConfigError
+from s2dm.training.datasets import build_dataset
+from s2dm.video import VideoError, write_clip
+
+
+def write(path: Path, caption: str | None = "a square moves", shift: int = 1) -> Path:
+    """Five frames of a textured square that moves to the right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    texture = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4, generator=generator), (16, 16))
+    frames = torch.full((5, 3, 48, 64), 0.5)
+    for index, frame in enumerate(frames):
+        frame[:, 16:32, 20 + shift * index : 36 + shift * index] = texture[0]
+    made = write_clip(path, frames, fps=8)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return made
+
+
+def test_a_clip_is_read_with_its_caption_and_its_flow(tmp_path):
+    write(tmp_path / "train" / "one.mp4", "a square\n moves ", shift=2)
+    write(tmp_path / "test" / "two.mp4")
+    (clip,) = VideoClips(tmp_path, "train", size=48, frames=5)
+    assert clip.caption == "a square moves"
+    assert clip.frames.shape == (5, 3, 48, 48)
+    assert clip.frames.min() >= 0 and clip.frames.max() <= 1
+    assert torch.equal(clip.flow.displacement, estimate_flow(clip.frames).displacement)
+    # The square was cropped 8 pixels from the left; in the last frame it came from 8 pixels left.
+    moved = clip.flow.displacement[4, :, 20:28, 24:32]
+    assert moved[0].median().item() == pytest.approx(-8, abs=1)
+
+
+def test_folders_of_images_and_subfolders_are_clips_too(tmp_path):
+    frames = write(tmp_path / "people" / "walk", caption=None)
+    frames.rename(frames.with_name("v1.5 walk"))  # a dot in a folder's name ends nothing
+    (tmp_path / "people" / "v1.5 walk.txt").write_text("a walk", encoding="utf-8")
+    write(tmp_path / "wave.gif", "a wave")
+    found = [*VideoClips(tmp_path, "train", 32, 3), *VideoClips(tmp_path, "test", 32, 3)]
+    assert {clip.caption for clip in found} == {"a walk", "a wave"}
+    assert all(clip.frames.shape == (3, 3, 32, 32) for clip in found)
+
+
+def test_every_tenth_clip_is_held_out_where_the_folder_does_not_say(tmp_path):
+    for number in range(12):
+        write(tmp_path / f"{number:02d}.mp4", f"clip {number}")
+    train, test = VideoClips(tmp_path, "train"), VideoClips(tmp_path, "test")
+    assert test.captions == ["clip 0", "clip 10"]
+    assert train.captions == [f"clip {number}" for number in range(12) if number % 10]
+
+
+def test_the_folder_says_what_is_held_out(tmp_path):
+    for name in ("train/a", "train/b", "test/c"):
+        write(tmp_path / f"{name}.mp4", name)
+    assert VideoClips(tmp_path, "train").captions == ["train/a", "train/b"]
+    assert VideoClips(tmp_path, "test").captions == ["test/c"]
+
+
+@pytest.mark.parametrize("caption", [None, " \n"])
+def test_a_clip_without_caption_is_named(tmp_path, caption):
+    write(tmp_path / "one.mp4", caption)
+    with pytest.raises(ValueError, match=r"one\.mp4 has no caption: expected .*one\.txt"):
+        VideoClips(tmp_path, "test")
+
+
+@pytest.mark.parametrize("clips", [0, 1])
+def test_too_few_clips_say_what_was_expected(tmp_path, clips):
+    for number in range(clips):
+        write(tmp_path / f"{number}.mp4")
+    with pytest.raises(ValueError, match=r"No clip of the split 'train' in .*two or more"):
+        VideoClips(tmp_path, "train")
+
+
+def test_a_broken_video_is_named_when_it_is_read(tmp_path):
+    write(tmp_path / "one.mp4").write_bytes(b"no video")
+    with pytest.raises(VideoError, match=r"one\.mp4"):
+        VideoClips(tmp_path, "test")[0]
+
+
+def test_the_data_set_has_a_name_for_the_trainers(tmp_path):
+    write(tmp_path / "one.mp4")
+    data = DataConfig(name="videos", size=32, frames=4, options={"folder": str(tmp_path)})
+    assert build_dataset(data, "test")[0].frames.shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"options": {}}, "the option folder and no other, got none"),
+        ({"options": {"folder": "x", "fps": 8}}, "no other, got folder, fps"),
+        ({"options": {"folder": "x"}, "takes": 3}, "one take each, got takes = 3"),
+    ],
+)
+def test_settings_that_videos_do_not_have(settings, message):
+    with pytest.raises(TrainingConfigError, match=message):
+        build_dataset(DataConfig(name="videos", **settings), "train")
+
+
+def test_changed_clips_are_prepared_anew(tmp_path):
+    folder = tmp_path / "clips"
+    write(folder / "train" / "one.mp4", "before")
+    write(folder / "test" / "two.mp4")
+    data = DataConfig(name="videos", size=32, frames=4, options={"folder": str(folder)})
+    first = build_clip_cache(tmp_path / "cache", data)
+    assert build_clip_cache(tmp_path / "cache", data).folder == first.folder
+    (folder / "train" / "one.txt").write_text("after", encoding="utf-8")
+    assert build_clip_cache(tmp_path / "cache", data).captions == ["after"]
+    write(folder / "train" / "three.mp4", "one more")
+    assert build_clip_cache(tmp_path / "cache", data).captions == ["after", "one more"]
