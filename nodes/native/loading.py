@@ -145,6 +145,8 @@ class _ModelConfig(comfy.supported_models.SD15):
         schedule = config.schedule
         self.prediction_type = schedule.prediction_type
         self.latent_format = comfy.latent_formats.SD15(config.vae.scaling_factor)
+        # Core then gives empty latents this many channels by itself.
+        self.latent_format.latent_channels = config.vae.latent_channels
         if schedule.beta_schedule not in _BETA_SCHEDULES:
             raise CheckpointError(
                 f"schedule: expected {' or '.join(_BETA_SCHEDULES)}, got "
@@ -156,6 +158,10 @@ class _ModelConfig(comfy.supported_models.SD15):
             "linear_end": schedule.beta_end,
             "timesteps": schedule.steps,
         }
+
+    def inpaint_model(self) -> bool:
+        # Core takes every U-Net with more than four channels for one of inpainting.
+        return False
 
     def model_type(self, state_dict: State, prefix: str = "") -> ModelType:
         return MODEL_TYPES[self.prediction_type]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_checkpoint import tiny_config, write_random_checkpoint
 
 from s2dm.flow import FlowField
 from s2dm.pipelines import FlowToVideoPipeline
@@ -86,6 +87,26 @@ def test_v_prediction_agrees(exact, tmp_path):
     assert relative(comfy, diffusers) <= TOLERANCE
     predicts_noise, _ = both(exact, exact.flow(3))
     assert relative(comfy, predicts_noise) > 0.1
+
+
+def test_latents_of_more_channels_agree(exact, tmp_path):
+    """Of a sharper autoencoder than Stable Diffusion's: sampled, previewed and decoded."""
+    config = tiny_config(flow_generator=None)
+    config = dataclasses.replace(
+        config,
+        unet=dataclasses.replace(config.unet, in_channels=16),
+        vae=dataclasses.replace(config.vae, latent_channels=16),
+    )
+    path = write_random_checkpoint(tmp_path / "wide.safetensors", config)
+    wide = type(exact)(exact.pack, exact.nodes, path)
+    flow = wide.flow(3)
+    comfy, diffusers = both(wide, flow)
+    assert comfy.shape == (3, 16, 8, 8)
+    assert relative(comfy, diffusers) <= TOLERANCE
+    latent_format = wide.loaded.model.get_model_object("latent_format")
+    assert len(latent_format.latent_rgb_factors) == 16
+    with torch.inference_mode():
+        assert wide.loaded.vae.decode(comfy).shape == (3, 64, 64, 3)
 
 
 def test_token_fusion_agrees(exact_token):
