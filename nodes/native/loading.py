@@ -63,6 +63,9 @@ def load_all(path: str, frames: int = 0) -> Checkpoint:
             "sample such latents."
         )
     model = load_model(config, state["unet"])
+    if model.model.device != torch.device("cpu") and not getattr(model, "is_dynamic", bool)():
+        # As core does with a model that it made on the GPU; its memory isn't counted otherwise.
+        comfy.model_management.load_models_gpu([model], force_full_load=True)
     # Newer versions of core reload the model in this way, for hooks and for further GPUs.
     model.cached_patcher_init = (_reload_model, (path,))
     vae = load_vae(config.vae, state["vae"])

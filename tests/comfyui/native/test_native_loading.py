@@ -77,6 +77,28 @@ def test_every_weight_of_the_file_arrives(rig):
             assert torch.equal(there, weight.to(there.dtype)), f"{part} {name}"
 
 
+@pytest.mark.parametrize("place", ["cpu", "cpu:0"])
+def test_a_unet_that_was_made_on_the_gpu_is_counted(rig, monkeypatch, place):
+    """Core makes it there where more of the GPU's memory is free than of the computer's."""
+    import comfy.model_management
+
+    loaded = []
+    load = comfy.model_management.load_models_gpu
+
+    def record(models, **options):
+        loaded.extend((model, options) for model in models)
+        return load(models, **options)
+
+    # To PyTorch another device than "cpu", and yet there on every machine.
+    monkeypatch.setattr(
+        comfy.model_management, "unet_inital_load_device", lambda *args: torch.device(place)
+    )
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", record)
+    model = rig.module("nodes.native.loading").load_all(str(rig.checkpoint)).model
+    counted = [options for one, options in loaded if one.model is model.model]
+    assert counted == ([] if place == "cpu" else [{"force_full_load": True}])
+
+
 def test_prompts_are_tokenised_as_by_the_checkpoint(rig):
     """Core's tokenizer adds start, end and padding, and gives the words the file's ids."""
     config = rig.loaded.config
