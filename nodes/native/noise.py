@@ -46,7 +46,8 @@ class SharedNoise:
         """
         latent = input_latent["samples"]
         frames = input_latent.get("batch_index") or list(range(latent.shape[0]))
-        generator = torch.Generator().manual_seed(self.seed)
+        # As core's noise does: samplers that draw on their own start from here.
+        generator = torch.manual_seed(self.seed)
         noise = draw_noise(
             max(frames) + 1, tuple(latent.shape[1:]), generator, self.sharing, self.share
         )

@@ -107,6 +107,17 @@ def test_shared_noise_is_cores_noise_of_one_frame(rig):
     assert all(torch.equal(frame, drawn[0]) for frame in drawn)
 
 
+def test_samplers_that_draw_on_their_own_repeat_themselves(rig):
+    """Samplers of other packs draw from PyTorch's own generator, which core's noise seeds."""
+    latent = {"samples": torch.zeros(2, 4, 4, 4)}
+    (noise,) = rig.run("S2DMSharedNoise", seed=5, noise_sharing="independent")
+    drawn = []
+    for _ in range(2):
+        noise.generate_noise(latent)
+        drawn.append(torch.randn(3))
+    assert torch.equal(*drawn)
+
+
 def test_frames_picked_from_a_clip_keep_their_noise(rig):
     (noise,) = rig.run("S2DMSharedNoise", seed=3, noise_sharing="independent")
     clip = noise.generate_noise({"samples": torch.zeros(6, 4, 8, 8)})
