@@ -103,9 +103,10 @@ class RelativePositionBias(nn.Embedding):
 
     def forward(self, frames: int) -> Tensor:
         """Return (heads, frames, frames); rows are queries."""
-        position = torch.arange(frames, device=self.weight.device)
+        # On the CPU, because Apple's and some Intel GPUs have no float64.
+        position = torch.arange(frames)
         bucket = self.bucket(position[None, :] - position[:, None])
-        return super().forward(bucket).permute(2, 0, 1)
+        return super().forward(bucket.to(self.weight.device)).permute(2, 0, 1)
 
     @classmethod
     def bucket(cls, offset: Tensor) -> Tensor:

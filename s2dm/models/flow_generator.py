@@ -335,8 +335,9 @@ def _resized(image: Tensor, size: list[int]) -> Tensor:
         return image
     if image.shape[2:] == (1, 1):
         return image.expand(-1, -1, *size)
-    # In float32, because CPUs have no antialiasing in half precision.
-    return F.interpolate(image.float(), size=size, mode="bilinear", antialias=True).to(image)
+    # CPUs have no antialiasing in half precision, and Apple's GPUs have had none for long.
+    source = image.float().to("cpu" if image.device.type == "mps" else image.device)
+    return F.interpolate(source, size=size, mode="bilinear", antialias=True).to(image)
 
 
 def _refuse(name: str, expected: str, got: Tensor, remedy: str) -> None:
