@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+from uuid import UUID, uuid5
 
 import comfy.conds
 import comfy.context_windows
@@ -15,11 +17,13 @@ from torch import Tensor
 
 from ...s2dm.models import FlowAdapter, FlowAdapterConfig
 from .attention import cross_attention_layers, with_flow
-from .chunks import LEAST_FRAMES, frames_at_once, in_chunks
+from .chunks import LEAST_FRAMES, ChunkSizes, in_chunks
 from .labels import MASK, ROW, TABLE, WINDOW, attach_labels, encode_labels
 
 KEY = "s2dm_flow_adapter"
 """Under this key a patched MODEL holds the adapter's weights and our wrappers."""
+_CHUNKS = "s2dm_chunks"
+"""Key of the run's `ChunkSizes` in its transformer options."""
 
 
 class AdapterError(ValueError):
@@ -119,12 +123,14 @@ class _Wrappers:
         return executor(noise, *args, **kwargs)
 
     def prepare_sampling(
-        self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any
+        self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """Ask core for the memory of one chunk, not of the whole clip."""
         shape = list(noise_shape)
-        shape[0] = min(shape[0], self.frames or LEAST_FRAMES)
-        return executor(model, shape, *args, **kwargs)
+        # A ControlNet sees the whole clip, and core counts no memory for it but this.
+        if not any("control" in entry for entries in conds.values() for entry in entries):
+            shape[0] = min(shape[0], self.frames or LEAST_FRAMES)
+        return executor(model, shape, conds, *args, **kwargs)
 
     def sampler_sample(
         self,
@@ -148,7 +154,8 @@ class _Wrappers:
             guider.conds, _adapter(patcher), model.model_sampling, noise.shape[-2:], 8, place
         )
         # Core made these options for this run alone.
-        extra_args["model_options"].setdefault("transformer_options", {})[TABLE] = table
+        options = extra_args["model_options"].setdefault("transformer_options", {})
+        options |= {TABLE: table, _CHUNKS: ChunkSizes(self.frames)}
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
     def apply_model(
@@ -169,10 +176,14 @@ class _Wrappers:
         conditions = max(1, len(options.get("cond_or_uncond", ())))
         if x.shape[0] % conditions:
             conditions = 1
-        size = self.frames or frames_at_once(model, x, conditions, model.memory_required)
+        clip = x.shape[0] // conditions
+        sizes = options.get(_CHUNKS) or ChunkSizes(self.frames)
+        if "middle_patch" in options.get("patches", {}):
+            sizes = ChunkSizes(clip)  # GLIGEN has made its boxes for the whole batch
 
         def call(
             x: Tensor,
+            frames: range,
             t: Tensor,
             c_concat: Tensor | None,
             c_crossattn: Tensor | None,
@@ -183,6 +194,8 @@ class _Wrappers:
             tokens, mask = _tokens_now(adapter, options.get(TABLE), t, kwargs)
             flow = with_flow(options, adapter, self.strength, tokens, mask)
             flow["sigmas"] = t[: len(t) // conditions]
+            if len(frames) < clip:
+                flow["uuids"] = _ids(options.get("uuids", ()), frames)
             return executor(x, t, c_concat, c_crossattn, control, flow, **kwargs)
 
         arguments = {
@@ -192,11 +205,16 @@ class _Wrappers:
             "control": control,
             "kwargs": kwargs,
         }
-        return in_chunks(call, size, conditions, x, arguments)
+        return in_chunks(call, sizes, model, conditions, x, arguments)
 
 
 def _adapter(patcher: comfy.model_patcher.ModelPatcher) -> FlowAdapter:
     return patcher.get_additional_models_with_key(KEY)[0].model
+
+
+def _ids(ids: Sequence[UUID], frames: range) -> list[UUID]:
+    """Ids of the conditions in a chunk: other nodes keep by them what they saw in a step."""
+    return [uuid5(one, f"{frames.start}:{frames.stop}") for one in ids]
 
 
 def _tokens_now(
@@ -205,7 +223,7 @@ def _tokens_now(
     """Take our conditions out of the call's: tokens at this sigma, (B, tokens, width), and mask."""
     row, window, mask = (kwargs.pop(name, None) for name in (ROW, WINDOW, MASK))
     if row is None or table is None:
-        return adapter.null_tokens(len(t)).to(t.device), None
+        return adapter.null_tokens(1).to(t.device).expand(len(t), -1, -1), None
     inside = (t <= window[:, 0]) & (t >= window[:, 1])
     # Row 0 is the null label. Another GPU may run a part of the conditions.
     return table.to(t.device)[torch.where(inside, row[:, 0], 0)], mask

@@ -93,7 +93,7 @@ class _FlowPatch:
         out = self._attend(q, k, v, self.tokens, extra_options)
         if self.mask is None:
             return out
-        null = self.adapter.null_tokens(len(q)).to(self.tokens)
+        null = self.adapter.null_tokens(1).to(self.tokens).expand(len(q), -1, -1)
         share = self._mask_of_queries(q, extra_options)
         return share * out + (1 - share) * self._attend(q, k, v, null, extra_options)
 

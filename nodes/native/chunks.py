@@ -6,7 +6,8 @@ The result is the same to rounding, and peak memory doesn't grow with the length
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import ceil
 from typing import Any
 
 import comfy.model_management
@@ -22,13 +23,46 @@ _PIXELS_AT_ONCE_ON_CPU = 8192
 """Latent pixels of a chunk on the CPU. Larger ones leave the caches and are slower."""
 
 
+class ChunkSizes:
+    """How many frames the U-Net sees at a time in one run of sampling.
+
+    Chosen once for each shape of a call: the memory that is free varies from step to step, and
+    other sizes round differently. Lowered for the rest of the run when a chunk didn't fit.
+
+    Args:
+        frames: the user's choice; 0 chooses from free memory.
+    """
+
+    def __init__(self, frames: int = 0) -> None:
+        self._asked = frames
+        self._chosen: dict[tuple[int, ...], int] = {}
+
+    def choose(self, model: Any, latents: Tensor, conditions: int) -> int:
+        """For a call of core's BaseModel with latents (conditions * N, C, h, w)."""
+        key = (conditions, *latents.shape)
+        if key not in self._chosen:
+            frames = latents.shape[0] // conditions
+            size = self._asked or frames_at_once(latents, conditions, model.memory_required)
+            # Chunks of about the same size: a last one of a frame or two would waste a call.
+            self._chosen[key] = ceil(frames / ceil(frames / min(size, frames)))
+        return self._chosen[key]
+
+    def halve(self, latents: Tensor, conditions: int) -> int:
+        """The half of what was chosen, from now on, because that was too much."""
+        key = (conditions, *latents.shape)
+        size = self._chosen[key]
+        self._chosen[key] = size // 2
+        comfy.model_management.soft_empty_cache()
+        log.warning("S2DM: out of memory with %d frames at once, trying %d.", size, size // 2)
+        return size // 2
+
+
 def frames_at_once(
-    model: Any, latents: Tensor, conditions: int, memory_required: Callable[[list[int]], float]
+    latents: Tensor, conditions: int, memory_required: Callable[[list[int]], float]
 ) -> int:
     """How many frames the U-Net should see at a time, from the memory that is free.
 
     Args:
-        model: core's BaseModel.
         latents: (conditions * N, C, h, w), the whole call.
         conditions: how many conditions core has put into the call side by side.
         memory_required: core's estimate in bytes for an input of some shape.
@@ -45,18 +79,21 @@ def frames_at_once(
 
 def in_chunks(
     call: Callable[..., Tensor],
-    size: int,
+    sizes: ChunkSizes,
+    model: Any,
     conditions: int,
     latents: Tensor,
     arguments: dict[str, Any],
 ) -> Tensor:
-    """Call the U-Net on `size` frames at a time and put the results together.
+    """Call the U-Net on a few frames at a time and put the results together.
 
     A chunk that doesn't fit into memory is halved and tried again.
 
     Args:
-        call: takes `latents` and the arguments, gives (B, C, h, w).
-        size: frames of a chunk.
+        call: takes `latents`, the `frames` that they are as a range, and the arguments; gives
+            (B, C, h, w).
+        sizes: of this run of sampling.
+        model: core's BaseModel.
         conditions: the batch is this many times all frames, one after the other.
         latents: (conditions * N, C, h, w).
         arguments: everything else. Tensors of the batch's length, also inside lists and
@@ -64,58 +101,62 @@ def in_chunks(
     """
     batch = latents.shape[0]
     frames = batch // conditions
-    size = min(size, frames)
-    if size == frames:
-        out = _attempt(call, latents, arguments, last=frames == 1)
-        if out is not None:
-            return out
-        size = _halved(size)
+    size = sizes.choose(model, latents, conditions)
     out = None
     start = 0
     while start < frames:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        rows = _rows(start, min(start + size, frames), frames, conditions, latents.device)
+        stop = min(start + size, frames)
+        rows = _rows(start, stop, frames, conditions)
+        # Also for all frames at once: core empties the lists of a ControlNet as it goes, and a
+        # second attempt would find nothing in them.
         cut = {name: _cut(value, rows, batch) for name, value in arguments.items()}
-        part = _attempt(call, latents[rows], cut, last=size == 1)
+        part = _attempt(call, _cut(latents, rows, batch), range(start, stop), cut, last=size == 1)
         if part is None:
-            size = _halved(size)
+            size = sizes.halve(latents, conditions)
             continue
+        if stop - start == frames:
+            return part
         if out is None:
             out = part.new_empty((batch, *part.shape[1:]))
-        out[rows] = part
-        start += len(rows) // conditions
+        for place, piece in zip(rows, part.chunk(conditions), strict=True):
+            out[place] = piece
+        start = stop
     return out
 
 
 def _attempt(
-    call: Callable[..., Tensor], latents: Tensor, arguments: dict[str, Any], last: bool
+    call: Callable[..., Tensor],
+    latents: Tensor,
+    frames: range,
+    arguments: dict[str, Any],
+    last: bool,
 ) -> Tensor | None:
     """The call's result, or None if it didn't fit into memory and isn't the last chance."""
     try:
-        return call(latents, **arguments)
-    except comfy.model_management.OOM_EXCEPTION:
-        if last:
+        return call(latents, frames=frames, **arguments)
+    except RuntimeError as error:
+        # Not all devices have a class of their own for it.
+        fits = not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error)
+        if last or fits:
             raise
     # Outside the except block, because the exception holds the tensors of the failed call.
     return None
 
 
-def _halved(size: int) -> int:
-    comfy.model_management.soft_empty_cache()
-    log.warning("S2DM: out of memory with %d frames at once, trying %d.", size, size // 2)
-    return size // 2
+def _rows(start: int, stop: int, frames: int, conditions: int) -> list[slice]:
+    """Where the frames are in the batch: once for each condition."""
+    if stop - start == frames:
+        return [slice(0, conditions * frames)]
+    return [slice(c * frames + start, c * frames + stop) for c in range(conditions)]
 
 
-def _rows(start: int, stop: int, frames: int, conditions: int, device: torch.device) -> Tensor:
-    first = torch.arange(start, stop, device=device)
-    return torch.cat([first + condition * frames for condition in range(conditions)])
-
-
-def _cut(value: Any, rows: Tensor, batch: int) -> Any:
+def _cut(value: Any, rows: Sequence[slice], batch: int) -> Any:
     if isinstance(value, Tensor):
-        if value.ndim > 0 and value.shape[0] == batch:
-            return value[rows.to(value.device)]
-        return value
+        if value.ndim == 0 or value.shape[0] != batch:
+            return value
+        pieces = [value[place] for place in rows]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     if isinstance(value, list):
         return [_cut(item, rows, batch) for item in value]
     if isinstance(value, tuple):

@@ -61,7 +61,107 @@ def test_a_chunk_fits_into_the_memory_that_is_free(rig, monkeypatch, free, expec
         assert shape == [2, 4, 8, 8]
         return 100
 
-    assert chunks.frames_at_once(None, latents, 2, required) == expected
+    assert chunks.frames_at_once(latents, 2, required) == expected
+
+
+def test_the_chunk_is_chosen_once_a_run(rig, monkeypatch):
+    """Other sizes round differently, and the memory that is free varies from step to step."""
+    adapter, chunks = (rig.module(f"nodes.native.{name}") for name in ("adapter", "chunks"))
+    free = iter([3, 1, 7, 2])
+    monkeypatch.setattr(chunks, "frames_at_once", lambda *args: next(free))
+    made = []
+
+    class Recorded(chunks.ChunkSizes):
+        def __init__(self, frames=0):
+            made.append(frames)
+            super().__init__(frames)
+
+    monkeypatch.setattr(adapter, "ChunkSizes", Recorded)
+    seen = []
+    model = rig.loaded.model
+    handle = model.model.diffusion_model.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].shape[0])
+    )
+    try:
+        rig.sample(rig.encode(rig.flow(8)), model, steps=2)
+        assert seen == [6, 6, 4] * 2
+        seen.clear()
+        rig.sample(rig.encode(rig.flow(8)), model, steps=2)  # chosen anew in another run
+    finally:
+        handle.remove()
+    assert seen == [2] * 16
+    assert made == [0, 0]
+
+
+@pytest.mark.parametrize("size, expected", [(100, 10), (6, 5), (5, 5), (4, 4), (3, 3), (1, 1)])
+def test_chunks_are_about_equal(rig, size, expected):
+    """Four and six frames take as long as twice five, but more memory."""
+    chunks = rig.module("nodes.native.chunks")
+    assert chunks.ChunkSizes(size).choose(None, torch.zeros(20, 1), 2) == expected
+
+
+def test_nodes_that_keep_what_they_saw_tell_the_chunks_apart(rig):
+    """Core's EasyCache knows a part of the batch again by its id."""
+    import comfy.patcher_extension
+
+    seen = []
+
+    def look(executor, *args, **kwargs):
+        seen.append(tuple(args[-1]["uuids"]))
+        return executor(*args, **kwargs)
+
+    def ids(frames, size):
+        seen.clear()
+        model = with_chunks(rig, size)
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        model.add_wrapper_with_key(kind, "look", look)
+        rig.sample(rig.encode(rig.flow(frames)), model)
+        return list(seen)
+
+    first, second, third, *next_step = ids(5, 2)
+    assert len({*first, *second, *third}) == 6  # prompt and negative, in three chunks
+    assert next_step == [first, second, third]
+    whole, next_step = ids(5, 5)
+    assert whole == next_step and len(set(whole)) == 2
+
+
+def test_easycache_keeps_the_frames_apart(rig):
+    """All steps after the first ones are skipped, and each frame gets its own difference."""
+    easycache = pytest.importorskip("comfy_extras.nodes_easycache").EasyCacheNode
+    encoded = rig.encode(rig.flow(5))
+
+    def sample(size):
+        model = with_chunks(rig, size)
+        cached = easycache.execute(model, 100.0, 0.15, 0.95, False).args[0]
+        return rig.sample(encoded, cached, steps=8)
+
+    whole = sample(5)
+    assert relative(whole, rig.sample(encoded, with_chunks(rig, 5), steps=8)) > 1e-3
+    assert relative(sample(2), whole) < 1e-4
+
+
+def test_gligen_sees_all_frames_at_once(rig):
+    """Its boxes are made for the whole batch before the U-Net is called."""
+    import comfy.model_patcher
+
+    seen = []
+
+    class Boxes(torch.nn.Module):
+        def set_position(self, shape, parameters, device):
+            objects = torch.zeros(shape[0], 1, 1, device=device)
+
+            def patch(x, options):
+                seen.append(len(x))
+                return x + objects
+
+            return patch
+
+    device = torch.device("cpu")
+    gligen = ("position", comfy.model_patcher.ModelPatcher(Boxes(), device, device), [])
+    positive, negative, latent = rig.encode(rig.flow(5))
+    positive = [[text, {**rest, "gligen": gligen}] for text, rest in positive]
+    rig.sample((positive, negative, latent), with_chunks(rig, 2), steps=1)
+    assert set(seen) == {5}
 
 
 def test_control_follows_its_frames(rig):
@@ -87,23 +187,61 @@ def test_control_follows_its_frames(rig):
     assert relative(rig.sample(encoded, with_chunks(rig, 2)), whole) < 1e-5
 
 
-def test_a_chunk_that_does_not_fit_is_halved(rig):
-    from comfy.model_management import OOM_EXCEPTION
-
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    ],
+)
+def test_a_chunk_that_does_not_fit_is_halved(rig, error):
     chunks = rig.module("nodes.native.chunks")
     seen = []
 
-    def call(x, scale):
+    def call(x, frames, scale):
+        assert len(x) == 2 * len(frames)
         seen.append(len(x))
         if len(x) > 4:
-            raise OOM_EXCEPTION("out of memory")
+            raise error
         return x * scale
 
     x = torch.arange(14.0).view(14, 1)
     scale = torch.arange(14.0, 28.0).view(14, 1)
-    out = chunks.in_chunks(call, 7, 2, x, {"scale": scale})
+    sizes = chunks.ChunkSizes(7)
+    out = chunks.in_chunks(call, sizes, None, 2, x, {"scale": scale})
     assert torch.equal(out, x * scale)
     assert seen == [14, 6, 2, 2, 2, 2, 2, 2, 2]
+    chunks.in_chunks(call, sizes, None, 2, x, {"scale": scale})
+    assert seen[9:] == [2] * 7  # remembered for the rest of the run
+
+
+def test_control_is_whole_after_a_chunk_that_did_not_fit(rig):
+    """Core empties the lists of a ControlNet while the U-Net runs."""
+    from comfy.model_management import OOM_EXCEPTION
+
+    chunks = rig.module("nodes.native.chunks")
+    control = {"middle": [torch.arange(4.0).view(4, 1)], "input": [], "output": []}
+
+    def call(x, frames, control):
+        hint = control["middle"].pop()
+        if len(frames) > 1:
+            raise OOM_EXCEPTION("out of memory")
+        return x + hint
+
+    out = chunks.in_chunks(
+        call, chunks.ChunkSizes(4), None, 1, torch.zeros(4, 1), {"control": control}
+    )
+    assert torch.equal(out, torch.arange(4.0).view(4, 1))
+
+
+def test_other_errors_pass(rig):
+    chunks = rig.module("nodes.native.chunks")
+
+    def call(x, frames):
+        raise RuntimeError("shapes don't fit")
+
+    with pytest.raises(RuntimeError, match="shapes don't fit"):
+        chunks.in_chunks(call, chunks.ChunkSizes(4), None, 1, torch.zeros(4, 1), {})
 
 
 def test_out_of_memory_with_one_frame_is_the_end(rig):
@@ -111,30 +249,41 @@ def test_out_of_memory_with_one_frame_is_the_end(rig):
 
     chunks = rig.module("nodes.native.chunks")
 
-    def call(x):
+    def call(x, frames):
         raise OOM_EXCEPTION("out of memory")
 
     with pytest.raises(OOM_EXCEPTION):
-        chunks.in_chunks(call, 8, 1, torch.zeros(3, 1), {})
+        chunks.in_chunks(call, chunks.ChunkSizes(8), None, 1, torch.zeros(3, 1), {})
 
 
-def test_core_is_asked_for_the_memory_of_a_chunk(rig):
-    import comfy.model_management
+def test_core_is_asked_for_the_memory_of_a_chunk(rig, monkeypatch):
+    import comfy.controlnet
+
+    class Control(comfy.controlnet.ControlBase):
+        def get_control(self, *args):
+            return None
+
+        def get_models(self):
+            return []
 
     asked = []
     model = with_chunks(rig, 2)
     estimate = model.model.memory_required
-    model.model.memory_required = lambda shape, **rest: (
-        asked.append(shape[0]),
-        estimate(shape, **rest),
-    )[1]
-    try:
-        rig.sample(rig.encode(rig.flow(9)), model)
-    finally:
-        del model.model.memory_required
+
+    def recorded(shape, **rest):
+        asked.append(shape[0])
+        return estimate(shape, **rest)
+
+    monkeypatch.setattr(model.model, "memory_required", recorded)
+    positive, negative, latent = rig.encode(rig.flow(9))
+    rig.sample((positive, negative, latent), model)
     # The first two are core's, before it loads the model: with and without guidance.
     assert asked[:2] == [4, 2]
-    assert comfy.model_management.get_torch_device().type == "cpu"
+    asked.clear()
+    positive = [[text, {**rest, "control": Control()}] for text, rest in positive]
+    rig.sample((positive, negative, latent), model)
+    # Core runs a ControlNet on all frames, and has no other measure of what it needs.
+    assert asked[:2] == [18, 9]
 
 
 class Allocated(TorchDispatchMode):
