@@ -27,7 +27,7 @@ from s2dm.sector import add_noise, training_target
 from s2dm.training.cache import clip_latents, training_clips
 from s2dm.training.config import TrainingConfig
 from s2dm.training.datasets import held_out_clips, pixels
-from s2dm.training.loop import Progress, TrainingLoop, make_accelerator, sheet_generator
+from s2dm.training.loop import Progress, run_training, sheet_generator
 from s2dm.training.models import frozen_vae
 from s2dm.training.schedule import alpha_bars, draw_timesteps
 from s2dm.video import write_contact_sheet
@@ -203,6 +203,4 @@ def train(config: VideoDiffusionTrainingConfig) -> Progress:
     The folder's ``export.safetensors`` is the network with averaged weights, as of the newest
     sample sheet.
     """
-    accelerator = make_accelerator(config)
-    task = build_task(config, accelerator.device)
-    return TrainingLoop(config, task, accelerator).run()
+    return run_training(config, lambda device: build_task(config, device))

@@ -61,8 +61,8 @@ class ClipCache:
         return len(self.captions)
 
     def pixels(self, clip: int, frames: Any = slice(None)) -> Tensor:
-        """Frames of a clip, float32 in [0,1]."""
-        return torch.from_numpy(self.frames[clip, frames].copy()).float() / 255
+        """Frames of a clip, or parts of them by any index, float32 in [0,1]."""
+        return torch.from_numpy(self.frames[clip][frames].copy()).float() / 255
 
 
 def cache_folder(

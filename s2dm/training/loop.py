@@ -14,8 +14,9 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -180,7 +181,7 @@ class RunFolder:
 def make_accelerator(config: TrainingConfig) -> Any:
     """An :class:`accelerate.Accelerator` for ``config``; also sets threads and seeds."""
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
 
     if config.threads > 0:
         torch.set_num_threads(config.threads)
@@ -188,7 +189,20 @@ def make_accelerator(config: TrainingConfig) -> Any:
     return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
+        # Processes wait for the one that prepares the clips or draws a sheet.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+
+
+def run_training(config: TrainingConfig, build: Callable[[torch.device], Task]) -> Progress:
+    """Train what ``build(device)`` makes as ``config`` says, or go on with that run.
+
+    Of several processes the main one builds first: it prepares the clips, the others find them.
+    """
+    accelerator = make_accelerator(config)
+    with accelerator.main_process_first():
+        task = build(accelerator.device)
+    return TrainingLoop(config, task, accelerator).run()
 
 
 class TrainingLoop:
@@ -228,7 +242,8 @@ class TrainingLoop:
         if self.config.export_only:
             self.export()
             return self.progress
-        self.folder.write_json("config.json", config_to_dict(self.config))
+        if self.accelerator.is_main_process:
+            self.folder.write_json("config.json", config_to_dict(self.config))
         saved = sampled = time.monotonic()
         bar = tqdm(
             total=self.config.steps,
@@ -237,20 +252,28 @@ class TrainingLoop:
             mininterval=5.0,
             disable=not self.accelerator.is_local_main_process,
         )
+        self.model.train()
         with bar, self._signals(), plain_attention(self.accelerator.device):
             while self.progress.fraction(self.config) < 1 and not self.interrupted:
                 began = time.monotonic()
                 losses = self._step()
                 self.progress.step += 1
-                self.progress.seconds += time.monotonic() - began
+                now = time.monotonic()
+                self.progress.seconds, self.interrupted, sheet_is_due, state_is_due = self._agreed(
+                    self.progress.seconds + now - began,
+                    self.interrupted,
+                    now - sampled > 60 * self.config.sample_every_minutes,
+                    now - saved > 60 * self.config.save_every_minutes,
+                )
                 bar.update()
                 self._collect(losses)
                 if self.progress.step % self.config.log_every == 0:
                     bar.set_postfix(loss=f"{self._write_log()['loss']:.4f}")
-                if time.monotonic() - sampled > 60 * self.config.sample_every_minutes:
+                if sheet_is_due:
                     self.sample()
+                    self.model.train()
                     sampled = time.monotonic()
-                if time.monotonic() - saved > 60 * self.config.save_every_minutes:
+                if state_is_due:
                     self.save()
                     saved = time.monotonic()
         self.save()
@@ -258,12 +281,25 @@ class TrainingLoop:
             self.sample()
         return self.progress
 
+    def _agreed(self, seconds: float, *flags: bool) -> tuple[float, ...]:
+        """What the main process's clock and signals say, in all processes.
+
+        Clocks differ, and with them the learning rate and what is due; and a process that saves
+        while another one trains waits for it forever.
+        """
+        if self.accelerator.num_processes == 1:
+            return seconds, *flags
+        from accelerate.utils import broadcast
+
+        values = torch.tensor([seconds, *flags], dtype=torch.float64)
+        seconds, *agreed = broadcast(values.to(self.accelerator.device)).tolist()
+        return seconds, *map(bool, agreed)
+
     def _step(self) -> dict[str, Tensor]:
         config = self.config
         rate = learning_rate(config, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.model.train()
         for micro in range(config.gradient_accumulation):
             generator = step_generator(
                 config.seed, self.progress.step, micro, self.accelerator.process_index
@@ -345,7 +381,8 @@ class TrainingLoop:
         if state is None:
             return
         self.accelerator.load_state(str(state))
-        self.folder.forget_after(self.progress.step)
+        if self.accelerator.is_main_process:
+            self.folder.forget_after(self.progress.step)
         logger.info("resumed %s at step %d", self.folder.path, self.progress.step)
 
     def export(self) -> None:

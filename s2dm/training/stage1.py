@@ -28,7 +28,7 @@ from ..video import write_contact_sheet
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
-from .loop import Progress, TrainingLoop, make_accelerator, sheet_generator
+from .loop import Progress, run_training, sheet_generator
 from .models import frozen_vae, load_model, preset, save_model
 from .schedule import alpha_bars, draw_timesteps
 
@@ -317,6 +317,4 @@ def train_stage1(config: Stage1TrainingConfig) -> Progress:
     The folder's ``export.safetensors`` is the whole checkpoint with averaged weights, as of the
     newest sample sheet.
     """
-    accelerator = make_accelerator(config)
-    task = build_stage1_task(config, accelerator.device)
-    return TrainingLoop(config, task, accelerator).run()
+    return run_training(config, lambda device: build_stage1_task(config, device))

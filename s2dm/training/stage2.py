@@ -33,7 +33,7 @@ from ..video import write_contact_sheet
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
-from .loop import Progress, TrainingLoop, make_accelerator, sheet_generator
+from .loop import Progress, run_training, sheet_generator
 from .models import (
     frozen_vae,
     load_model,
@@ -377,6 +377,4 @@ def train_stage2(config: Stage2TrainingConfig) -> Progress:
     The folder's ``export.safetensors`` is the whole checkpoint with averaged weights, as of the
     newest sample sheet.
     """
-    accelerator = make_accelerator(config)
-    task = build_stage2_task(config, accelerator.device)
-    return TrainingLoop(config, task, accelerator).run()
+    return run_training(config, lambda device: build_stage2_task(config, device))

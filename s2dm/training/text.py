@@ -24,7 +24,7 @@ from ..models.config import S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from .cache import training_clips
 from .config import TrainingConfig, TrainingConfigError
-from .loop import Progress, TrainingLoop, make_accelerator
+from .loop import Progress, run_training
 from .models import load_model, preset, save_model, tokenize
 
 logger = logging.getLogger(__name__)
@@ -155,9 +155,9 @@ class TextTask:
         """Share of the words of held-out captions that are read right, at the end of the text."""
         device = next(model.parameters()).device
         words, ends = self._words(self.held_out)
-        states = model.encoder(self.held_out.to(device)).last_hidden_state.cpu()
-        found = model.cpu().read(states[torch.arange(len(ends)), ends]).argmax(-1)
-        model.to(device)
+        states = model.encoder(self.held_out.to(device)).last_hidden_state
+        rows = torch.arange(len(ends), device=device)
+        found = model.read(states[rows, ends.to(device)]).argmax(-1).cpu()
         there = words != self.end
         return {"read": float((found == words)[there].float().mean())}
 
@@ -212,5 +212,4 @@ def _captions(config: TextTrainingConfig, split: str) -> list[str]:
 
 def train_text(config: TextTrainingConfig) -> Progress:
     """Train a text encoder as ``config`` says, or go on with the run in its folder."""
-    accelerator = make_accelerator(config)
-    return TrainingLoop(config, build_text_task(config), accelerator).run()
+    return run_training(config, lambda device: build_text_task(config))

@@ -22,7 +22,7 @@ from ..video import write_contact_sheet
 from .cache import ClipCache, training_clips
 from .config import DataConfig, TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
-from .loop import Progress, TrainingLoop, make_accelerator
+from .loop import Progress, run_training
 from .models import load_vae, preset, save_vae
 
 logger = logging.getLogger(__name__)
@@ -121,11 +121,12 @@ class VAEModel(nn.Module):
         It hands the decoder the colours from the start; found from noise they take thousands
         of steps. The pull fades to nothing over `guide_steps`.
         """
-        weight = 1 - float(self.steps) / self.guide_steps if self.guide_steps else 0.0
+        if not self.guide_steps:
+            return mean.new_zeros(())
+        # Not read back from the device, which would wait for all that it has still to do.
+        weight = (1 - self.steps / self.guide_steps).clamp(min=0)
         if self.training:
             self.steps += 1
-        if weight <= 0:
-            return mean.new_zeros(())
         thumbnail = 2 * F.adaptive_avg_pool2d(pixels, mean.shape[-2:])
         return weight * F.mse_loss(mean[:, :3], thumbnail)
 
@@ -146,6 +147,7 @@ class VAETask:
         self.model = VAEModel(vae, config).to(memory_format=torch.channels_last)
         self.clips = clips
         self.validation = validation
+        self._moving: dict[int, Tensor] = {}
         if config.freeze_encoder:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
@@ -172,8 +174,7 @@ class VAETask:
     def _crop(self, size: tuple[int, int], generator: torch.Generator) -> Tensor:
         clip = int(torch.randint(len(self.clips), (), generator=generator))
         frame = int(torch.randint(self.clips.frames.shape[1], (), generator=generator))
-        picture = self.clips.pixels(clip, frame)
-        height, width = picture.shape[-2:]
+        height, width = self.clips.frames.shape[-2:]
         tall, wide = height - size[0], width - size[1]
         top = int(torch.randint(tall + 1, (), generator=generator))
         left = int(torch.randint(wide + 1, (), generator=generator))
@@ -183,19 +184,22 @@ class VAETask:
                 centre = self._moving_pixel(clip, generator)
                 top = min(max(int(centre[0] + jitter[0]) - size[0] // 2, 0), tall)
                 left = min(max(int(centre[1] + jitter[1]) - size[1] // 2, 0), wide)
-        return picture[:, top : top + size[0], left : left + size[1]]
+        window = (frame, ..., slice(top, top + size[0]), slice(left, left + size[1]))
+        return self.clips.pixels(clip, window)
 
     def _moving_pixel(self, clip: int, generator: torch.Generator) -> tuple[int, int]:
         """A pixel (row, column) drawn from where the clip's flow is largest over time."""
         height, width = self.clips.frames.shape[-2:]
-        motion = torch.from_numpy(self.clips.conditions[clip].copy())[:, :2].float()
-        motion = motion.square().sum(1).amax(0)
-        if motion.amax() <= 0:
+        if clip not in self._moving:
+            motion = torch.from_numpy(self.clips.conditions[clip].copy())[:, :2].float()
+            motion = motion.square().sum(1).amax(0)
+            self._moving[clip] = motion > 0.01 * motion.amax()
+        moving = self._moving[clip]
+        if not moving.any():
             return height // 2, width // 2
-        weights = (motion > 0.01 * motion.amax()).flatten().float()
-        cell = int(torch.multinomial(weights, 1, generator=generator))
-        row, column = divmod(cell, motion.shape[1])
-        return row * height // motion.shape[0], column * width // motion.shape[1]
+        cell = int(torch.multinomial(moving.flatten().float(), 1, generator=generator))
+        row, column = divmod(cell, moving.shape[1])
+        return row * height // moving.shape[0], column * width // moving.shape[1]
 
     def sample(self, model: nn.Module, path: Path) -> dict[str, float]:
         """Held-out frames above their reconstructions; PSNR in dB over all of them."""
@@ -315,6 +319,4 @@ def train_vae(config: VAETrainingConfig) -> Progress:
 
     The folder's ``export.safetensors`` holds the averaged weights whenever a sheet was written.
     """
-    accelerator = make_accelerator(config)
-    task = build_vae_task(config)
-    return TrainingLoop(config, task, accelerator).run()
+    return run_training(config, lambda device: build_vae_task(config))

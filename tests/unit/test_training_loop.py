@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,8 @@ from s2dm.training.loop import EMA, Progress, RunFolder, TrainingLoop, learning_
 from s2dm.training.stage2 import Stage2Task, build_stage2_task, train_stage2
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @given(st.integers(0, 99), st.floats(0, 600))
@@ -131,3 +136,53 @@ def test_diverged_run_stops(tmp_path, vae_file):
     loop._collect({"loss": torch.tensor(float("nan"))})
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         loop._write_log()
+
+
+TWO_PROCESSES = """
+import hashlib, os, sys, time
+from pathlib import Path
+
+sys.path[:0] = {paths!r}
+rank, clock = int(os.environ["RANK"]), time.monotonic
+if rank:  # a clock that runs ahead of the other process's
+    time.monotonic = lambda: 1000 * clock()
+
+from random_checkpoint import tiny_config
+from tiny_training import stage2_config
+from s2dm.models import presets
+from s2dm.training import loop, stage2
+
+presets.TINY = tiny_config(flow_generator=None, tokenizer=None)
+kept = []
+prepared = loop.TrainingLoop.__init__
+def remember(self, *arguments):
+    prepared(self, *arguments)
+    kept.append(self)
+loop.TrainingLoop.__init__ = remember
+progress = stage2.train_stage2(stage2_config(
+    Path({run!r}), {vae!r}, steps={steps}, max_minutes=60, sample_every_minutes=60,
+    save_every_minutes=1e-6,
+))
+digest = hashlib.sha256()
+for weight in kept[0].accelerator.unwrap_model(kept[0].model).state_dict().values():
+    digest.update(weight.numpy().tobytes())
+Path({run!r}, f"weights{{rank}}").write_text(f"{{progress.step}} {{digest.hexdigest()}}")
+"""
+
+
+@pytest.mark.slow
+def test_processes_go_by_one_clock(tmp_path, vae_file):
+    """They stop, save and anneal together, and one of them prepares the clips."""
+    script, run = tmp_path / "train.py", tmp_path / "run"
+    paths = [str(ROOT), str(ROOT / "tests" / "helpers")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    for steps in (3, 5):  # the second time the run goes on
+        text = TWO_PROCESSES.format(paths=paths, run=str(run), vae=str(vae_file), steps=steps)
+        script.write_text(text, encoding="utf-8")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        first, second = (run.joinpath(f"weights{rank}").read_text() for rank in range(2))
+        assert first == second and first.startswith(f"{steps} ")
+    records = RunFolder(run).records()
+    assert [record["step"] for record in records if "loss" in record] == [2, 4]
