@@ -282,7 +282,9 @@ class VideoFeatures:
                 f"Expected pixels in [0, 1], got [{low.item():g}, {high.item():g}]. Bytes are "
                 "divided by 255, and a range of [-1, 1] is halved and raised by 0.5."
             )
-        return self.network(clips.float().transpose(1, 2)).float().cpu()
+        # Convolutions of GPUs round to TF32 otherwise, and features would depend on the machine.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self.network(clips.float().transpose(1, 2)).float().cpu()
 
 
 def i3d_features(

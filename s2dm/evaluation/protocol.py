@@ -49,8 +49,12 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def hardware() -> dict[str, Any]:
-    """The machine and the versions that decide speed and the last digits of a result."""
+def hardware(device: Any = "cpu") -> dict[str, Any]:
+    """The machine and the versions that decide speed and the last digits of a result.
+
+    Args:
+        device: where it was computed, a torch.device or its name.
+    """
     import torch
 
     machine = {
@@ -59,8 +63,8 @@ def hardware() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    if torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name()
+    if torch.device(device).type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
     return machine
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,14 @@ from .clip_metrics import (
 from .distances import sample_size_problem
 from .i3d import LEAST_FRAMES, load_i3d
 from .modes import Generator, Made, Sampling, Variant
-from .protocol import ProtocolCard, code_version, file_hash, write_json, write_text
+from .protocol import (
+    ProtocolCard,
+    code_version,
+    file_hash,
+    hardware,
+    write_json,
+    write_text,
+)
 from .tables import markdown_table, save_plots, summarise
 
 _TRUE = Variant("true")
@@ -112,15 +120,25 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
             that are not finite.
         OSError: a file can't be read or written.
     """
-    from accelerate import PartialState
+    from accelerate.utils import gather_object
 
-    # Processes wait for the slowest, which may take long.
-    state = PartialState(cpu=config.cpu, timeout=timedelta(days=7))
+    state = _processes(config.cpu)
     run = _Run(config, state)
     run.generate()
     run.extract_features()
-    state.wait_for_everyone()
+    # Wait for all. A barrier would do it on a GPU, with --cpu too, and on one there may not be.
+    gather_object([None])
     return run.results() if state.is_main_process else None
+
+
+def _processes(cpu: bool) -> Any:
+    """The processes that share the clips, an accelerate.PartialState."""
+    from accelerate import PartialState
+
+    # They exchange a word at the start and at the end: on the CPU, so that several may work on
+    # one GPU. And they wait for the slowest, which may take long.
+    launched = {"backend": "gloo"} if "LOCAL_RANK" in os.environ else {}
+    return PartialState(cpu=cpu, timeout=timedelta(days=7), **launched)
 
 
 def shuffled(count: int) -> list[int]:
@@ -377,6 +395,7 @@ class _Run:
                 **clips_code,
             },
             code=self.code,
+            hardware=hardware(self.state.device),
         )
 
     def _write_sheet(self, path: Path) -> None:
