@@ -7,8 +7,6 @@ those of LFDM (arXiv 2303.13744), which are those of Video Diffusion Models (220
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -103,10 +101,9 @@ class RelativePositionBias(nn.Embedding):
 
     def forward(self, frames: int) -> Tensor:
         """Return (heads, frames, frames); rows are queries."""
-        # On the CPU, because Apple's and some Intel GPUs have no float64.
-        position = torch.arange(frames)
+        position = torch.arange(frames, device=self.weight.device)
         bucket = self.bucket(position[None, :] - position[:, None])
-        return super().forward(bucket.to(self.weight.device)).permute(2, 0, 1)
+        return super().forward(bucket).permute(2, 0, 1)
 
     @classmethod
     def bucket(cls, offset: Tensor) -> Tensor:
@@ -114,9 +111,12 @@ class RelativePositionBias(nn.Embedding):
         side = cls.BUCKETS // 2  # the second half is for keys that lie ahead
         exact = side // 2
         distance = offset.abs()
-        octaves = (distance.clamp(min=1).double() / exact).log2()
-        scale = (side - exact) / math.log2(cls.MAX_DISTANCE / exact)
-        far = (exact + (octaves * scale).long()).clamp(max=side - 1)
+        # Compared rather than computed: a logarithm in float32 may fall short of a whole number,
+        # and not every device has float64.
+        growth = (cls.MAX_DISTANCE / exact) ** (1 / (side - exact))
+        far = exact - 1
+        for octave in range(side - exact):
+            far = far + (distance >= exact * growth**octave - 1e-6).long()
         return torch.where(distance < exact, distance, far) + (offset > 0) * side
 
 

@@ -53,6 +53,23 @@ def test_tokens_hardly_depend_on_resolution():
     assert near < 0.05 * far
 
 
+def test_autocast_does_not_round_the_condition():
+    """Training has conditions of the encoder's own size; their octaves need all digits."""
+    adapter = make_adapter()
+    condition = torch.rand(2, 3, *adapter.encoder.size, generator=torch.Generator().manual_seed(0))
+    seen = []
+    handle = adapter.encoder.blocks.register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[0])
+    )
+    try:
+        adapter.encode(condition)
+        with torch.autocast("cpu", torch.bfloat16):
+            adapter.encode(condition)
+    finally:
+        handle.remove()
+    assert torch.equal(*seen)
+
+
 def test_resize_keeps_constants_and_means():
     from s2dm.models.adapter import _resize
 
