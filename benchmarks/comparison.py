@@ -118,13 +118,14 @@ def extrapolated(real: Tensor, generated: Tensor) -> dict[str, Any]:
     """FVD of fewer clips, and of how many there will never be.
 
     Its bias is nearly proportional to 1/N as long as N is not much below the number of features:
-    so a line through the figures of the two largest N, at 1/N = 0.
+    so a line through the figures of the two largest N, at 1/N = 0. They have to be well apart, or
+    their small errors decide.
 
     Args:
         real: features (N,400).
         generated: features (N,seeds,400).
     """
-    sizes = [*(size for size in FEWER_CLIPS if size < len(real)), len(real)]
+    sizes = [*(size for size in FEWER_CLIPS if 2 * size <= len(real)), len(real)]
     figures = [mean_over_seeds(frechet_distance, real[:n], generated[:n]) for n in sizes]
     found = {"fvd_by_clips": dict(zip(map(str, sizes), figures, strict=True))}
     if len(sizes) > 1:
