@@ -10,6 +10,7 @@ from typing import Any
 
 import ablation
 import flow_generation
+import noise_in_training
 import table1
 import two_stage
 from common import RESULTS, ROOT
@@ -175,9 +176,25 @@ def _ablation(result: dict[str, Any]) -> str:
     return "\n".join(lines) + _protocol(result)
 
 
+def _noise_in_training(result: dict[str, Any]) -> str:
+    lines = [
+        "## What shared noise changes in training",
+        "",
+        "Both trainings of Table 2 on the same batches with either noise. A checkpoint's loss is "
+        "the same with both, as it must be: frames never see one another, and each one's noise is "
+        "normal in either case. The gradient scatters more where frames share their noise, so as "
+        "many steps teach less. That is why (I) stays behind (IV), and (II) behind (III).",
+        "",
+        noise_in_training.markdown(result["table"]),
+        "",
+    ]
+    return "\n".join(lines) + _protocol(result)
+
+
 SECTIONS = {
     "flow_following": _flow_following,
     "ablation": _ablation,
+    "noise_in_training": _noise_in_training,
     "table1": _table1,
     "flow_generation": _flow_generation,
     "two_stage": _two_stage,

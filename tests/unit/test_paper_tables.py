@@ -18,6 +18,7 @@ from s2dm.evaluation.distances import frechet_distance
 from s2dm.evaluation.i3d import VideoFeatures
 from s2dm.evaluation.modes import Variant
 from s2dm.models import S2DMConfig, save_checkpoint
+from s2dm.sector import draw_noise
 from s2dm.training.config import DataConfig, read_config
 from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task
 
@@ -25,6 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import ablation
 import comparison
+import noise_in_training
 import report
 import table1
 
@@ -405,6 +407,44 @@ def test_features_beside_the_file_give_a_row_ratios_or_refuse_it(tmp_path):
         entry = comparison.add_row(ours, f"VDM={file}").ratios("own", samples=50)["own"]["VDM"]
         assert entry["ratio"] == 4
         assert 1 < entry["ratio_95"][0] < entry["ratio_95"][1]
+
+
+# ------------------------------------------------------------------------- noise in training
+
+
+class Mean(torch.nn.Module):
+    """Its loss is the mean of the noise times a weight, so its gradient is that mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.unused = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, batch):
+        return {"loss": self.weight * batch["noise"].mean()}
+
+
+def test_the_gradient_of_shared_noise_scatters_more():
+    """Of 2 clips with 4 frames each: two draws a batch in place of eight."""
+
+    class Task:
+        def __init__(self, sharing):
+            self.model, self.sharing = Mean(), sharing
+
+        def batch(self, generator, device):
+            noise = [draw_noise(4, (1, 2, 2), generator, self.sharing) for _ in range(2)]
+            return {"noise": torch.stack(noise)}
+
+    shared, independent = (
+        noise_in_training.measure(Task(sharing), 2000) for sharing in ("shared", "independent")
+    )
+    # A mean of n normal numbers has a variance of 1/n; a frame has four numbers.
+    assert shared["gradient_variance"] == pytest.approx(1 / 8, rel=0.1)
+    assert independent["gradient_variance"] == pytest.approx(1 / 32, rel=0.1)
+    for row in (shared, independent):
+        assert abs(row["loss"]) < 4 * row["loss_standard_error"]
+        expected = (row["gradient_variance"] / 2000) ** 0.5
+        assert row["loss_standard_error"] == pytest.approx(expected, rel=0.05)
 
 
 # ------------------------------------------------------------------------------- the report
