@@ -37,9 +37,9 @@ def main() -> None:
     )
     for sharing in SHARINGS:
         parser.add_argument(f"--{sharing}", type=Path, required=True, help=f"{sharing} noise")
-    parser.add_argument("--batches", type=int, default=48)
+    parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--cache", type=Path, default=RUNS / "cache", help="prepared clips")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "noise_in_training.json")
     options = parser.parse_args()
 
@@ -111,7 +111,7 @@ def measure(task: Any, batches: int) -> dict[str, Any]:
 def markdown(table: dict[str, dict[str, Any]]) -> str:
     """The table of the results page."""
     lines = [
-        "| trained with noise | noise in these batches | loss (standard error) | gradient variance |",
+        "| trained with | noise in these batches | loss (standard error) | gradient variance |",
         "|---|---|---|---|",
     ]
     for name, row in table.items():
