@@ -183,7 +183,7 @@ def _noise_in_training(result: dict[str, Any]) -> str:
         "Both trainings of Table 2 on the same batches with either noise. A checkpoint's loss is "
         "the same with both, as it must be: frames never see one another, and each one's noise is "
         "normal in either case. The gradient scatters more where frames share their noise, so as "
-        "many steps teach less. That is why (I) stays behind (IV), and (II) behind (III).",
+        "many steps teach less: it fits that (I) stays behind (IV), and (II) behind (III).",
         "",
         noise_in_training.markdown(result["table"]),
         "",
