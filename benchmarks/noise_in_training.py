@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +74,8 @@ def main() -> None:
 
 def _task(checkpoint: Path, cache: Path) -> Any:
     """Stage 2 with the weights of a checkpoint, and the batches of the ablation."""
-    # The run's folder stays empty: nothing is trained.
-    where = {"checkpoint": checkpoint, "output": tempfile.mkdtemp(), "cache": cache}
-    changes = [f"{key}={value}" for key, value in where.items()]
-    config = read_config(Stage2TrainingConfig, CONFIG, [*changes, "vae=", "text_encoder="])
+    changes = [f"checkpoint={checkpoint}", f"cache={cache}", "vae=", "text_encoder="]
+    config = read_config(Stage2TrainingConfig, CONFIG, changes)
     task = build_stage2_task(config, torch.device("cpu"))
     speed_up(task.model)
     task.model.train()

@@ -108,87 +108,72 @@ def _import_time(result: dict[str, Any]) -> str:
     return "\n".join([*lines, ""]) + _protocol(result)
 
 
+def _section(result: dict[str, Any], title: str, *paragraphs: str) -> str:
+    return "\n\n".join([f"## {title}", *paragraphs, ""]) + _protocol(result).lstrip("\n")
+
+
 def _protocol(result: dict[str, Any]) -> str:
     return "\n" + protocol_markdown(result["protocol"]) + "\n"
 
 
 def _flow_generation(result: dict[str, Any]) -> str:
-    lines = [
-        "## Stage 1: flow from prompt and first frame",
-        "",
+    return _section(
+        result,
+        "Stage 1: flow from prompt and first frame",
         f"![True and generated flow](results/{result['sheet']})",
-        "",
         "Held-out puppets: for each clip the true frames, their flow, and what stage 1 makes of "
         "the prompt and the first frame.",
-        "",
         flow_generation.markdown(result["table"]),
-        "",
-    ]
-    return "\n".join(lines) + _protocol(result)
+    )
 
 
 def _two_stage(result: dict[str, Any]) -> str:
-    lines = [
-        "## Text to video in two stages",
-        "",
+    return _section(
+        result,
+        "Text to video in two stages",
         f"![Twelve prompts](results/{result['sheet']})",
-        "",
         "Twelve prompts that training never saw, drawn and sampled by the seeds 0 to 11 and not "
         "selected, above the flow that stage 1 made for them.",
-        "",
         two_stage.markdown(result["table"]),
-        "",
-    ]
-    return "\n".join(lines) + _protocol(result)
+    )
 
 
 def _table1(result: dict[str, Any]) -> str:
-    lines = [
-        "## Table 1: given flow, two stages, baselines",
-        "",
+    return _section(
+        result,
+        "Table 1: given flow, two stages, baselines",
         f"![Given flow and two stages](results/{result['sheet']})",
-        "",
         "Held-out puppets: for each clip the true frames, their flow, what the model makes of "
         "caption and flow, and what it makes of the caption alone, which has a flow of its own.",
-        "",
         table1.markdown(result),
-        "",
-        *(f"{note}\n" for note in result["notes"]),
-    ]
-    return "\n".join(lines) + _protocol(result)
+        *result["notes"],
+    )
 
 
 def _ablation(result: dict[str, Any]) -> str:
-    lines = [
-        "## Table 2: shared noise in training and in sampling",
-        "",
+    return _section(
+        result,
+        "Table 2: shared noise in training and in sampling",
         f"![The cells of the ablation](results/{result['sheet']})",
-        "",
         "Held-out puppets: for each clip the true frames, the flow that was given, and what each "
         "cell makes of it. The trainings differ in the named setting alone "
         "([commands](training.md#ablation)). Ratios of FVD are to be compared with those of the "
         "paper, the distances themselves are not: data, size and number of clips are others.",
-        "",
         ablation.markdown(result),
-        "",
-        *(f"{note}\n" for note in result["notes"]),
-    ]
-    return "\n".join(lines) + _protocol(result)
+        *result["notes"],
+    )
 
 
 def _noise_in_training(result: dict[str, Any]) -> str:
-    lines = [
-        "## What shared noise changes in training",
-        "",
+    return _section(
+        result,
+        "What shared noise changes in training",
         "Both trainings of Table 2 on the same batches with either noise. A checkpoint's loss is "
         "the same with both, as it must be: frames never see one another, and each one's noise is "
         "normal in either case. The gradient scatters more where frames share their noise, so as "
         "many steps teach less: it fits that (I) stays behind (IV), and (II) behind (III).",
-        "",
         noise_in_training.markdown(result["table"]),
-        "",
-    ]
-    return "\n".join(lines) + _protocol(result)
+    )
 
 
 SECTIONS = {

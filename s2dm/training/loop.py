@@ -252,14 +252,16 @@ class TrainingLoop:
             mininterval=5.0,
             disable=not self.accelerator.is_local_main_process,
         )
+        stopped = False
         self.model.train()
         with bar, self._signals(), plain_attention(self.accelerator.device):
-            while self.progress.fraction(self.config) < 1 and not self.interrupted:
+            while self.progress.fraction(self.config) < 1 and not stopped:
                 began = time.monotonic()
                 losses = self._step()
                 self.progress.step += 1
                 now = time.monotonic()
-                self.progress.seconds, self.interrupted, sheet_is_due, state_is_due = self._agreed(
+                # Not into self.interrupted, which a signal may set at any time.
+                self.progress.seconds, stopped, sheet_is_due, state_is_due = self._agreed(
                     self.progress.seconds + now - began,
                     self.interrupted,
                     now - sampled > 60 * self.config.sample_every_minutes,
