@@ -138,6 +138,18 @@ def test_diverged_run_stops(tmp_path, vae_file):
         loop._write_log()
 
 
+def test_a_signal_is_not_lost_while_processes_agree(tmp_path, vae_file, monkeypatch):
+    agreed = TrainingLoop._agreed
+
+    def interrupted(self, *values):
+        if self.progress.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return agreed(self, *values)
+
+    monkeypatch.setattr(TrainingLoop, "_agreed", interrupted)
+    assert train_stage2(stage2_config(tmp_path, vae_file, steps=4)).step == 2
+
+
 TWO_PROCESSES = """
 import hashlib, os, sys, time
 from pathlib import Path
