@@ -137,8 +137,8 @@ def _attempt(
         return call(latents, frames=frames, **arguments)
     except RuntimeError as error:
         # Not all devices have a class of their own for it.
-        fits = not isinstance(error, torch.OutOfMemoryError) and "out of memory" not in str(error)
-        if last or fits:
+        full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+        if last or not full:
             raise
     # Outside the except block, because the exception holds the tensors of the failed call.
     return None

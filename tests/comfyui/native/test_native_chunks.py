@@ -237,11 +237,15 @@ def test_control_is_whole_after_a_chunk_that_did_not_fit(rig):
 def test_other_errors_pass(rig):
     chunks = rig.module("nodes.native.chunks")
 
+    seen = []
+
     def call(x, frames):
+        seen.append(len(x))
         raise RuntimeError("shapes don't fit")
 
     with pytest.raises(RuntimeError, match="shapes don't fit"):
         chunks.in_chunks(call, chunks.ChunkSizes(4), None, 1, torch.zeros(4, 1), {})
+    assert seen == [4]  # fewer frames wouldn't help
 
 
 def test_out_of_memory_with_one_frame_is_the_end(rig):
