@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from video_diffusion_training import VideoDiffusionTrainingConfig, train
 
+from s2dm.cli import leave_processes
 from s2dm.training.config import add_arguments, config_from_arguments
 
 CONFIG = Path(__file__).with_name("puppets.toml")
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(config_from_arguments(VideoDiffusionTrainingConfig, options))
     except (ValueError, OSError) as error:
         sys.exit(f"train.py {options.network}: {error}")
+    finally:
+        leave_processes()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from importlib import metadata
 from . import convert, evaluate, generate, render, train
 from .options import DEFAULT_CHECKPOINT
 
-__all__ = ["DEFAULT_CHECKPOINT", "main"]
+__all__ = ["DEFAULT_CHECKPOINT", "leave_processes", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The library's own errors are ValueErrors whose message is meant for people.
         print(f"s2dm {options.command}: {error}", file=sys.stderr)
         return 1
+    finally:
+        leave_processes()
     return 0
+
+
+def leave_processes() -> None:
+    """Leave the other processes of `accelerate launch`, if there are any, before this one ends.
+
+    One that only exits may be aborted by threads of the group that are still running.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -226,6 +226,16 @@ def test_stopping_is_not_an_error_with_traceback(monkeypatch, clip, checkpoint, 
     assert "Stopped" in capsys.readouterr().err
 
 
+def test_a_command_leaves_the_group_of_its_processes(tmp_path):
+    puppet = ("render", "--person", 1, "--action", 2, "--pixels", 32, "--frames", 2)
+    missing = ("convert", tmp_path / "missing")
+    for code, command in enumerate((puppet, missing)):
+        store = torch.distributed.FileStore(str(tmp_path / f"store{code}"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        assert run(*command, *(["-o"] if command is puppet else []), tmp_path / "out") == code
+        assert not torch.distributed.is_initialized()
+
+
 def test_render_writes_clip_flow_and_caption(tmp_path, capsys):
     folder = tmp_path / "puppets"
     options = ["--pixels", 32, "--frames", 3, "-o", folder]

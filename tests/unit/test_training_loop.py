@@ -161,6 +161,7 @@ if rank:  # a clock that runs ahead of the other process's
 
 from random_checkpoint import tiny_config
 from tiny_training import stage2_config
+from s2dm.cli import leave_processes
 from s2dm.models import presets
 from s2dm.training import loop, stage2
 
@@ -179,6 +180,7 @@ digest = hashlib.sha256()
 for weight in kept[0].accelerator.unwrap_model(kept[0].model).state_dict().values():
     digest.update(weight.numpy().tobytes())
 Path({run!r}, f"weights{{rank}}").write_text(f"{{progress.step}} {{digest.hexdigest()}}")
+leave_processes()
 """
 
 
