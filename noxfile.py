@@ -2,7 +2,7 @@
 
 nox -s demo      make a video with a real ComfyUI, the bundled workflow and checkpoint
 nox -s tests     all tests; what follows `--` goes to pytest, for example
-                 nox -s tests -- -m "not slow and not comfyui"
+                 nox -s tests -- -m "not slow and not comfyui" -n auto --dist loadfile
 nox -s lint      ruff
 
 ComfyUI is taken from COMFYUI_PATH if that is set, else fetched once into .nox.
@@ -47,7 +47,13 @@ def tests(session: nox.Session) -> None:
     """All tests: the library, the nodes in real servers and, with Chromium, the interface."""
     comfyui = install_comfyui(session, "-e", ".[training,test]")
     environment = {"COMFYUI_PATH": str(comfyui), "OMP_NUM_THREADS": "1"}
-    session.run("pytest", "--durations=15", *session.posargs, env=environment)
+    if session.posargs:
+        session.run("pytest", *session.posargs, env=environment)
+        return
+    # The fast ones side by side; real servers and what measures time want the machine alone.
+    parallel = ("-n", "auto", "--dist", "loadfile")
+    session.run("pytest", *parallel, "-m", "not slow and not comfyui", env=environment)
+    session.run("pytest", "--durations=15", "-m", "slow or comfyui", env=environment)
 
 
 @nox.session
