@@ -107,6 +107,18 @@ class Rig:
                 seed=0,
             )
 
+    def sample_guided(self, guider: Any, sampler: Any, sigmas: Any, latent: Any) -> Any:
+        """Samples of core's SamplerCustomAdvanced with our NOISE, whose seed is 5."""
+        from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
+
+        (noise,) = self.run("S2DMSharedNoise", seed=5)
+        with torch.inference_mode():
+            if hasattr(SamplerCustomAdvanced, "execute"):
+                out, _ = SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args
+            else:  # in 0.3.64
+                out, _ = SamplerCustomAdvanced().sample(noise, guider, sampler, sigmas, latent)
+        return out["samples"]
+
     def run_adapter(self, model: Any) -> tuple[Any, ...]:
         """Put the checkpoint's adapter on a model."""
         apply_adapter = self.module("nodes.native.adapter").apply_adapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import weakref
 
 import pytest
@@ -127,7 +128,10 @@ def test_nodes_that_keep_what_they_saw_tell_the_chunks_apart(rig):
 
 def test_easycache_keeps_the_frames_apart(rig):
     """All steps after the first ones are skipped, and each frame gets its own difference."""
-    easycache = pytest.importorskip("comfy_extras.nodes_easycache").EasyCacheNode
+    core = pytest.importorskip("comfy_extras.nodes_easycache")
+    if "output_channels" not in inspect.signature(core.EasyCacheHolder).parameters:
+        pytest.skip("core's own EasyCache (0.3.64) fails where both prompts are one batch")
+    easycache = core.EasyCacheNode
     encoded = rig.encode(rig.flow(5))
 
     def sample(size):

@@ -90,7 +90,7 @@ def test_a_patch_of_another_node_in_either_order(rig, token_rig, fusion, index):
 
 def test_a_guider_with_three_conditions(rig, encoded):
     import comfy.samplers
-    from comfy_extras.nodes_custom_sampler import Guider_DualCFG, SamplerCustomAdvanced
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 
     positive, negative, latent = encoded
     guider = Guider_DualCFG(rig.loaded.model)
@@ -98,12 +98,8 @@ def test_a_guider_with_three_conditions(rig, encoded):
     guider.set_cfg(2.0, 3.0, nested=False)
     sampling = rig.loaded.model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 2)
-    (noise,) = rig.run("S2DMSharedNoise", seed=5)
-    with torch.inference_mode():
-        out = SamplerCustomAdvanced.execute(
-            noise, guider, comfy.samplers.sampler_object("euler"), sigmas, latent
-        )
-    assert torch.isfinite(out.args[0]["samples"]).all()
+    euler = comfy.samplers.sampler_object("euler")
+    assert torch.isfinite(rig.sample_guided(guider, euler, sigmas, latent)).all()
 
 
 def test_context_windows_or_a_clear_message(rig):

@@ -128,7 +128,6 @@ def test_frames_picked_from_a_clip_keep_their_noise(rig):
 def sample_custom(rig, encoded, sampler, steps=4):
     """Through core's SamplerCustomAdvanced, with our NOISE."""
     import comfy.samplers
-    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
 
     positive, negative, latent = encoded
     guider = comfy.samplers.CFGGuider(rig.loaded.model)
@@ -136,10 +135,7 @@ def sample_custom(rig, encoded, sampler, steps=4):
     guider.set_cfg(4.0)
     sampling = rig.loaded.model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
-    (noise,) = rig.run("S2DMSharedNoise", seed=5)
-    with torch.inference_mode():
-        out = SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent)
-    return out.args[0]["samples"]
+    return rig.sample_guided(guider, sampler, sigmas, latent)
 
 
 def own_sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
