@@ -73,10 +73,10 @@ class EncodeFlow(io.ComfyNode):
                     "make the motion smaller."
                 ),
                 _percent(
-                    "start_percent", 0.0, "From which part of the sampling steps on the flow acts."
+                    "start_percent", 0.0, "From which part of the noise schedule on the flow acts."
                 ),
                 _percent(
-                    "end_percent", 1.0, "Up to which part of the sampling steps the flow acts."
+                    "end_percent", 1.0, "Up to which part of the noise schedule the flow acts."
                 ),
                 advanced(
                     io.Boolean.Input,

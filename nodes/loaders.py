@@ -24,7 +24,7 @@ def _frames_at_once() -> io.Input:
         max=4096,
         tooltip=(
             "How many frames the U-Net sees at a time. The result is the same, fewer frames "
-            "need less memory. 0: chosen from free memory."
+            "need less memory. 0: chosen for the machine."
         ),
     )
 

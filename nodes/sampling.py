@@ -60,8 +60,8 @@ class SharedNoiseKSampler(io.ComfyNode):
                 steps_input(10000, "Steps of the sampler (20 in the paper)."),
                 cfg_input(
                     7.5,
-                    "Guidance scale: how closely to keep to the labels. 7.5 in the paper, 1.75 "
-                    "for the bundled checkpoint.",
+                    "Guidance scale: how closely to keep to prompt and flow. 7.5 in the paper, "
+                    "1.75 with guide_flow off for the bundled checkpoint.",
                 ),
                 io.Combo.Input(
                     "sampler_name",

@@ -42,7 +42,8 @@ class FlowLabel:
 
     flow: of N frames and any size; it is resized to the latents.
     strength: 0 is the null label, 1 the flow as it is; tokens = null + strength * (flow - null).
-    start, end: part of the sampling steps, 0 to 1, that sees the flow; the null label elsewhere.
+    start, end: part of the noise schedule, 0 (all noise) to 1 (none), that sees the flow; the
+        null label elsewhere.
     mask: (1 or N, H, W) in [0, 1], where the picture sees the flow; None for everywhere.
     """
 

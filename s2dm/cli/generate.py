@@ -21,7 +21,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         description="Make a clip that shows the prompt. It moves like a given clip or flow; "
         "without one, the motion is made from the prompt too.",
     )
-    parser.add_argument("prompt", help='such as "A man wearing a red coat and blue jeans is squat"')
+    parser.add_argument(
+        "prompt", help='such as "A man, wearing a red coat and blue jeans is squat"'
+    )
     motion = parser.add_mutually_exclusive_group()
     motion.add_argument("--clip", type=Path, help="video or folder of images to take motion from")
     motion.add_argument(
@@ -69,7 +71,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "--motion-strength",
         type=float,
         metavar="FACTOR",
-        help="how much moves, 1 for the mean of the training clips (as the prompt has it)",
+        help="how much moves: 0 nothing, 1 as much as the mean of the training clips (as the "
+        "prompt has it)",
     )
     stage_1.add_argument("--flow-steps", type=positive, help="sampling steps of the flow (20)")
     stage_1.add_argument(
