@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..models.build import build_vae
 from ..models.config import VAEConfig
 from ..video import write_contact_sheet
+from .adversarial import LEAST_PIXELS, AdversarialLoss
 from .cache import ClipCache, training_clips
 from .config import DataConfig, TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
@@ -42,7 +43,8 @@ class VAETrainingConfig(TrainingConfig):
     ``motion_share`` of the crops is centred where something moves. For the first ``guide_steps``
     steps from random weights the latents are drawn towards a thumbnail of the picture.
     ``freeze_encoder`` trains the decoder of ``checkpoint`` alone, for latents that stay as they
-    are: a stage 2 that was trained on them remains valid.
+    are: a stage 2 that was trained on them remains valid. ``adversarial_weight`` above 0 adds an
+    adversarial loss (``s2dm.training.adversarial``), in full after ``adversarial_warmup`` steps.
     """
 
     output: str = "runs/vae"
@@ -57,6 +59,8 @@ class VAETrainingConfig(TrainingConfig):
     colour_weight: float = 1.0
     guide_steps: int = 500
     freeze_encoder: bool = False
+    adversarial_weight: float = 0.0
+    adversarial_warmup: int = 500
     validation_clips: int = 12
 
 
@@ -97,6 +101,9 @@ class VAEModel(nn.Module):
         self.vae = vae
         self.reconstruction = PyramidLoss(config.edge_weight, config.colour_weight)
         self.kl_weight = config.kl_weight
+        self.adversarial = None
+        if config.adversarial_weight > 0:
+            self.adversarial = AdversarialLoss(config.adversarial_weight, config.adversarial_warmup)
         self.guide_steps = 0 if config.checkpoint else config.guide_steps
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
@@ -109,11 +116,14 @@ class VAEModel(nn.Module):
         output = self.vae.decode(latents).sample
         reconstruction = self.reconstruction(output, pixels)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return {
-            "loss": reconstruction + self.kl_weight * kl + self._guide(mean, pixels),
-            "loss_reconstruction": reconstruction.detach(),
-            "kl": kl.detach(),
-        }
+        loss = reconstruction + self.kl_weight * kl + self._guide(mean, pixels)
+        figures = {"loss_reconstruction": reconstruction.detach(), "kl": kl.detach()}
+        if self.adversarial is not None:
+            last = self.vae.decoder.conv_out.weight
+            losses = self.adversarial(output, pixels, reconstruction, last)
+            loss = loss + sum(losses.values())
+            figures |= {f"loss_{name}": value.detach() for name, value in losses.items()}
+        return {"loss": loss, **figures}
 
     def _guide(self, mean: Tensor, pixels: Tensor) -> Tensor:
         """Draw the first three latents towards a thumbnail of the picture, at first.
@@ -290,6 +300,10 @@ def build_vae_task(config: VAETrainingConfig) -> VAETask:
     if config.crop % vae_config.factor:
         raise TrainingConfigError(
             f"crop must be a multiple of the VAE's factor {vae_config.factor}, got {config.crop}."
+        )
+    if config.adversarial_weight > 0 and config.crop < LEAST_PIXELS:
+        raise TrainingConfigError(
+            f"crop must be at least {LEAST_PIXELS} with an adversarial loss, got {config.crop}."
         )
     return VAETask(config, vae_config, vae, data, held_out)
 

@@ -106,3 +106,18 @@ def test_vae_run_writes_everything(vae_file):
 def test_crop_must_fit_the_vae(tmp_path):
     with pytest.raises(TrainingConfigError, match="multiple of the VAE's factor 8"):
         build_vae_task(vae_config(tmp_path, crop=18))
+
+
+def test_an_adversarial_loss_below_its_least_crop_is_refused(tmp_path):
+    with pytest.raises(TrainingConfigError, match="at least 12"):
+        build_vae_task(vae_config(tmp_path, crop=8, adversarial_weight=0.5))
+
+
+def test_a_run_with_an_adversarial_loss_writes_the_vae_alone(tmp_path, vae_file):
+    train_vae(
+        vae_config(tmp_path, checkpoint=str(vae_file), adversarial_weight=0.5, adversarial_warmup=1)
+    )
+    config, states = load_checkpoint(tmp_path / "export.safetensors")
+    build_vae(config.vae, states["vae"])
+    records = RunFolder(tmp_path).records()
+    assert {"loss_fooling", "loss_judging"} <= {key for record in records for key in record}
