@@ -43,7 +43,11 @@ class PatchDiscriminator(nn.Module):
 
 
 class AdversarialLoss(nn.Module):
-    """The two losses of a decoder and its discriminator, as one that both can descend."""
+    """The two losses of a decoder and its discriminator, as one that both can descend.
+
+    For the first ``warmup_steps`` the discriminator learns alone. Against one that knows nothing
+    the decoder would win at once, and neither would learn anything.
+    """
 
     def __init__(self, weight: float, warmup_steps: int) -> None:
         super().__init__()
@@ -61,8 +65,7 @@ class AdversarialLoss(nn.Module):
             output, target: reconstructions and pictures, (N,3,H,W) in [-1,1].
             reconstruction: the loss beside it, a scalar.
             last: the weight of the decoder's last layer, where the two losses are brought to
-                gradients of one size (VQGAN, Eq. 7), times ``weight``. Over the first
-                ``warmup_steps`` this grows from 0: at the start the discriminator knows nothing.
+                gradients of one size (VQGAN, Eq. 7), times ``weight``.
         """
         judge = self.discriminator
         fixed = {name: value.detach() for name, value in judge.state_dict(keep_vars=True).items()}
@@ -71,8 +74,7 @@ class AdversarialLoss(nn.Module):
         judging = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + false).mean())
         weight = self.weight * _balance(reconstruction, fooling, last)
         # Not read back from the device, which would wait for all that it has still to do.
-        if self.warmup_steps:
-            weight = weight * (self.steps / self.warmup_steps).clamp(max=1)
+        weight = weight * (self.steps >= self.warmup_steps)
         if self.training:
             self.steps += 1
         return {"fooling": weight * fooling, "judging": judging}

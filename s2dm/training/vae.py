@@ -44,7 +44,8 @@ class VAETrainingConfig(TrainingConfig):
     steps from random weights the latents are drawn towards a thumbnail of the picture.
     ``freeze_encoder`` trains the decoder of ``checkpoint`` alone, for latents that stay as they
     are: a stage 2 that was trained on them remains valid. ``adversarial_weight`` above 0 adds an
-    adversarial loss (``s2dm.training.adversarial``), in full after ``adversarial_warmup`` steps.
+    adversarial loss (``s2dm.training.adversarial``); for the first ``adversarial_warmup`` steps
+    its discriminator learns alone.
     """
 
     output: str = "runs/vae"
