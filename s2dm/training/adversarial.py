@@ -54,10 +54,9 @@ class AdversarialLoss(nn.Module):
         self.weight = weight
         self.warmup_steps = warmup_steps
         self.discriminator = PatchDiscriminator()
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def forward(
-        self, output: Tensor, target: Tensor, reconstruction: Tensor, last: Tensor
+        self, output: Tensor, target: Tensor, reconstruction: Tensor, last: Tensor, steps: Tensor
     ) -> dict[str, Tensor]:
         """Losses of the decoder and of the discriminator, each with gradients for its own alone.
 
@@ -66,6 +65,7 @@ class AdversarialLoss(nn.Module):
             reconstruction: the loss beside it, a scalar.
             last: the weight of the decoder's last layer, where the two losses are brought to
                 gradients of one size (VQGAN, Eq. 7), times ``weight``.
+            steps: how many have been trained, a scalar.
         """
         judge = self.discriminator
         fixed = {name: value.detach() for name, value in judge.state_dict(keep_vars=True).items()}
@@ -74,9 +74,7 @@ class AdversarialLoss(nn.Module):
         judging = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + false).mean())
         weight = self.weight * _balance(reconstruction, fooling, last)
         # Not read back from the device, which would wait for all that it has still to do.
-        weight = weight * (self.steps >= self.warmup_steps)
-        if self.training:
-            self.steps += 1
+        weight = weight * (steps >= self.warmup_steps)
         return {"fooling": weight * fooling, "judging": judging}
 
 

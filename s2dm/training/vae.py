@@ -121,9 +121,11 @@ class VAEModel(nn.Module):
         figures = {"loss_reconstruction": reconstruction.detach(), "kl": kl.detach()}
         if self.adversarial is not None:
             last = self.vae.decoder.conv_out.weight
-            losses = self.adversarial(output, pixels, reconstruction, last)
+            losses = self.adversarial(output, pixels, reconstruction, last, self.steps)
             loss = loss + sum(losses.values())
             figures |= {f"loss_{name}": value.detach() for name, value in losses.items()}
+        if self.training:
+            self.steps += 1
         return {"loss": loss, **figures}
 
     def _guide(self, mean: Tensor, pixels: Tensor) -> Tensor:
@@ -136,8 +138,6 @@ class VAEModel(nn.Module):
             return mean.new_zeros(())
         # Not read back from the device, which would wait for all that it has still to do.
         weight = (1 - self.steps / self.guide_steps).clamp(min=0)
-        if self.training:
-            self.steps += 1
         thumbnail = 2 * F.adaptive_avg_pool2d(pixels, mean.shape[-2:])
         return weight * F.mse_loss(mean[:, :3], thumbnail)
 
