@@ -17,12 +17,10 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from s2dm import cli
 from s2dm.data.puppets import PuppetClips
 from s2dm.evaluation import run, tables
-from s2dm.evaluation.clip_metrics import Total
 from s2dm.evaluation.distances import frechet_distance, kvd
 from s2dm.evaluation.i3d import VideoFeatures
 from s2dm.evaluation.modes import MODES, Generator, Sampling, Variant
 from s2dm.evaluation.run import EvaluationConfig, evaluate
-from s2dm.evaluation.tables import markdown_table, save_plots, summarise
 from s2dm.flow import FlowField
 from s2dm.models import SamplingConfig
 from s2dm.training.config import DataConfig
@@ -466,60 +464,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_runs(config, made,
     assert made == []
 
 
-@pytest.mark.parametrize("text", ["given-flow", "zero-flow:independent", "two-stage:mixed:0.25"])
-def test_rows_are_written_as_they_are_read(text):
-    assert str(Variant.parse(text)) == text
-
-
-def test_rows_say_what_they_are():
-    assert Variant.parse("given-flow:shared") == Variant("given-flow")
-    assert Variant.parse("two-stage:mixed:0.25").title.endswith("mixed noise (0.25)")
-    assert Variant("true").title == "true clip"
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("dream", "given-flow, two-stage.*'dream'"),
-        ("given-flow:alone", "must be one of"),
-        ("given-flow:mixed:2", "between 0 and 1"),
-        ("given-flow:mixed:half", "a share"),
-        ("given-flow:shared:0.5", "MODE:SHARING"),
-        ("true:independent", "no noise to share"),
-    ],
-)
-def test_rows_that_do_not_exist_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        Variant.parse(text)
-
-
-# ------------------------------------------------------------------------------------ tables
-
-
-def test_rows_pool_what_was_measured():
-    clips = [
-        {"flow_error": Total(1.0, 4.0), "flicker": Total(0.0, 0.0)},
-        {"flow_error": Total(5.0, 4.0), "flicker": Total(0.0, 0.0)},
-    ]
-    row = summarise(clips)
-    assert row["clips"] == 2 and row["flow_error"] == 0.75
-    assert "flicker" not in row  # measured on none
-    low, high = row["flow_error_95"]
-    assert low < 0.75 < high
-
-
-def test_distances_have_intervals_of_pairs_and_groups():
-    """A row that is its true clips: any pairs drawn from them lie 0 apart, others don't."""
-    real = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
-    totals = [{"motion": Total(float(clip % 6), 1.0)} for clip in range(24)]
-    row = summarise(totals, real, real[:, None])
-    assert row["fvd_95"] == pytest.approx([0, 0], abs=1e-9)
-    width = {None: 0.0, "groups": 0.0}
-    for name in width:
-        groups = [clip % 6 for clip in range(24)] if name else None
-        low, high = summarise(totals, groups=groups)["motion_95"]
-        width[name] = high - low
-    assert width["groups"] > 1.5 * width[None]  # 6 numbers instead of 24: twice as wide
+# -------------------------------------------------------------------------------------- rows
 
 
 def test_seeds_and_takes_of_a_clip_count_as_one(config, monkeypatch):
@@ -542,20 +487,6 @@ def test_seeds_and_takes_of_a_clip_count_as_one(config, monkeypatch):
     groups = [index % 65 for index in run.shuffled(130)[:3]]
     assert seen and all(entry == (3, groups) for entry in seen)
     assert run.take_groups([0, 65, 129, 64], 130, 2) == [0, 0, 64, 64]
-
-
-def test_table_shows_what_there_is(tmp_path):
-    table = {
-        "a": {"clips": 3, "motion": 2.04, "motion_95": [1.0, 3.0], "given_motion": 4.0,
-              "kvd": 1.0, "kvd_95": [0.5, 1.5]},
-        "b": {"clips": 4, "motion": 1.0, "motion_95": [1.0, 1.0], "given_motion": 4.0},
-    }  # fmt: skip
-    lines = markdown_table(table, {"a": "first", "b": "second"}).splitlines()
-    assert lines[0] == "| clips | N | motion, pixels (95 %) | KVD (95 %) |"
-    assert lines[2] == "| first | 3 | 2.0 of 4.0 (1.0 to 3.0) | 1.00 (0.50 to 1.50) |"
-    assert lines[3] == "| second | 4 | 1.0 of 4.0 (1.0 to 1.0) | – |"
-    save_plots(tmp_path / "plots.png", table, {"a": "first", "b": "second"})
-    assert (tmp_path / "plots.png").stat().st_size > 1000
 
 
 def test_a_new_mode_is_one_entry(config, monkeypatch):
