@@ -82,4 +82,4 @@ def _balance(one: Tensor, other: Tensor, weight: Tensor) -> Tensor:
     """By how much the gradient of ``one`` at a weight is larger than that of ``other``."""
     (first,) = torch.autograd.grad(one, weight, retain_graph=True)
     (second,) = torch.autograd.grad(other, weight, retain_graph=True)
-    return (first.norm() / second.norm().clamp_min(1e-6)).clamp(max=_LARGEST).detach()
+    return (first.norm() / second.norm().clamp_min(1e-6)).clamp(max=_LARGEST)

@@ -68,6 +68,17 @@ def test_its_gradient_is_a_share_of_the_other_loss_after_warming_up(decoder, tar
     assert shares == pytest.approx([0, 0, 0.5, 0.5], rel=1e-4)
 
 
+def test_the_decoder_learns_to_be_taken_for_real(decoder, target):
+    loss = AdversarialLoss(0.5, warmup_steps=0)
+    latents = torch.rand(2, 4, 32, 32, generator=torch.Generator().manual_seed(2))
+    before = loss.discriminator(decoder(latents)).mean()
+    _, losses = losses_of(loss, decoder, target)
+    losses["fooling"].backward()
+    with torch.no_grad():
+        decoder.weight -= 0.01 * decoder.weight.grad / decoder.weight.grad.norm()
+    assert loss.discriminator(decoder(latents)).mean() > before
+
+
 def test_the_discriminator_learns_to_tell_blurred_pictures():
     torch.manual_seed(0)
     loss = AdversarialLoss(1.0, warmup_steps=0)
