@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, RUNS
+from common import RUNS
 from flow_following import TAKE
 from torch import Tensor
 
@@ -37,7 +37,6 @@ from s2dm.training.config import DataConfig
 from s2dm.training.datasets import build_dataset, pixels
 from s2dm.video import write_contact_sheet
 
-BUNDLED = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
 SHEET_CLIPS = 4
 FEWER_CLIPS = (128, 256)
 # What makes two figures comparable.

@@ -18,8 +18,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from common import RESULTS, ROOT, RUNS
+from common import RESULTS, RUNS
 
+from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.evaluation.modes import Sampling, Variant
 from s2dm.evaluation.protocol import write_json
 from s2dm.evaluation.run import EvaluationConfig, evaluate
@@ -38,8 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
-    parser.add_argument("--checkpoint", type=Path, default=default)
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--clips", type=int, default=24)
     for name, kind in (("--steps", int), ("--guidance", float), ("--flow-guidance", float)):
         parser.add_argument(name, type=kind, help="what the checkpoint recommends by default")

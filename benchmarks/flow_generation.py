@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from action_classifier import EPOCHS, FIRST_TAKE, SIZE, TAKES, accuracy, trained_classifier
-from common import RESULTS, ROOT, RUNS, show
+from common import RESULTS, RUNS, show
 from torch import Tensor
 from tqdm import tqdm
 
+from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.data.puppets import render_clip, split
 from s2dm.evaluation.protocol import ProtocolCard, file_hash, write_json
 from s2dm.flow import flow_to_image
@@ -91,8 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
-    parser.add_argument("--checkpoint", type=Path, default=default)
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--split", choices=("train", "test"), default="test")
     parser.add_argument("--clips", type=int, default=65)
     parser.add_argument("--dial-clips", type=int, default=16)

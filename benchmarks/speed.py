@@ -17,8 +17,9 @@ import threading
 import time
 from pathlib import Path
 
-from common import RESULTS, ROOT, show
+from common import RESULTS, show
 
+from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.evaluation.protocol import ProtocolCard, file_hash, write_json
 
 TARGET = 1.15  # peak of 128 frames over that of 16 with the same chunk
@@ -26,8 +27,7 @@ TARGET = 1.15  # peak of 128 frames over that of 16 with the same chunk
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
-    default = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
-    parser.add_argument("--checkpoint", type=Path, default=default)
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
     parser.add_argument("--steps", type=int, default=4, help="memory doesn't depend on it")
     parser.add_argument("--chunk", type=int, default=8)

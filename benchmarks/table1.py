@@ -15,7 +15,6 @@ from typing import Any
 
 from common import RESULTS
 from comparison import (
-    BUNDLED,
     Check,
     Row,
     add_options,
@@ -25,6 +24,7 @@ from comparison import (
     write_sheet,
 )
 
+from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.protocol import write_json
 from s2dm.evaluation.tables import markdown_table
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", type=Path, default=BUNDLED)
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument(
         "--row",
         action="append",

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, ROOT, RUNS, show
+from common import RESULTS, RUNS, show
 from tqdm import tqdm
 
+from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.data.puppets import caption, split
 from s2dm.evaluation.clip_metrics import STILL, Total, flicker, pooled, still_region
 from s2dm.evaluation.distances import bootstrap_interval
@@ -41,8 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    default = ROOT / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
-    parser.add_argument("--checkpoint", type=Path, default=default)
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     for name, kind in (("--steps", int), ("--guidance", float), ("--flow-guidance", float)):
         parser.add_argument(name, type=kind, help="what the checkpoint recommends by default")
     parser.add_argument("--flow-steps", type=int, default=20)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 from random_checkpoint import tiny_config, write_random_checkpoint
 
+from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.flow import FlowField
 from s2dm.pipelines import FlowToVideoPipeline
 
 pytestmark = pytest.mark.comfyui
 
-BUNDLED = Path(__file__).resolve().parents[3] / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
 PROMPT = "a man in a red shirt is walking"
 TOLERANCE = 1e-3
 
@@ -138,9 +137,9 @@ def test_the_engines_agree_on_sizes(exact, frames, height, width):
 
 @pytest.mark.slow
 def test_the_engines_agree_on_the_bundled_checkpoint(rig):
-    if not BUNDLED.exists():
+    if not DEFAULT_CHECKPOINT.exists():
         pytest.skip("the bundled checkpoint is not there")
-    bundled = type(rig)(rig.pack, rig.nodes, BUNDLED)
+    bundled = type(rig)(rig.pack, rig.nodes, DEFAULT_CHECKPOINT)
     prompt = "A man with glasses, wearing a black coat and blue jeans is squat"
     comfy, diffusers = both(bundled, bundled.flow(2, 128, 128), prompt)
     assert relative(comfy, diffusers) <= TOLERANCE

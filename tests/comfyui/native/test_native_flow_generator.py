@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
 from random_checkpoint import TINY, random_states, tiny_config, write_random_checkpoint
 
+from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.flow import FlowField
 from s2dm.models import build, decode_flow, save_checkpoint
 from s2dm.pipelines import embed_prompts, flow_scheduler, generate_flow
@@ -17,7 +17,6 @@ from s2dm.sector import seed_of_flow
 
 pytestmark = pytest.mark.comfyui
 
-BUNDLED = Path(__file__).resolve().parents[3] / "s2dm" / "assets" / "s2dm-puppets-v1.safetensors"
 PROMPT = "a man in a red shirt is walking"
 TOLERANCE = 1e-3
 
@@ -161,7 +160,7 @@ def test_the_engines_agree_on_every_kind_of_network(loaded, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 def test_the_engines_agree_on_the_bundled_checkpoint(rig, text_in_float32, sampler):
-    bundled = type(rig)(rig.pack, rig.nodes, BUNDLED)
+    bundled = type(rig)(rig.pack, rig.nodes, DEFAULT_CHECKPOINT)
     if bundled.loaded.stage1 is None:
         pytest.skip("the bundled checkpoint holds stage 2 alone (no part flow_generator)")
     prompt = "A woman, wearing a red jumper and black trousers is squat"
@@ -440,7 +439,7 @@ def test_frame_1_of_the_clip_is_the_reference_frame(tiny, sampler):
 @pytest.mark.slow
 def test_frame_1_is_the_reference_frame_of_the_bundled_checkpoint(rig):
     """Whether or not it holds stage 1: the flow of a user's clip begins at the frame as well."""
-    bundled = type(rig)(rig.pack, rig.nodes, BUNDLED)
+    bundled = type(rig)(rig.pack, rig.nodes, DEFAULT_CHECKPOINT)
     settings = {"seed": 11, "steps": 20, "cfg": 7.5, "height": 128, "width": 128}
     generated = bundled.loaded.stage1 is not None
     reference, clip = reference_and_clip(
