@@ -167,7 +167,8 @@ def add_options(parser: argparse.ArgumentParser, seeds: Sequence[int]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="of the noise")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--flow-guidance", type=float)
+    for name in ("--flow-guidance", "--flow-start"):
+        parser.add_argument(name, type=float, help="what the checkpoint recommends by default")
     parser.add_argument("--samples", type=int, default=200, help="of the bootstrap of ratios")
     parser.add_argument("--i3d", type=Path, required=True, help="weights of I3D")
     parser.add_argument("--half", action="store_true", help="compute in half precision")
@@ -249,7 +250,10 @@ def _data(checkpoint: Path, options: argparse.Namespace) -> DataConfig:
 
 def _sampling(options: argparse.Namespace) -> Sampling:
     return Sampling(
-        steps=options.steps, guidance=options.guidance, flow_guidance=options.flow_guidance
+        steps=options.steps,
+        guidance=options.guidance,
+        flow_guidance=options.flow_guidance,
+        flow_start=options.flow_start,
     )
 
 

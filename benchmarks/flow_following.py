@@ -41,8 +41,9 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--clips", type=int, default=24)
-    for name, kind in (("--steps", int), ("--guidance", float), ("--flow-guidance", float)):
-        parser.add_argument(name, type=kind, help="what the checkpoint recommends by default")
+    parser.add_argument("--steps", type=int, help="what the checkpoint recommends by default")
+    for name in ("--guidance", "--flow-guidance", "--flow-start"):
+        parser.add_argument(name, type=float, help="likewise")
     parser.add_argument("--i3d", type=Path, help="weights of I3D, for FVD and KVD")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "flow_following.json")
@@ -60,6 +61,7 @@ def main() -> None:
                 steps=options.steps,
                 guidance=options.guidance,
                 flow_guidance=options.flow_guidance,
+                flow_start=options.flow_start,
             ),
             i3d=options.i3d,
             cpu=options.cpu,

@@ -43,8 +43,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
-    for name, kind in (("--steps", int), ("--guidance", float), ("--flow-guidance", float)):
-        parser.add_argument(name, type=kind, help="what the checkpoint recommends by default")
+    parser.add_argument("--steps", type=int, help="what the checkpoint recommends by default")
+    for name in ("--guidance", "--flow-guidance", "--flow-start"):
+        parser.add_argument(name, type=float, help="likewise")
     parser.add_argument("--flow-steps", type=int, default=20)
     parser.add_argument("--flow-text-guidance", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3, help="of the timing, the median counts")
@@ -55,6 +56,7 @@ def main() -> None:
         steps=options.steps,
         guidance=options.guidance,
         flow_guidance=options.flow_guidance,
+        flow_start=options.flow_start,
         flow_steps=options.flow_steps,
         flow_text_guidance=options.flow_text_guidance,
     ).filled(read_config(options.checkpoint).sampling)
@@ -105,6 +107,7 @@ def _arguments(sampling: Sampling) -> dict[str, Any]:
         "num_inference_steps": sampling.steps,
         "guidance_scale": sampling.guidance,
         "flow_guidance_scale": sampling.flow_guidance,
+        "flow_start": sampling.flow_start,
         "flow_steps": sampling.flow_steps,
         "flow_text_guidance_scale": sampling.flow_text_guidance,
     }

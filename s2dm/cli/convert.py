@@ -30,6 +30,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     sampling.add_argument(
         "--flow-guidance", type=float, help="guidance scale of the flow; --guidance for the paper's"
     )
+    sampling.add_argument(
+        "--flow-start", type=float, help="part of the noise schedule before the flow acts, 0 to 1"
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
         "steps": options.steps,
         "guidance_scale": options.guidance,
         "flow_guidance_scale": options.flow_guidance,
+        "flow_start": options.flow_start,
     }
     recommend = {name: value for name, value in given.items() if value is not None}
     convert(options.input, options.output, options.half, recommend)

@@ -105,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
             steps=options.steps,
             guidance=options.guidance,
             flow_guidance=options.flow_guidance,
+            flow_start=options.flow_start,
             flow_steps=options.flow_steps,
             flow_text_guidance=options.flow_text_guidance,
         ),

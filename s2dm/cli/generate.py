@@ -118,6 +118,7 @@ def run(options: argparse.Namespace) -> None:
         "num_inference_steps": options.steps,
         "guidance_scale": options.guidance,
         "flow_guidance_scale": options.flow_guidance,
+        "flow_start": options.flow_start,
         "seed": options.seed,
         "noise_sharing": options.sharing,
         "noise_share": options.share,

@@ -36,6 +36,12 @@ def add_sampling(parser: argparse._ActionsContainer) -> None:
         type=float,
         help="guidance scale of the flow (what the checkpoint recommends, else that of the prompt)",
     )
+    parser.add_argument(
+        "--flow-start",
+        type=float,
+        help="part of the noise schedule, 0 to 1, before the flow acts (what the checkpoint "
+        "recommends)",
+    )
 
 
 def positive(text: str) -> int:

@@ -32,6 +32,7 @@ class Sampling:
     steps: int | None = None
     guidance: float | None = None
     flow_guidance: float | None = None
+    flow_start: float | None = None
     flow_steps: int = 20
     flow_text_guidance: float = 1.0
 
@@ -41,13 +42,15 @@ class Sampling:
             "steps": recommended.steps,
             "guidance": recommended.guidance_scale,
             "flow_guidance": recommended.flow_guidance_scale,
+            "flow_start": recommended.flow_start,
         }
         missing = {name: value for name, value in given.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
     def __str__(self) -> str:
         flow = "" if self.flow_guidance is None else f" (flow {self.flow_guidance:g})"
-        return f"DDIM, {self.steps} steps, guidance {self.guidance:g}{flow}"
+        start = f", flow from {self.flow_start:g}" if self.flow_start else ""
+        return f"DDIM, {self.steps} steps, guidance {self.guidance:g}{flow}{start}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +146,7 @@ class Generator:
             "num_inference_steps": self.sampling.steps,
             "guidance_scale": self.sampling.guidance,
             "flow_guidance_scale": self.sampling.flow_guidance,
+            "flow_start": self.sampling.flow_start,
             "seed": seed,
             "noise_sharing": variant.sharing,
             "noise_share": variant.share,

@@ -313,15 +313,19 @@ class SamplingConfig(_Config):
     """How a checkpoint recommends to sample its clips; the defaults are the paper's.
 
     ``steps`` are those of stage 2. ``guidance_scale`` is the prompt's, ``flow_guidance_scale``
-    the flow's: ``None`` to guide both together, as in the paper.
+    the flow's: ``None`` to guide both together, as in the paper. The first ``flow_start`` of the
+    noise schedule, 0 to 1, is sampled without the flow.
     """
 
     steps: int = 20
     guidance_scale: float = 7.5
     flow_guidance_scale: float | None = None
+    flow_start: float = 0.0
 
     def __post_init__(self) -> None:
         self._expect_positive("steps")
+        good = _is_number(self.flow_start) and 0 <= self.flow_start <= 1
+        self._expect(good, "flow_start", "a number from 0 to 1")
         for name in ("guidance_scale", "flow_guidance_scale"):
             value = getattr(self, name)
             none = value is None and name == "flow_guidance_scale"

@@ -183,6 +183,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         flow_guidance_scale: float | None = None,
+        flow_start: float | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         noise_sharing: str = "shared",
@@ -193,8 +194,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
     ) -> FlowToVideoOutput:
         """Generate a clip that follows `flow`.
 
-        Steps and guidance are those that the checkpoint recommends (`sampling`) where they are
-        None.
+        Steps, guidance and start of the flow are those that the checkpoint recommends
+        (`sampling`) where they are None.
 
         Args:
             prompt: what the clip shows. Longer prompts than CLIP's 77 tokens are encoded in
@@ -210,6 +211,9 @@ class FlowToVideoPipeline(DiffusionPipeline):
             flow_guidance_scale: a scale of its own for the flow, see `s2dm.sector.guide`; the
                 text keeps `guidance_scale`. With 1 the negative prompt sees the flow too; equal
                 to `guidance_scale` it is the paper's guidance of both together.
+            flow_start: the part of the noise schedule, from its noisy start on, in which the flow
+                doesn't act yet, 0 to 1 (0 in the paper). With shared noise all frames are the
+                same so long: the room is settled for all of them before they part.
             seed: seed of the initial noise and of the step noise; random if neither this nor
                 `generator` is given.
             generator: a CPU generator instead of a seed.
@@ -228,8 +232,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of its range.
         """
-        num_inference_steps, guidance_scale, flow_guidance_scale = self._sampling(
-            num_inference_steps, guidance_scale, flow_guidance_scale
+        num_inference_steps, guidance_scale, flow_guidance_scale, flow_start = self._sampling(
+            num_inference_steps, guidance_scale, flow_guidance_scale, flow_start
         )
         if flow_guidance_scale == guidance_scale:
             flow_guidance_scale = None  # the same from two predictions in place of three
@@ -246,12 +250,16 @@ class FlowToVideoPipeline(DiffusionPipeline):
         shape = (self.vae.config.latent_channels, *(side // self.vae_factor for side in canvas))
         flow = _on_canvas(flow, (height, width), canvas)
         labels = self._labels(prompt, negative_prompt, flow, guidance_scale, flow_guidance_scale)
+        without_flow = [(text, self._null_tokens(len(flow))) for text, _ in labels]
+        # As ComfyUI counts the percent of a schedule.
+        flow_from = (1 - flow_start) * (self.scheduler.config.num_train_timesteps - 1)
         noise = draw_noise(len(flow), shape, generator, noise_sharing, noise_share).to(device)
 
         def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
             prediction = torch.empty_like(latents)
+            current = labels if timestep <= flow_from else without_flow
             for frames in torch.arange(len(latents)).split(chunk_size):
-                parts = self._predict(latents[frames], timestep, labels, frames)
+                parts = self._predict(latents[frames], timestep, current, frames)
                 if len(parts) == 1:
                     prediction[frames] = parts[0]
                 elif len(parts) == 2:
@@ -290,8 +298,12 @@ class FlowToVideoPipeline(DiffusionPipeline):
         return SamplingConfig.from_dict(settings.get("sampling", {}))
 
     def _sampling(
-        self, steps: int | None, guidance_scale: float | None, flow_guidance_scale: float | None
-    ) -> tuple[int, float, float | None]:
+        self,
+        steps: int | None,
+        guidance_scale: float | None,
+        flow_guidance_scale: float | None,
+        flow_start: float | None,
+    ) -> tuple[int, float, float | None, float]:
         """What is asked for, and what the checkpoint recommends where that is None."""
         recommended = self.sampling
         if steps is None:
@@ -300,7 +312,11 @@ class FlowToVideoPipeline(DiffusionPipeline):
             guidance_scale = recommended.guidance_scale
         if flow_guidance_scale is None:
             flow_guidance_scale = recommended.flow_guidance_scale
-        return steps, guidance_scale, flow_guidance_scale
+        if flow_start is None:
+            flow_start = recommended.flow_start
+        if not 0 <= flow_start <= 1:
+            raise ValueError(f"Expected flow_start from 0 to 1, got {flow_start}.")
+        return steps, guidance_scale, flow_guidance_scale, flow_start
 
     @property
     def vae_factor(self) -> int:
@@ -367,15 +383,18 @@ class FlowToVideoPipeline(DiffusionPipeline):
         conditional = (self.encode_prompt(prompt), self.encode_flow(flow))
         if guidance_scale == 1 and flow_guidance_scale in (None, 1):
             return [conditional]
-        negative, null = self.encode_prompt(negative_prompt), self.flow_adapter.adapter.null_tokens
+        negative = self.encode_prompt(negative_prompt)
         texts = _same_length([conditional[0], negative])
         conditional, negative = (texts[0], conditional[1]), texts[1]
-        unconditional = (negative, null(len(flow)).detach())
+        unconditional = (negative, self._null_tokens(len(flow)))
         if flow_guidance_scale == 1:  # the prediction under null labels has no weight
             return [(negative, conditional[1]), conditional]
         if flow_guidance_scale is None:
             return [unconditional, conditional]
         return [unconditional, (negative, conditional[1]), conditional]
+
+    def _null_tokens(self, frames: int) -> Tensor:
+        return self.flow_adapter.adapter.null_tokens(frames).detach()
 
     def _predict(
         self,

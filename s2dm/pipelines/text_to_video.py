@@ -144,6 +144,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         flow_guidance_scale: float | None = None,
+        flow_start: float | None = None,
         flow_steps: int = 20,
         flow_text_guidance_scale: float = 1.0,
         flow_sampler: str = "dpmpp_2m",
@@ -166,7 +167,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
                 makes that many in any case, and its flow is retimed, see `FlowField.retime`.
             negative_prompt: of stage 2. Stage 1 has a null label of its own.
             height, width: pixels of the clip; those of the checkpoint if None.
-            num_inference_steps, guidance_scale, flow_guidance_scale: of stage 2, see
+            num_inference_steps, guidance_scale, flow_guidance_scale, flow_start: of stage 2, see
                 `FlowToVideoPipeline`; what the checkpoint recommends where None.
             flow_steps, flow_sampler: of stage 1; the sampler is one of `FLOW_SAMPLERS`.
             flow_text_guidance_scale: how far stage 1 goes from its null text to the prompt; the
@@ -199,8 +200,8 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         """
         network = self.flow_generator.network
         frames = network.config.frames if frames is None else frames
-        num_inference_steps, guidance_scale, flow_guidance_scale = self._sampling(
-            num_inference_steps, guidance_scale, flow_guidance_scale
+        num_inference_steps, guidance_scale, flow_guidance_scale, flow_start = self._sampling(
+            num_inference_steps, guidance_scale, flow_guidance_scale, flow_start
         )
         check_arguments(prompt, output_type, chunk_size, num_inference_steps)
         if not isinstance(frames, int) or not 1 <= frames <= MAX_FRAMES:
@@ -230,6 +231,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "flow_guidance_scale": flow_guidance_scale,
+            "flow_start": flow_start,
             "seed": seed,
             "noise_sharing": noise_sharing,
             "noise_share": noise_share,

@@ -81,7 +81,7 @@ def test_the_file_has_stable_diffusions_keys(saved):
 
 
 def test_the_recommended_sampling_is_kept_and_older_files_recommend_the_papers(saved, states):
-    sampling = SamplingConfig(steps=12, guidance_scale=1.75, flow_guidance_scale=1)
+    sampling = SamplingConfig(steps=12, guidance_scale=1.75, flow_guidance_scale=1, flow_start=0.25)
     save_checkpoint(saved, dataclasses.replace(CONFIG, sampling=sampling), states)
     assert read_config(saved).sampling == sampling
     assert read_config(saved).adapter_only().sampling == sampling
@@ -232,6 +232,10 @@ def test_future_format_version(saved):
         (
             lambda v: v["sampling"].update(flow_guidance_scale=float("nan")),
             "SamplingConfig.flow_guidance_scale: expected a number from 0, got nan",
+        ),
+        (
+            lambda v: v["sampling"].update(flow_start=1.5),
+            "SamplingConfig.flow_start: expected a number from 0 to 1, got 1.5",
         ),
         (
             lambda v: v.update(tokenizer={"kind": "bpe", "merges": []}),

@@ -201,26 +201,56 @@ def test_what_is_not_given_is_as_the_checkpoint_recommends(pipeline, tmp_path):
     flow = sliding_flow(2, 32, 32)
     path = write_random_checkpoint(
         tmp_path / "recommends.safetensors",
-        tiny_config(flow_generator=None, sampling=SamplingConfig(2, 3.0, 1.5)),
+        tiny_config(flow_generator=None, sampling=SamplingConfig(2, 3.0, 1.5, 0.5)),
     )
     load(path).save_pretrained(tmp_path / "folder")
-    told = clip(pipeline, num_inference_steps=2, guidance_scale=3.0, flow_guidance_scale=1.5)
+    told = clip(
+        pipeline,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        flow_guidance_scale=1.5,
+        flow_start=0.5,
+    )
     for source in (load(path), FlowToVideoPipeline.from_pretrained(tmp_path / "folder")):
-        assert source.sampling == SamplingConfig(2, 3.0, 1.5)
+        assert source.sampling == SamplingConfig(2, 3.0, 1.5, 0.5)
         assert [difference(a, b) < 1e-6 for a, b in zip(clip(source), told, strict=True)] == [
             True
         ] * 2
-        for change in ({"guidance_scale": 2.0}, {"flow_guidance_scale": 1.0}):
+        for change in ({"guidance_scale": 2.0}, {"flow_guidance_scale": 1.0}, {"flow_start": 0.0}):
             assert difference(clip(source, **change)[-1], told[-1]) > 1e-4
         assert len(clip(source, num_inference_steps=1)) == 1
         # The paper's guidance is one number for both.
-        joint = clip(pipeline, num_inference_steps=2, guidance_scale=4.0)
+        joint = clip(pipeline, num_inference_steps=2, guidance_scale=4.0, flow_start=0.5)
         both = clip(source, guidance_scale=4.0, flow_guidance_scale=4.0)
         assert difference(both[-1], joint[-1]) < 1e-6
 
 
+def test_frames_part_when_the_flow_starts(pipeline):
+    def latents(flow, **options):
+        seen = []
+        pipeline(PROMPT, flow, callback_on_step_end=lambda _, x: seen.append(x), **options)
+        return seen
+
+    options = dict(seed=1, output_type="latent", num_inference_steps=4)
+    flow, other = sliding_flow(3, 32, 32), FlowField.zeros(3, 32, 32)
+    with_flow = latents(flow, **options)
+    assert torch.equal(with_flow[-1], latents(flow, flow_start=0.0, **options)[-1])
+    never = latents(flow, flow_start=1.0, **options)
+    assert torch.equal(never[-1], latents(other, flow_start=1.0, **options)[-1])
+    half = latents(flow, flow_start=0.5, **options)
+    for step, part in enumerate(half):
+        assert (difference(part, part[:1].expand_as(part)) < 1e-5) == (step < 2)
+        assert (difference(part, never[step]) < 1e-6) == (step < 2)
+        assert difference(part, with_flow[step]) > 1e-5
+
+
+def test_flow_starts_within_the_schedule(pipeline):
+    with pytest.raises(ValueError, match=r"flow_start from 0 to 1, got 1\.5"):
+        pipeline(PROMPT, sliding_flow(2, 32, 32), flow_start=1.5, **SHORT)
+
+
 def test_without_a_recommendation_it_is_the_papers(pipeline):
-    assert pipeline.sampling == SamplingConfig(20, 7.5, None)
+    assert pipeline.sampling == SamplingConfig(20, 7.5, None, 0.0)
     parts = {name: getattr(pipeline, name) for name in pipeline.components}
     assert FlowToVideoPipeline(**parts).sampling == SamplingConfig()
 

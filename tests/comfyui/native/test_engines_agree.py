@@ -46,7 +46,14 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
     """Latents of ComfyUI and of the pipeline, both scaled as the U-Net sees them."""
     sharing = options.pop("noise_sharing", "shared")
     guide_flow = options.pop("guide_flow", True)
-    encoded = rig.encode(flow, prompt, negative=rig.prompt(negative), guide_flow=guide_flow)
+    flow_start = options.pop("flow_start", 0.0)
+    encoded = rig.encode(
+        flow,
+        prompt,
+        negative=rig.prompt(negative),
+        guide_flow=guide_flow,
+        start_percent=flow_start,
+    )
     comfy = rig.sample(encoded, seed=seed, steps=steps, cfg=cfg, noise_sharing=sharing)
     pipeline = FlowToVideoPipeline.from_single_file(rig.checkpoint)
     pipeline.set_progress_bar_config(disable=True)
@@ -58,6 +65,7 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
         num_inference_steps=steps,
         guidance_scale=cfg,
         flow_guidance_scale=cfg if guide_flow else 1.0,
+        flow_start=flow_start,
         seed=seed,
         noise_sharing=sharing,
         output_type="latent",
@@ -72,6 +80,15 @@ def test_the_engines_agree(exact):
     # Not because nothing depends on the conditions.
     other, _ = both(exact, exact.flow(3, seed=1))
     assert relative(other, diffusers) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("start", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("guide_flow", [True, False])
+def test_a_later_start_of_the_flow_agrees(exact, start, guide_flow):
+    options = dict(steps=10, guide_flow=guide_flow)
+    comfy, diffusers = both(exact, exact.flow(3), flow_start=start, **options)
+    assert relative(comfy, diffusers) <= TOLERANCE
+    assert relative(both(exact, exact.flow(3), **options)[1], diffusers) > 10 * TOLERANCE
 
 
 def test_v_prediction_agrees(exact, tmp_path):
