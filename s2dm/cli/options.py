@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "assets" / "s2dm-puppets-v1.safetensors"
+DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "assets" / "s2dm-puppets-v2.safetensors"
 
 
 class CommandError(ValueError):

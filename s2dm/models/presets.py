@@ -22,6 +22,7 @@ SD15 = S2DMConfig(
 """Stable Diffusion 1.5 with a flow adapter on its 16 cross-attention layers."""
 
 _PUPPETS_UNET = UNetConfig(
+    in_channels=16,
     model_channels=64,
     channel_mult=(1, 2, 3),
     num_res_blocks=1,
@@ -32,9 +33,10 @@ _PUPPETS_UNET = UNetConfig(
 
 PUPPETS = S2DMConfig(
     unet=_PUPPETS_UNET,
+    # An arm is as wide as a cell of latents: four numbers don't say how it bends, sixteen do.
     # GroupNorm has 32 groups: with 32 channels each is normalised alone, which wipes out the
-    # colour of a wall. 64 channels keep it; a plain encoder pays for them.
-    vae=VAEConfig(channels=64, channel_mult=(1, 1, 1, 1), num_res_blocks=0),
+    # colour of a wall. 64 channels keep it.
+    vae=VAEConfig(channels=64, channel_mult=(1, 1, 2, 2), num_res_blocks=1, latent_channels=16),
     text_encoder=TextEncoderConfig(
         hidden_size=128,
         layers=3,
@@ -46,7 +48,7 @@ PUPPETS = S2DMConfig(
     ),
     flow_adapter=FlowAdapterConfig.for_unet(_PUPPETS_UNET),
     flow_generator=FlowGeneratorConfig(
-        reference_channels=4,
+        reference_channels=16,
         text_dim=128,
         model_channels=48,
         channel_mult=(1, 2, 4),

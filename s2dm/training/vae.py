@@ -109,7 +109,7 @@ class VAEModel(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``pixels`` (N,3,H,W) in [0,1] and ``noise`` (N,4,H/8,W/8) for the posterior."""
+        """``pixels`` (N,3,H,W) in [0,1] and ``noise`` (N,C,H/8,W/8) for the posterior."""
         pixels = batch["pixels"] * 2 - 1
         posterior = self.vae.encode(pixels).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -239,7 +239,7 @@ class VAETask:
         save_vae(path, config, state)
 
     def latent_statistics(self, vae: nn.Module, clips: int = 64) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each latent channel over the training data, (4,) each."""
+        """Mean and standard deviation of each latent channel over the training data, (C,) each."""
         device = next(vae.parameters()).device
         step = max(1, len(self.clips) // clips)
         frames = range(0, self.clips.frames.shape[1], 5)
