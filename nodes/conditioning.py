@@ -73,7 +73,10 @@ class EncodeFlow(io.ComfyNode):
                     "make the motion smaller."
                 ),
                 _percent(
-                    "start_percent", 0.0, "From which part of the noise schedule on the flow acts."
+                    "start_percent",
+                    0.0,
+                    "From which part of the noise schedule on the flow acts. Before it all frames "
+                    "with shared noise are the same; 0.15 for the bundled checkpoint.",
                 ),
                 _percent(
                     "end_percent", 1.0, "Up to which part of the noise schedule the flow acts."

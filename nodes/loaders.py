@@ -54,7 +54,7 @@ class CheckpointLoader(io.ComfyNode):
             description=(
                 "Loads an S2DM checkpoint. The MODEL follows flow already; MODEL, CLIP and VAE "
                 "work with every other node. The bundled checkpoint wants cfg 1.75 in the "
-                "sampler, and guide_flow off in Encode Flow."
+                "sampler, and start_percent 0.15 and guide_flow off in Encode Flow."
             ),
             search_aliases=["s2dm", "load model", "flow to video", "sector-shaped diffusion"],
             inputs=[

@@ -10,6 +10,7 @@ from comfyui_install import PACK, PACK_NAME
 from comfyui_server import ComfyServer
 from safetensors.torch import load_file
 
+from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.models import read_config
 from s2dm.video import read_clip
 
@@ -85,6 +86,22 @@ def prompt_of(path: Path, server: ComfyServer, checkpoint: str) -> dict[str, Any
 
 def of_type(prompt: dict[str, Any], kind: str) -> list[str]:
     return [node for node, entry in prompt.items() if entry["class_type"] == kind]
+
+
+@pytest.mark.comfyui
+@each_workflow
+def test_a_template_samples_as_the_checkpoint_recommends(server: ComfyServer, path: Path) -> None:
+    prompt = to_prompt(read(path), server.object_info())
+    advice = read_config(DEFAULT_CHECKPOINT).sampling
+    for node in of_type(prompt, "S2DMSharedNoiseKSampler"):
+        settings = prompt[node]["inputs"]
+        assert (settings["steps"], settings["cfg"]) == (advice.steps, advice.guidance_scale)
+    for node in of_type(prompt, "S2DMEncodeFlow"):
+        settings = prompt[node]["inputs"]
+        assert settings["start_percent"] == advice.flow_start
+        # On guides both together; off is a flow scale of 1.
+        assert settings["guide_flow"] == (advice.flow_guidance_scale is None)
+        assert advice.flow_guidance_scale in (None, 1)
 
 
 @pytest.mark.slow
