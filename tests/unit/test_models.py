@@ -149,7 +149,7 @@ def test_vae_and_text_encoder_have_the_expected_shapes():
         latents = build.build_vae(vae).encode(torch.zeros(1, 3, 64, 48)).latent_dist.mode()
         ids = torch.full((2, 77), text.eos_token_id)
         prompt = build.build_text_encoder(text)(ids).last_hidden_state
-    assert latents.shape == (1, 4, 64 // vae.factor, 48 // vae.factor)
+    assert latents.shape == (1, PUPPETS.unet.in_channels, 64 // vae.factor, 48 // vae.factor)
     assert prompt.shape == (2, 77, PUPPETS.unet.context_dim)
 
 
