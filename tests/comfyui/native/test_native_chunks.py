@@ -333,8 +333,10 @@ def test_memory_does_not_grow_with_the_clip(rig, tmp_path):
 
     models = rig.module("s2dm.models")
     checkpoint = rig.module("s2dm.models.checkpoint")
-    unet = dataclasses.replace(models.PUPPETS.unet, context_dim=64)
     config, states = checkpoint.load_checkpoint(rig.checkpoint)
+    unet = dataclasses.replace(
+        models.PUPPETS.unet, in_channels=config.vae.latent_channels, context_dim=64
+    )
     layers = models.FlowAdapterConfig.for_unet(unet)
     config = dataclasses.replace(config, unet=unet, flow_adapter=layers)
     keys = rig.module("s2dm.models.keys").unet_keys(unet)
