@@ -36,7 +36,7 @@ class FlowToVideoOutput(BaseOutput):
     """What the pipeline returns.
 
     frames: (N, 3, H, W) float32 in [0, 1] for "pt", a list of PIL images for "pil", latents
-        (N, 4, h, w) for "latent".
+        (N, C, h, w) for "latent".
     """
 
     frames: Tensor | list[Any]
@@ -224,7 +224,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
                 the length of the clip.
             output_type: "pt", "pil" or "latent".
             callback_on_step_end: called after each step with its number from 0 and the latents
-                (N, 4, h, w); may raise to stop.
+                (N, C, h, w); may raise to stop.
 
         Returns:
             `FlowToVideoOutput`
@@ -257,7 +257,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
 
         def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
             prediction = torch.empty_like(latents)
-            current = labels if timestep <= flow_from else without_flow
+            current = labels if flow_start < 1 and timestep <= flow_from else without_flow
             for frames in torch.arange(len(latents)).split(chunk_size):
                 parts = self._predict(latents[frames], timestep, current, frames)
                 if len(parts) == 1:
@@ -354,7 +354,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, chunk_size: int = 8) -> Tensor:
-        """Decode (N, 4, h, w) to frames (N, 3, 8 h, 8 w), float32 in [0, 1] on the CPU."""
+        """Decode (N, C, h, w) to frames (N, 3, 8 h, 8 w), float32 in [0, 1] on the CPU."""
         scaled = latents / self.vae.config.scaling_factor
         frames = [
             self.vae.decode(part.to(self.vae.dtype)).sample.float().cpu().add_(1).div_(2)
@@ -365,7 +365,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
     def _output(
         self, latents: Tensor, size: tuple[int, int], output_type: str, chunk_size: int
     ) -> Tensor | list[Any]:
-        """Latents (N, 4, h, w) as frames of `size` (height, width) in the form asked for."""
+        """Latents (N, C, h, w) as frames of `size` (height, width) in the form asked for."""
         if output_type == "latent":
             return latents
         frames = self.decode_latents(latents, chunk_size)[..., : size[0], : size[1]]

@@ -45,7 +45,7 @@ class TextToVideoOutput(BaseOutput):
     """What the pipeline returns.
 
     frames: (N, 3, H, W) float32 in [0, 1] for "pt", a list of PIL images for "pil", latents
-        (N, 4, h, w) for "latent".
+        (N, C, h, w) for "latent".
     flow: what stage 1 made, as the clip was asked to follow it: N frames of H x W pixels.
     reference: the frame that stage 1 started from, in the form of one of `frames`.
     """
@@ -190,7 +190,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             output_type: "pt", "pil" or "latent".
             callback_on_step_end: called after each step with its number, counted from 0 through
                 reference frame, flow and clip, and what is denoised there: latents
-                (1, 4, h, w), flow (1, N, 3, h, w), latents (N, 4, h, w). May raise to stop.
+                (1, C, h, w), flow (1, N, 3, h, w), latents (N, C, h, w). May raise to stop.
 
         Returns:
             `TextToVideoOutput`
@@ -263,7 +263,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         seed: int,
         on_step: Callable[[int, Tensor], None],
     ) -> FlowField:
-        """Stage 1: from latents (1, 4, h, w) to as many flows as it was trained with, 8 h x 8 w."""
+        """Stage 1: from latents (1, C, h, w) to as many flows as it was trained with, 8 h x 8 w."""
         network = self.flow_generator.network
         text = None  # the null label
         if prompt.strip():
@@ -304,7 +304,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         return height, width
 
     def _encode(self, picture: Tensor) -> Tensor:
-        """A frame (1, 3, H, W) as latents (1, 4, h, w), as the U-Net sees them."""
+        """A frame (1, 3, H, W) as latents (1, C, h, w), as the U-Net sees them."""
         height, width = picture.shape[-2:]
         canvas = self._canvas(height, width)
         picture = F.pad(picture, (0, canvas[1] - width, 0, canvas[0] - height), mode="replicate")

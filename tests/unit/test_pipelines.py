@@ -244,6 +244,18 @@ def test_frames_part_when_the_flow_starts(pipeline):
         assert difference(part, with_flow[step]) > 1e-5
 
 
+def test_a_flow_that_never_starts_stays_away_to_the_last_timestep(pipeline, monkeypatch):
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="linspace"
+    )
+    monkeypatch.setattr(pipeline, "scheduler", scheduler)
+    one, other = (
+        pipeline(PROMPT, flow, flow_start=1.0, **SHORT).frames
+        for flow in (sliding_flow(2, 32, 32), FlowField.zeros(2, 32, 32))
+    )
+    assert scheduler.timesteps[-1] == 0 and torch.equal(one, other)
+
+
 def test_flow_starts_within_the_schedule(pipeline):
     with pytest.raises(ValueError, match=r"flow_start from 0 to 1, got 1\.5"):
         pipeline(PROMPT, sliding_flow(2, 32, 32), flow_start=1.5, **SHORT)
