@@ -118,20 +118,22 @@ def test_same_seed_same_clip_from_file_and_folder(tmp_path, checkpoint):
 
 def test_a_clip_is_sampled_as_the_checkpoint_recommends(tmp_path, both_stages):
     told = tmp_path / "told.safetensors"
-    wanted = ["--steps", 1, "--guidance", 2, "--flow-guidance", 1]
+    wanted = ["--steps", 1, "--guidance", 2, "--flow-guidance", 1, "--flow-start", 1]
     assert run("convert", both_stages, told, *wanted) == 0
-    assert read_config(told).sampling == SamplingConfig(1, 2, 1)
+    assert read_config(told).sampling == SamplingConfig(1, 2, 1, 1)
     save_flow(tmp_path / "flow.npz", FlowField.zeros(2, 32, 32))
     for motion in ([], ["--flow", tmp_path / "flow.npz"]):
         clips = []
-        for source, options in ((told, []), (both_stages, wanted), (told, ["--guidance", 5])):
+        others = ([], ["--guidance", 5], ["--flow-start", 0])
+        for source, options in ((both_stages, wanted), *((told, other) for other in others)):
             out = tmp_path / f"{len(motion)}{len(clips)}"
             common = ["--flow-steps", 1, "--frames", 2] if not motion else motion
             assert run("generate", PROMPT, "--checkpoint", source, *common, *options,
                        "-o", out) == 0  # fmt: skip
             clips.append(read_clip(out)[0])
         assert torch.equal(clips[0], clips[1])
-        assert not torch.equal(clips[0], clips[2])  # the control: guidance shows
+        for other in clips[2:]:  # the control: what is given shows
+            assert not torch.equal(clips[0], other)
 
 
 def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, both_stages, capsys):

@@ -190,6 +190,7 @@ def test_other_settings_are_never_mixed(config, made, tmp_path):
     for change in (
         {"sampling": Sampling(steps=2)},
         {"sampling": Sampling(steps=1, guidance=3)},
+        {"sampling": Sampling(steps=1, flow_start=1.0)},
         {"checkpoint": other},
         {"data": dataclasses.replace(DATA, size=40)},
         {"data": dataclasses.replace(DATA, options={"first_take": 7})},
@@ -259,19 +260,26 @@ def test_without_an_estimator_all_but_its_figures_are_there(config):
 
 
 def test_a_checkpoint_is_sampled_as_it_recommends(config, made, tmp_path):
-    recommended = SamplingConfig(steps=1, guidance_scale=2.5, flow_guidance_scale=1.5)
+    recommended = SamplingConfig(1, guidance_scale=2.5, flow_guidance_scale=1.5, flow_start=1.0)
     path = tmp_path / "recommends.safetensors"
     write_random_checkpoint(path, tiny_config(sampling=recommended))
     config = dataclasses.replace(config, checkpoint=path, clips=1, sampling=Sampling())
     protocol = evaluate(config)["protocol"]
-    assert protocol["sampling"].startswith("DDIM, 1 steps, guidance 2.5 (flow 1.5), ")
+    assert protocol["sampling"].startswith("DDIM, 1 steps, guidance 2.5 (flow 1.5), flow from 1, ")
     made.clear()
     # The same numbers, given: the clips are there already.
-    evaluate(dataclasses.replace(config, sampling=Sampling(1, 2.5, 1.5)))
+    evaluate(dataclasses.replace(config, sampling=Sampling(1, 2.5, 1.5, 1.0)))
     assert not made
     given = dataclasses.replace(config, sampling=Sampling(guidance=3.0))
     assert "1 steps, guidance 3 (flow 1.5)" in evaluate(given)["protocol"]["sampling"]
     assert made
+
+
+def test_a_flow_that_never_starts_moves_nothing(config):
+    row = evaluate(dataclasses.replace(config, sampling=Sampling(2, 1.0, flow_start=1.0)))
+    assert row["table"]["given-flow"]["flicker"] == 0  # frames that share their noise are one
+    row = evaluate(dataclasses.replace(config, sampling=Sampling(2, 1.0)))
+    assert row["table"]["given-flow"]["flicker"] > 0
 
 
 def test_half_precision_of_a_cpu_is_bfloat16(config):
@@ -543,6 +551,7 @@ def test_command_prints_the_table(checkpoint, tmp_path, capsys):
     code = run_command(
         "--checkpoint", checkpoint, "-o", output, "--modes", "given-flow:independent", "true",
         "--data", "size=32", "options.first_take=5", "--clips", 1, "--steps", 1, "--cpu",
+        "--flow-start", 0.25,
     )  # fmt: skip
     assert code == 0
     printed = capsys.readouterr().out
@@ -550,7 +559,7 @@ def test_command_prints_the_table(checkpoint, tmp_path, capsys):
     assert printed.strip().endswith(str(output / "results.md"))
     protocol = json.loads((output / "results.json").read_text("utf-8"))["protocol"]
     assert protocol["frames"] == 4  # the checkpoint's
-    assert "first_take 5" in protocol["data"]
+    assert "first_take 5" in protocol["data"] and "flow from 0.25" in protocol["sampling"]
 
 
 def test_command_explains_errors_in_one_line(checkpoint, tmp_path, capsys):

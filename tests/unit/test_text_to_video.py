@@ -206,6 +206,7 @@ def test_settings_of_stage_2_reach_the_clip(pipeline):
         {"negative_prompt": "red coat"},
         {"guidance_scale": 2.0},
         {"flow_guidance_scale": 1.5},
+        {"flow_start": 1.0},
         {"noise_sharing": "independent"},
         {"noise_sharing": "mixed", "noise_share": 0.2},
     ):
@@ -214,16 +215,17 @@ def test_settings_of_stage_2_reach_the_clip(pipeline):
 
 
 def test_what_is_not_given_is_as_the_checkpoint_recommends(pipeline, tmp_path):
-    config = tiny_config(sampling=SamplingConfig(2, 3.0, 1.5))
+    config = tiny_config(sampling=SamplingConfig(2, 3.0, 1.5, 0.5))
     source = load(write_random_checkpoint(tmp_path / "recommends.safetensors", config))
     common = dict(flow_steps=1, seed=1, output_type="latent")
-    told = dict(num_inference_steps=2, guidance_scale=3.0, flow_guidance_scale=1.5)
+    told = dict(num_inference_steps=2, guidance_scale=3.0, flow_guidance_scale=1.5, flow_start=0.5)
     made, expected = source(PROMPT, 2, **common), pipeline(PROMPT, 2, **told, **common)
     assert difference(made.frames, expected.frames) < 1e-6
     assert difference(made.reference, expected.reference) < 1e-6
     # The paper's guidance, in both of the calls to stage 2.
     both = source(PROMPT, 2, guidance_scale=4.0, flow_guidance_scale=4.0, **common)
-    joint = pipeline(PROMPT, 2, num_inference_steps=2, guidance_scale=4.0, **common)
+    told = dict(num_inference_steps=2, guidance_scale=4.0, flow_start=0.5)
+    joint = pipeline(PROMPT, 2, **told, **common)
     assert difference(both.frames, joint.frames) < 1e-6
 
 
