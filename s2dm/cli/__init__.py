@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    except (ValueError, OSError) as error:
-        # The library's own errors are ValueErrors whose message is meant for people.
+    except (ValueError, OSError, FloatingPointError) as error:
+        # The library's own errors are ValueErrors whose message is meant for people, and a
+        # training that diverges ends in a FloatingPointError.
         print(f"s2dm {options.command}: {error}", file=sys.stderr)
         return 1
     finally:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import TrainingConfig, config_to_dict
+from .config import TrainingConfig, TrainingConfigError, config_to_dict
 from .cpu import plain_attention, speed_up
 from .curves import save_curves
 
@@ -238,8 +238,13 @@ class TrainingLoop:
         """Train to the end or to a SIGINT or SIGTERM; the state is saved in either case."""
         from tqdm.auto import tqdm
 
-        self._resume()
+        resumed = self._resume()
         if self.config.export_only:
+            if not resumed:
+                raise TrainingConfigError(
+                    f"export_only needs a run that was saved, and there is none in "
+                    f"{self.folder.path}: look at the output folder, or train first."
+                )
             self.export()
             return self.progress
         if self.accelerator.is_main_process:
@@ -337,14 +342,28 @@ class TrainingLoop:
         if self.accelerator.is_main_process:
             self.folder.append(record)
         if not math.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"the loss is {record['loss']} at step {self.progress.step}; lower the learning "
-                f"rate and resume from the state in {self.folder.path}."
-            )
+            raise self._diverged(f"the loss is {record['loss']}")
         return record
 
+    def _check_weights(self) -> None:
+        """Before anything is written: what was saved while the run was sound stays."""
+        # One bad step stays in the average for ever, so it need not be looked for at each.
+        if not all(bool(average.isfinite().all()) for average in self.ema.average.values()):
+            raise self._diverged("the weights are not finite")
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} at step {self.progress.step}; lower the learning rate and resume from the "
+            f"last state, if there is one, in {self.folder.path}."
+        )
+
     def sample(self) -> dict[str, float]:
-        """Write a sample sheet with the averaged weights, log its figures, export the weights."""
+        """Write a sample sheet with the averaged weights, log its figures, export the weights.
+
+        Raises:
+            FloatingPointError: weights that are not finite.
+        """
+        self._check_weights()
         if not self.accelerator.is_main_process:
             return {}
         model = self.accelerator.unwrap_model(self.model)
@@ -361,7 +380,12 @@ class TrainingLoop:
         return figures
 
     def save(self) -> None:
-        """Save all that is needed to go on from this very step."""
+        """Save all that is needed to go on from this very step.
+
+        Raises:
+            FloatingPointError: weights that are not finite.
+        """
+        self._check_weights()
         temporary, old = self.folder.path / "state.new", self.folder.path / "state.old"
         if self.accelerator.is_main_process and temporary.exists():
             shutil.rmtree(temporary)
@@ -378,14 +402,16 @@ class TrainingLoop:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Whether there was a state to go on from."""
         state = self.folder.newest_state()
         if state is None:
-            return
+            return False
         self.accelerator.load_state(str(state))
         if self.accelerator.is_main_process:
             self.folder.forget_after(self.progress.step)
         logger.info("resumed %s at step %d", self.folder.path, self.progress.step)
+        return True
 
     def export(self) -> None:
         """Write the averaged weights into the run folder, in their final format."""
@@ -397,8 +423,10 @@ class TrainingLoop:
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
-        # Sheets see other shapes than training does: not worth compiling for.
-        eager = torch.compiler.set_stance("force_eager")
+        eager: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.config.compile:
+            # Sheets see other shapes than training does: not worth compiling for.
+            eager = torch.compiler.set_stance("force_eager")
         with self.ema.applied(), torch.no_grad(), eager:
             yield
 

@@ -22,7 +22,7 @@ pytest.importorskip("diffusers")
 from tiny_training import stage2_config
 
 from s2dm.models import load_checkpoint
-from s2dm.training.config import TrainingConfig
+from s2dm.training.config import TrainingConfig, TrainingConfigError
 from s2dm.training.loop import EMA, Progress, RunFolder, TrainingLoop, learning_rate, step_generator
 from s2dm.training.stage2 import Stage2Task, build_stage2_task, train_stage2
 
@@ -128,6 +128,24 @@ def test_export_only_leaves_the_run_alone(tmp_path, vae_file):
     after = load_file(export)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_export_only_of_a_run_that_is_not_there_is_refused(tmp_path, vae_file):
+    config = stage2_config(tmp_path, vae_file, export_only=True)
+    with pytest.raises(TrainingConfigError, match="export_only needs a run that was saved"):
+        train_stage2(config)
+    assert not (tmp_path / "export.safetensors").exists()
+
+
+def test_a_run_that_diverged_overwrites_nothing(tmp_path, vae_file):
+    config = stage2_config(tmp_path, vae_file, steps=2)
+    train_stage2(config)
+    kept = [tmp_path / "export.safetensors", *sorted((tmp_path / "state").iterdir())]
+    before = [path.read_bytes() for path in kept]
+    further = dataclasses.replace(config, steps=4, log_every=100, gradient_clip=float("nan"))
+    with pytest.raises(FloatingPointError, match="weights are not finite at step 4"):
+        train_stage2(further)
+    assert [path.read_bytes() for path in kept] == before
 
 
 def test_diverged_run_stops(tmp_path, vae_file):
