@@ -14,8 +14,8 @@ from ..flow import FlowField, estimate_flow
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
 
 _SPLITS = ("train", "test")
-_HELD_OUT = 10
-"""One clip in so many is held out where the folder doesn't say which."""
+_HELD_OUT = 0.1
+"""Share of the clips that is held out where the folder doesn't say which."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +39,8 @@ class VideoClips:
     A clip is spread over `frames` frames from its first to its last, so it should show one action
     and not much else. Frames are scaled to cover the square and cropped at the centre; flow is
     estimated. Where the folder has subfolders `train` and `test`, these are the splits; otherwise
-    every tenth clip in the order of names is held out, the first one included. Clips are looked
-    for in subfolders too.
+    about a tenth of the clips is held out, at least one, chosen by their names alone: a clip that
+    is added moves no other one. Clips are looked for in subfolders too.
 
     Args:
         folder: of the clips.
@@ -61,9 +61,10 @@ class VideoClips:
         if all((folder / split).is_dir() for split in _SPLITS):
             self.paths = _clips(folder / name)
         else:
-            found = enumerate(_clips(folder))
+            found = _clips(folder)
+            held_out = _held_out([path.relative_to(folder).as_posix() for path in found])
             self.paths = [
-                path for place, path in found if (place % _HELD_OUT == 0) == (name == "test")
+                path for path, held in zip(found, held_out, strict=True) if held == (name == "test")
             ]
         if not self.paths:
             raise ValueError(
@@ -82,8 +83,10 @@ class VideoClips:
         """Of the files and captions: another one when a clip was added, changed or named anew."""
         digest = hashlib.sha256()
         for path, caption in zip(self.paths, self.captions, strict=True):
-            state = path.stat()
-            digest.update(f"{path} {state.st_mtime_ns} {state.st_size} {caption}\n".encode())
+            digest.update(f"{path} {caption}\n".encode())
+            for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+                state = file.stat()
+                digest.update(f"{file.name} {state.st_mtime_ns} {state.st_size}\n".encode())
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> VideoClip:
@@ -101,6 +104,14 @@ class VideoClips:
 def _clips(folder: Path) -> list[Path]:
     """Videos and folders of images anywhere below, in the order of names."""
     return sorted(path for path in folder.rglob("*") if _is_clip(path))
+
+
+def _held_out(names: list[str]) -> list[bool]:
+    """Which of the clips is held out: those whose hash is low, at least one, never all."""
+    hashes = [hashlib.sha256(name.encode()).digest() for name in names]
+    low = sum(int.from_bytes(digest, "big") < _HELD_OUT * 2**256 for digest in hashes)
+    lowest = set(sorted(hashes)[: max(1, min(low, len(names) - 1))])
+    return [digest in lowest for digest in hashes]
 
 
 def _is_clip(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,13 @@ def write(path: Path, caption: str | None = "a square moves", shift: int = 1) ->
     return made
 
 
+def touch(path: Path) -> None:
+    """A clip that is found and never read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    path.with_suffix(".txt").write_text(path.stem, encoding="utf-8")
+
+
 def test_a_clip_is_read_with_its_caption_and_its_flow(tmp_path):
     write(tmp_path / "train" / "one.mp4", "a square\n moves ", shift=2)
     write(tmp_path / "test" / "two.mp4")
@@ -55,12 +63,26 @@ def test_folders_of_images_and_subfolders_are_clips_too(tmp_path):
     assert all(clip.frames.shape == (3, 3, 32, 32) for clip in found)
 
 
-def test_every_tenth_clip_is_held_out_where_the_folder_does_not_say(tmp_path):
-    for number in range(12):
-        write(tmp_path / f"{number:02d}.mp4", f"clip {number}")
-    train, test = VideoClips(tmp_path, "train"), VideoClips(tmp_path, "test")
-    assert test.captions == ["clip 0", "clip 10"]
-    assert train.captions == [f"clip {number}" for number in range(12) if number % 10]
+@pytest.mark.parametrize("clips", [2, 3, 40])
+def test_about_a_tenth_is_held_out_where_the_folder_does_not_say(tmp_path, clips):
+    for number in range(clips):
+        touch(tmp_path / f"{number:02d}.mp4")
+    train, test = (set(VideoClips(tmp_path, name).captions) for name in ("train", "test"))
+    assert len(train | test) == len(train) + len(test) == clips
+    assert 1 <= len(test) <= max(1, clips // 5)
+
+
+def test_a_clip_that_is_added_moves_no_other_one(tmp_path):
+    for number in range(30):
+        touch(tmp_path / "some" / f"{number:02d}.mp4")
+    train, test = (set(VideoClips(tmp_path, name).captions) for name in ("train", "test"))
+    for number in range(5):
+        touch(tmp_path / f"a {number}.mp4")
+    assert train <= set(VideoClips(tmp_path, "train").captions)
+    assert test <= set(VideoClips(tmp_path, "test").captions)
+    # Nor does a folder that is called otherwise.
+    (tmp_path / "some").parent.rename(tmp_path.with_name("elsewhere"))
+    assert test <= set(VideoClips(tmp_path.with_name("elsewhere"), "test").captions)
 
 
 def test_the_folder_says_what_is_held_out(tmp_path):
@@ -121,3 +143,15 @@ def test_changed_clips_are_prepared_anew(tmp_path):
     assert build_clip_cache(tmp_path / "cache", data).captions == ["after"]
     write(folder / "train" / "three.mp4", "one more")
     assert build_clip_cache(tmp_path / "cache", data).captions == ["after", "one more"]
+
+
+def test_frames_that_were_replaced_are_noticed(tmp_path):
+    write(tmp_path / "one", caption=None)
+    (tmp_path / "one.txt").write_text("a square moves", encoding="utf-8")
+    before = VideoClips(tmp_path, "test").fingerprint
+    assert VideoClips(tmp_path, "test").fingerprint == before
+    frame = min((tmp_path / "one").iterdir())
+    state, content = frame.stat(), frame.read_bytes()
+    frame.write_bytes(content)
+    os.utime(frame, ns=(state.st_atime_ns, state.st_mtime_ns + 1_000_000_000))
+    assert VideoClips(tmp_path, "test").fingerprint != before
