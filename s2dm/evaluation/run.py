@@ -189,6 +189,11 @@ class _Run:
         self.config, self.state = config, state
         self.weights = file_hash(config.checkpoint)
         self.data = build_dataset(config.data, config.data.validation_split)
+        if config.data.estimated_flow:
+            raise ValueError(
+                "estimated_flow is a setting of trainings alone: an evaluation gives the flow of "
+                "the data set. Leave it out."
+            )
         if not 0 <= config.clips <= len(self.data):
             raise ValueError(
                 f"Expected from 1 to {len(self.data)} clips, which the data set has, or 0 for all, "
@@ -437,9 +442,13 @@ def _following(realised: FlowField, given: FlowField) -> dict[str, Total]:
 
 
 def _fingerprint(data: ClipDataset) -> str:
-    """Of what the first clip holds: the same settings may name other clips some day."""
+    """Of what the clips hold: the same settings may name other clips some day.
+
+    Where the data set doesn't know of itself when they change, of its first clip alone.
+    """
     clip = data[0]
     digest = hashlib.sha256(clip.caption.encode())
+    digest.update(getattr(data, "fingerprint", "").encode())
     digest.update(np.stack([to_uint8(frame) for frame in pixels(clip.frames)]))
     digest.update(clip.flow.displacement.cpu().float().contiguous().numpy())
     return digest.hexdigest()

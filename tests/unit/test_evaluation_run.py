@@ -219,6 +219,16 @@ def test_clips_of_data_that_changed_are_never_mixed(config, made, monkeypatch):
             assert len(made) == expected
 
 
+def test_clips_that_a_data_set_says_have_changed_are_made_anew(config, made, monkeypatch):
+    config = dataclasses.replace(config, data=dataclasses.replace(DATA, name="plain-folder"))
+    for fingerprint in ("before", "after"):
+        monkeypatch.setattr(Folder, "fingerprint", fingerprint, raising=False)
+        for expected in (4, 0):
+            made.clear()
+            evaluate(config)
+            assert len(made) == expected
+
+
 def test_protocol_names_the_code_that_made_the_clips(config, monkeypatch):
     versions = []
     for code, clips in (("1", 1), ("1", 1), ("2", 2), ("3", 2)):
@@ -460,6 +470,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_runs(config, made,
         ({"seeds": (1, 1)}, "different seeds"),
         ({"checkpoint": stage_2, "variants": (Variant("two-stage"),)}, "no flow generator"),
         ({"data": dataclasses.replace(DATA, name="nothing")}, "unknown data set"),
+        ({"data": dataclasses.replace(DATA, estimated_flow=1.0)}, "setting of trainings alone"),
     ):
         with pytest.raises(ValueError, match=message):
             evaluate(dataclasses.replace(config, **change))
