@@ -289,6 +289,7 @@ def build_vae_task(config: VAETrainingConfig) -> VAETask:
     """Prepare data and model for ``config``."""
     data = training_clips(config)
     held_out = held_out_frames(config.data, config.validation_clips)
+    torch.manual_seed(config.seed)  # whatever preparing the data has drawn
     if config.freeze_encoder and not config.checkpoint:
         raise TrainingConfigError("freeze_encoder needs a checkpoint whose encoder stays as it is.")
     if config.checkpoint:

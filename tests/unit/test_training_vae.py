@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -106,6 +108,15 @@ def test_vae_run_writes_everything(vae_file):
         assert (folder / name).exists()
     assert len(list(folder.glob("samples/*.png"))) == 1
     assert not [p for p in folder.iterdir() if p.name.startswith((".", "state."))]
+
+
+def test_random_weights_depend_on_the_seed_alone(tmp_path):
+    """Not on whether the clips had to be prepared, which draws random numbers too."""
+    config = vae_config(tmp_path, cache=str(tmp_path / "cache"))
+    first, again = (build_vae_task(config).model.state_dict() for _ in range(2))
+    other = build_vae_task(dataclasses.replace(config, seed=1)).model.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    assert not all(torch.equal(value, other[key]) for key, value in first.items())
 
 
 def test_crop_must_fit_the_vae(tmp_path):
