@@ -121,17 +121,13 @@ def training_clips(config: TrainingConfig, split: str | None = None) -> ClipCach
 
 
 def build_latent_cache(
-    cache: ClipCache,
-    encoder: nn.Module,
-    encode: Callable[[Tensor], Tensor],
-    device: torch.device,
+    cache: ClipCache, key: str, encode: Callable[[Tensor], Tensor], device: torch.device
 ) -> np.ndarray:
     """Latents (C,N,c,h,w) float16 of every cached frame; ``encode`` maps (N,3,H,W) in [0,1].
 
-    Keyed by the weights of ``encoder``, those that make the latents: a retrained encoder gets
-    latents of its own, and a retrained decoder keeps these.
+    key: names all that makes the latents; others have a file of their own.
     """
-    path = cache.folder / f"latents-{weights_hash(encoder)}.npy"
+    path = cache.folder / f"latents-{key}.npy"
     first = encode(cache.pixels(0).to(device))
     store = _open(path, (len(cache), *first.shape), np.float16)
     done = _open(path.with_suffix(".done.npy"), (len(cache),), np.bool_)
@@ -146,7 +142,10 @@ def build_latent_cache(
 def clip_latents(
     cache: ClipCache, vae: nn.Module, scale: float, device: torch.device, half: bool
 ) -> np.ndarray:
-    """Latents of every cached frame on the scale that the U-Net sees, in bfloat16 if ``half``."""
+    """Latents of every cached frame on the scale that the U-Net sees, in bfloat16 if ``half``.
+
+    A retrained encoder gets latents of its own, and a retrained decoder keeps those there are.
+    """
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
 
     @torch.no_grad()
@@ -157,7 +156,8 @@ def clip_latents(
         return latents.float() * scale
 
     encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
-    return build_latent_cache(cache, encoder, encode, device)
+    key = f"{weights_hash(encoder)}-{scale:g}-{'bf16' if half else 'float32'}"
+    return build_latent_cache(cache, key, encode, device)
 
 
 def weights_hash(model: nn.Module) -> str:
