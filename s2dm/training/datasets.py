@@ -54,9 +54,18 @@ def pixels(frames: Tensor) -> Tensor:
     return frames.float() / 255
 
 
+_PUPPET_OPTIONS = {"first_take", "seed", "amplitudes"}
+
+
 def _puppets(config: DataConfig, split: str) -> ClipDataset:
     from ..data.puppets import PuppetClips
 
+    unknown = sorted(set(config.options) - _PUPPET_OPTIONS)
+    if unknown:
+        raise TrainingConfigError(
+            f"unknown option {unknown[0]!r} of the puppets; they have: "
+            f"{', '.join(sorted(_PUPPET_OPTIONS))}."
+        )
     return PuppetClips(
         split, size=config.size, frames=config.frames, takes=config.takes, **config.options
     )

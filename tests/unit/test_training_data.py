@@ -22,6 +22,12 @@ def test_unknown_data_set_lists_the_known():
         build_dataset(DataConfig(name="films"))
 
 
+@pytest.mark.parametrize("option", ["colour", "takes"])
+def test_unknown_option_of_the_puppets_lists_the_known(option):
+    with pytest.raises(TrainingConfigError, match=f"unknown option '{option}'.*first_take"):
+        build_dataset(DataConfig(options={option: 2}))
+
+
 @pytest.mark.parametrize(("count", "expected"), [(1, [0]), (3, [0, 2, 5]), (9, [*range(6)])])
 def test_held_out_clips_are_spread_over_the_validation_split(count, expected):
     data = data_config()
