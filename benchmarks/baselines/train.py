@@ -36,13 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, text in (("vdm", "reads the prompt"), ("lvdm", "knows no prompt")):
         network = networks.add_parser(name, help=text)
         add_arguments(network)
-        network.set_defaults(config=str(CONFIG), output=f"runs/{name}")
+        network.set_defaults(config=str(CONFIG))
     options = parser.parse_args(arguments)
+    # First, so that what the user sets wins.
+    options.overrides.insert(0, f"output=runs/{options.network}")
     options.overrides.append(f"text={json.dumps(options.network == 'vdm')}")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         train(config_from_arguments(VideoDiffusionTrainingConfig, options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py {options.network}: {error}")
     finally:
         leave_processes()
