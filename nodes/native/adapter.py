@@ -128,7 +128,9 @@ class _Wrappers:
         """Ask core for the memory of one chunk, not of the whole clip."""
         shape = list(noise_shape)
         # A ControlNet sees the whole clip, and core counts no memory for it but this.
-        if not any("control" in entry for entries in conds.values() for entry in entries):
+        needs = {name for entries in conds.values() for entry in entries for name in entry}
+        options = model.model_options.get("transformer_options", {})
+        if not needs & {"control", "gligen"} and not _needs_the_whole_clip(options):
             shape[0] = min(shape[0], self.frames or LEAST_FRAMES)
         return executor(model, shape, conds, *args, **kwargs)
 
@@ -178,8 +180,8 @@ class _Wrappers:
             conditions = 1
         clip = x.shape[0] // conditions
         sizes = options.get(_CHUNKS) or ChunkSizes(self.frames)
-        if "middle_patch" in options.get("patches", {}):
-            sizes = ChunkSizes(clip)  # GLIGEN has made its boxes for the whole batch
+        if _needs_the_whole_clip(options):
+            sizes = ChunkSizes(whole=True)
 
         def call(
             x: Tensor,
@@ -206,6 +208,15 @@ class _Wrappers:
             "kwargs": kwargs,
         }
         return in_chunks(call, sizes, model, conditions, x, arguments)
+
+
+def _needs_the_whole_clip(options: dict[str, Any]) -> bool:
+    """Whether a node of core looks at all frames of a call at once."""
+    # GLIGEN has made its boxes for the whole batch.
+    if "middle_patch" in options.get("patches", {}):
+        return True
+    # Self-Attention Guidance keeps the attention that it saw last in the middle block.
+    return ("middle", 0, 0) in options.get("patches_replace", {}).get("attn1", {})
 
 
 def _adapter(patcher: comfy.model_patcher.ModelPatcher) -> FlowAdapter:

@@ -31,10 +31,12 @@ class ChunkSizes:
 
     Args:
         frames: the user's choice; 0 chooses from free memory.
+        whole: all frames at once, whatever else is asked for or fits.
     """
 
-    def __init__(self, frames: int = 0) -> None:
+    def __init__(self, frames: int = 0, whole: bool = False) -> None:
         self._asked = frames
+        self._whole = whole
         self._chosen: dict[tuple[int, ...], int] = {}
 
     def choose(self, model: Any, latents: Tensor, conditions: int) -> int:
@@ -42,10 +44,15 @@ class ChunkSizes:
         key = (conditions, *latents.shape)
         if key not in self._chosen:
             frames = latents.shape[0] // conditions
+            if self._whole:
+                return frames
             size = self._asked or frames_at_once(latents, conditions, model.memory_required)
             # Chunks of about the same size: a last one of a frame or two would waste a call.
             self._chosen[key] = ceil(frames / ceil(frames / min(size, frames)))
         return self._chosen[key]
+
+    def may_halve(self, size: int) -> bool:
+        return size > 1 and not self._whole
 
     def halve(self, latents: Tensor, conditions: int) -> int:
         """The half of what was chosen, from now on, because that was too much."""
@@ -87,7 +94,8 @@ def in_chunks(
 ) -> Tensor:
     """Call the U-Net on a few frames at a time and put the results together.
 
-    A chunk that doesn't fit into memory is halved and tried again.
+    A chunk that doesn't fit into memory is halved and tried again. What draws random numbers once
+    in a call of the U-Net (ToMe, HyperTile) draws the same ones for each chunk.
 
     Args:
         call: takes `latents`, the `frames` that they are as a range, and the arguments; gives
@@ -104,6 +112,7 @@ def in_chunks(
     size = sizes.choose(model, latents, conditions)
     out = None
     start = 0
+    rewind = _rewind(latents.device)
     while start < frames:
         comfy.model_management.throw_exception_if_processing_interrupted()
         stop = min(start + size, frames)
@@ -111,9 +120,11 @@ def in_chunks(
         # Also for all frames at once: core empties the lists of a ControlNet as it goes, and a
         # second attempt would find nothing in them.
         cut = {name: _cut(value, rows, batch) for name, value in arguments.items()}
-        part = _attempt(call, _cut(latents, rows, batch), range(start, stop), cut, last=size == 1)
+        last = not sizes.may_halve(size)
+        part = _attempt(call, _cut(latents, rows, batch), range(start, stop), cut, last)
         if part is None:
             size = sizes.halve(latents, conditions)
+            rewind()
             continue
         if stop - start == frames:
             return part
@@ -122,7 +133,22 @@ def in_chunks(
         for place, piece in zip(rows, part.chunk(conditions), strict=True):
             out[place] = piece
         start = stop
+        if start < frames:
+            rewind()
     return out
+
+
+def _rewind(device: torch.device) -> Callable[[], None]:
+    """What brings torch's random numbers back to where they are now, on the CPU and a GPU."""
+    gpu = torch.cuda if device.type == "cuda" else None
+    here, there = torch.get_rng_state(), gpu and gpu.get_rng_state(device)
+
+    def rewind() -> None:
+        torch.set_rng_state(here)
+        if gpu is not None:
+            gpu.set_rng_state(there, device)
+
+    return rewind
 
 
 def _attempt(
@@ -137,7 +163,7 @@ def _attempt(
         return call(latents, frames=frames, **arguments)
     except RuntimeError as error:
         # Not all devices have a class of their own for it.
-        full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+        full = isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error)
         if last or not full:
             raise
     # Outside the except block, because the exception holds the tensors of the failed call.

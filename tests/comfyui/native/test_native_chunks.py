@@ -144,7 +144,7 @@ def test_easycache_keeps_the_frames_apart(rig):
     assert relative(sample(2), whole) < 1e-4
 
 
-def test_gligen_sees_all_frames_at_once(rig):
+def test_gligen_sees_all_frames_at_once(rig, monkeypatch):
     """Its boxes are made for the whole batch before the U-Net is called."""
     import comfy.model_patcher
 
@@ -164,8 +164,98 @@ def test_gligen_sees_all_frames_at_once(rig):
     gligen = ("position", comfy.model_patcher.ModelPatcher(Boxes(), device, device), [])
     positive, negative, latent = rig.encode(rig.flow(5))
     positive = [[text, {**rest, "gligen": gligen}] for text, rest in positive]
-    rig.sample((positive, negative, latent), with_chunks(rig, 2), steps=1)
+    model = with_chunks(rig, 2)
+    asked = []
+    estimate = model.model.memory_required
+
+    def recorded(shape, **rest):
+        asked.append(shape[0])
+        return estimate(shape, **rest)
+
+    monkeypatch.setattr(model.model, "memory_required", recorded)
+    rig.sample((positive, negative, latent), model, steps=1)
     assert set(seen) == {5}
+    assert asked[:2] == [10, 5]  # core is asked for as much
+
+
+def core_node(module, name, model, **settings):
+    """MODEL of a node of core, whose classes newer versions write in another way."""
+    node = getattr(pytest.importorskip(f"comfy_extras.{module}"), name)
+    call = node.execute if hasattr(node, "execute") else getattr(node(), node.FUNCTION)
+    made = call(model, **settings)
+    return getattr(made, "args", made)[0]
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        ("nodes_tomesd", "TomePatchModel", {"ratio": 0.5}),
+        (
+            "nodes_hypertile",
+            "HyperTile",
+            {"tile_size": 32, "swap_size": 4, "max_depth": 3, "scale_depth": False},
+        ),
+    ],
+    ids=lambda node: node[1],
+)
+def test_equal_frames_stay_equal_beside_a_node_that_draws_in_each_call(rig, node):
+    """ToMe and HyperTile draw random numbers once a call, and a chunk is a call."""
+    module, name, settings = node
+    encoded = rig.encode(rig.equal_flow(4, height=128, width=128))
+
+    def sample(frames):
+        torch.manual_seed(0)
+        model = core_node(module, name, with_chunks(rig, frames), **settings)
+        return rig.sample(encoded, model)
+
+    chunks = sample(2)
+    assert relative(chunks, rig.sample(encoded)) > 1e-4, "the node does nothing"
+    assert float(chunks.std(0).max()) < 1e-5
+    assert relative(chunks, sample(4)) < 1e-5
+
+
+def test_random_numbers_go_on_after_the_chunks(rig):
+    """A call draws the same for each chunk, and another one draws others."""
+    chunks = rig.module("nodes.native.chunks")
+    drawn = []
+
+    def call(x, frames):
+        drawn.append(torch.rand(()).item())
+        return x
+
+    for size in (2, 4, 2):
+        chunks.in_chunks(call, chunks.ChunkSizes(size), None, 1, torch.zeros(4, 1), {})
+    assert drawn[0] == drawn[1] != drawn[2] != drawn[3] == drawn[4]
+
+
+def test_self_attention_guidance_sees_all_frames_at_once(rig):
+    """Core's node keeps the attention of the U-Net's last call, and needs that of all frames."""
+    encoded = rig.encode(rig.flow(5))
+
+    def sample(frames):
+        model = with_chunks(rig, frames)
+        settings = {"scale": 0.5, "blur_sigma": 2.0}
+        return rig.sample(
+            encoded, core_node("nodes_sag", "SelfAttentionGuidance", model, **settings)
+        )
+
+    whole = sample(100)
+    assert relative(whole, rig.sample(encoded)) > 1e-4, "the node does nothing"
+    assert torch.equal(sample(2), whole)
+
+
+def test_a_clip_that_has_to_be_whole_is_not_halved(rig):
+    chunks = rig.module("nodes.native.chunks")
+    seen = []
+
+    def call(x, frames):
+        seen.append(len(x))
+        raise torch.cuda.OutOfMemoryError("Allocation on device")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        sizes = chunks.ChunkSizes(2, whole=True)
+        chunks.in_chunks(call, sizes, None, 1, torch.zeros(6, 1), {})
+    assert seen == [6]
 
 
 def test_control_follows_its_frames(rig):
@@ -194,7 +284,7 @@ def test_control_follows_its_frames(rig):
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.cuda.OutOfMemoryError("Allocation on device"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
     ],
 )
@@ -291,6 +381,10 @@ def test_core_is_asked_for_the_memory_of_a_chunk(rig, monkeypatch):
     positive = [[text, {**rest, "control": Control()}] for text, rest in positive]
     rig.sample((positive, negative, latent), model)
     # Core runs a ControlNet on all frames, and has no other measure of what it needs.
+    assert asked[:2] == [18, 9]
+    asked.clear()
+    guidance = core_node("nodes_sag", "SelfAttentionGuidance", model, scale=0.5, blur_sigma=2.0)
+    rig.sample(rig.encode(rig.flow(9)), guidance)
     assert asked[:2] == [18, 9]
 
 
