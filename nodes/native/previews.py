@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import comfy.latent_formats
 import comfy.sd
@@ -20,14 +21,13 @@ def fit_preview(
     """Find how latents map to colours, from flat pictures that the VAE encodes.
 
     Core shows latents during sampling as a linear map of their channels to red, green and blue,
-    which it knows for Stable Diffusion. A VAE of Stable Diffusion's size is taken for one.
+    which it knows for Stable Diffusion. A VAE of Stable Diffusion's sizes is taken for one.
 
     Args:
         latent_format: of the loaded model; changed in place.
         config, vae: the autoencoder that goes with it.
     """
-    sizes = VAEConfig()
-    if (config.channels, config.channel_mult) == (sizes.channels, sizes.channel_mult):
+    if _sizes(config) == _sizes(VAEConfig()):
         return
     colours = torch.tensor(list(itertools.product(_SHADES, repeat=3)))
     pictures = colours[:, None, None].expand(-1, _SIZE, _SIZE, -1)
@@ -40,3 +40,7 @@ def fit_preview(
     latent_format.latent_rgb_factors = solution[:-1].tolist()
     latent_format.latent_rgb_factors_bias = solution[-1].tolist()
     latent_format.taesd_decoder_name = None
+
+
+def _sizes(config: VAEConfig) -> tuple[Any, ...]:
+    return config.channels, config.channel_mult, config.latent_channels

@@ -254,3 +254,23 @@ def test_previews_have_the_colours_of_the_vae(rig, monkeypatch):
         return float((torch.stack(shown) - colours).abs().mean())
 
     assert error(own) < error(SD15())
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_a_vae_of_stable_diffusions_widths_may_have_other_latents(comfy, rig, channels):
+    """Core's map of four channels to colours would end the sampling at its first preview."""
+    from comfy.latent_formats import SD15
+
+    class Encoder:
+        def encode(self, pictures):
+            generator = torch.Generator().manual_seed(0)
+            colours = pictures[:, :4, :4].permute(0, 3, 1, 2)
+            mixed = torch.randn(channels, 3, generator=generator)
+            return torch.einsum("lc,nchw->nlhw", mixed, colours)
+
+    latent_format = SD15()
+    config = rig.module("s2dm.models").VAEConfig(latent_channels=channels)
+    rig.module("nodes.native.previews").fit_preview(latent_format, config, Encoder())
+    assert len(latent_format.latent_rgb_factors) == channels
+    # Stable Diffusion's own is core's business.
+    assert (latent_format.latent_rgb_factors == SD15().latent_rgb_factors) == (channels == 4)
