@@ -115,9 +115,13 @@ class SharedNoiseSampler(KSAMPLER):
         positive = sigmas[sigmas > 0]
         if not is_sde(self.sampler_function) or len(positive) == 0:
             generator = torch.Generator().manual_seed(seed)
-            return lambda sigma, sigma_next: draw_noise(
-                noise.shape[0], tuple(noise.shape[1:]), generator, self.sharing, self.share
-            ).to(noise)
+            return lambda sigma, sigma_next: (
+                draw_noise(
+                    noise.shape[0], tuple(noise.shape[1:]), generator, self.sharing, self.share
+                )
+                .to(noise)
+                .contiguous()
+            )
         span = (noise, positive.min(), positive.max())
         cpu = not self.sampler_function.__name__.endswith("_gpu")
         common = _tree(noise[:1], *span[1:], seed, cpu)
@@ -128,7 +132,7 @@ class SharedNoiseSampler(KSAMPLER):
         def shared_tree(sigma: Tensor, sigma_next: Tensor) -> Tensor:
             one = common(sigma, sigma_next)
             if own is None:
-                return one.expand_as(noise)
+                return one.expand_as(noise).contiguous()
             return self.share**0.5 * one + (1 - self.share) ** 0.5 * own(sigma, sigma_next)
 
         return shared_tree

@@ -63,15 +63,19 @@ def draw_noise(
     if frames < 1:
         raise ValueError(f"A clip needs at least 1 frame, not {frames}.")
     if sharing == "independent":
-        # Frame by frame: torch fills a tensor in blocks, so one draw for all frames would not
-        # start with the noise of one frame unless a frame fills whole blocks.
-        own = [torch.randn(shape, generator=generator) for _ in range(frames)]
-        return torch.stack(own).to(dtype)
+        return _own(frames, shape, generator).to(dtype)
     common = torch.randn((1, *shape), generator=generator)
     if sharing == "mixed":
-        own = torch.randn((frames, *shape), generator=generator)
+        own = _own(frames, shape, generator)
         return (math.sqrt(share) * common + math.sqrt(1.0 - share) * own).to(dtype)
     return common.to(dtype).expand(frames, *shape)
+
+
+def _own(frames: int, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Noise of each frame's own, (N, *shape), which begins with that of fewer frames."""
+    # Frame by frame: torch fills a tensor in blocks, so one draw for all frames would not start
+    # with the noise of one frame unless a frame fills whole blocks.
+    return torch.stack([torch.randn(shape, generator=generator) for _ in range(frames)])
 
 
 class StepNoise(TorchFunctionMode):
@@ -119,4 +123,5 @@ class StepNoise(TorchFunctionMode):
         noise = draw_noise(shape[0], tuple(shape[1:]), self.generator, self.sharing, self.share)
         dtype = kwargs.get("dtype") or (like.dtype if like is not None else torch.float32)
         device = kwargs.get("device") or (like.device if like is not None else "cpu")
-        return noise.to(device=device, dtype=dtype)
+        # As torch's own, it may be written to.
+        return noise.to(device=device, dtype=dtype).contiguous()

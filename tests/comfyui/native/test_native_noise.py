@@ -119,10 +119,26 @@ def test_samplers_that_draw_on_their_own_repeat_themselves(rig):
 
 
 def test_frames_picked_from_a_clip_keep_their_noise(rig):
-    (noise,) = rig.run("S2DMSharedNoise", seed=3, noise_sharing="independent")
-    clip = noise.generate_noise({"samples": torch.zeros(6, 4, 8, 8)})
-    picked = noise.generate_noise({"samples": torch.zeros(2, 4, 8, 8), "batch_index": [4, 1]})
-    assert torch.equal(picked, clip[[4, 1]])
+    for sharing in ("independent", "mixed"):
+        (noise,) = rig.run("S2DMSharedNoise", seed=3, noise_sharing=sharing)
+        for side in (8, 15):  # 4 * 15 * 15 numbers are no whole blocks of those torch fills
+            latents = torch.zeros(6, 4, side, side)
+            clip = noise.generate_noise({"samples": latents})
+            picked = noise.generate_noise({"samples": latents[:2], "batch_index": [4, 1]})
+            assert torch.equal(picked, clip[[4, 1]])
+
+
+def test_denoise_keeps_some_of_the_latents_that_come_in(rig, still):
+    positive, negative, latent = still
+    start = torch.randn(1, *latent["samples"].shape[1:], generator=torch.Generator().manual_seed(2))
+    given = {"samples": start.expand_as(latent["samples"]).clone()}
+
+    def away(denoise):
+        clip = rig.sample((positive, negative, given), steps=8, denoise=denoise)
+        assert spread(clip) < 1e-4
+        return float((clip - given["samples"]).norm())
+
+    assert away(0.2) < away(0.5) < away(1.0)
 
 
 def sample_custom(rig, encoded, sampler, steps=4):
@@ -142,7 +158,9 @@ def own_sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """As another pack may write it: noise past all that core offers."""
     for i in range(len(sigmas) - 1):
         denoised = model(x, sigmas[i] * x.new_ones(len(x)), **(extra_args or {}))
-        x = denoised + sigmas[i + 1] * torch.randn_like(x)
+        noise = torch.randn_like(x)
+        noise *= sigmas[i + 1]  # it owns what it drew
+        x = denoised + noise
     return x
 
 
