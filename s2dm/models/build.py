@@ -161,10 +161,11 @@ def attach_adapter(unet: UNet2DConditionModel, adapter: FlowAdapter) -> None:
     From then on ``unet(..., cross_attention_kwargs={"flow_tokens": tokens})`` takes tokens
     (N, 77, width), and ``"flow_strength"`` (1 by default) scales their effect. Without tokens
     the U-Net works as before. The adapter stays a module of its own: the U-Net does not
-    register it, so move, train and save it beside the U-Net.
+    register it, so move, train and save it beside the U-Net. Layers that the adapter leaves out
+    see the prompt alone.
 
     Raises:
-        ValueError: if the adapter's layers are not those of the U-Net.
+        ValueError: if the adapter has layers that the U-Net has not, or of another width.
     """
     names = attention_names(unet_config(unet))
     widths = {
@@ -173,16 +174,14 @@ def attach_adapter(unet: UNet2DConditionModel, adapter: FlowAdapter) -> None:
         if isinstance(module, Attention) and path in names
     }
     expected, got = widths, dict(adapter.config.layers)
-    if expected != got:
+    if not got.items() <= expected.items():
         raise ValueError(
             f"flow adapter: expected layers {expected}, got {got}. "
             "The adapter was made for another U-Net."
         )
+    layers = {f"{path}.processor": name for path, name in names.items() if name in got}
     unet.set_attn_processor(
-        {
-            path: FlowAttentionProcessor(adapter, names.get(path.removesuffix(".processor")))
-            for path in unet.attn_processors
-        }
+        {path: FlowAttentionProcessor(adapter, layers.get(path)) for path in unet.attn_processors}
     )
 
 
@@ -218,7 +217,7 @@ class FlowAttentionProcessor:
 
     def __init__(self, adapter: FlowAdapter, layer: str | None) -> None:
         self.adapter = adapter
-        self.layer = layer  # None: self-attention
+        self.layer = layer  # None: self-attention, or a layer that the adapter leaves out
 
     def __call__(
         self,
