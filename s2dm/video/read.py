@@ -137,12 +137,12 @@ def _iter_pixels(path: Path, decode_only: bool = False) -> Iterator[np.ndarray]:
 
 
 def _read_pixels(file: Path) -> np.ndarray:
-    """An image as (H, W, 3) uint8."""
-    from PIL import Image, UnidentifiedImageError
+    """An image as (H, W, 3) uint8, upright however the camera was held."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(file) as image:
-            return np.array(image.convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise VideoError(f"{file} is not an image that can be read: {error}") from error
 

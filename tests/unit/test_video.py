@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from s2dm import video
 from s2dm.video import mp4
@@ -157,6 +158,18 @@ def test_an_image_is_read_as_a_frame_is(tmp_path, clip):
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(video.VideoError, match=r"text\.png is not an image"):
         video.read_image(tmp_path / "text.png")
+
+
+def test_a_photo_is_read_upright(tmp_path):
+    """However the camera was held, as core's Load Image reads it."""
+    photo = Image.new("RGB", (40, 20), "blue")
+    photo.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    photo.save(tmp_path / "photo.png", exif=exif)
+    got = video.read_image(tmp_path / "photo.png")
+    assert got.shape == (3, 40, 20)
+    assert got[0, :20].min() == 1 and got[2, 20:].min() == 1
 
 
 def test_reading_errors_are_clear(tmp_path, clip):
