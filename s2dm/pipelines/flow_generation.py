@@ -40,8 +40,16 @@ def flow_scheduler(schedule: ScheduleConfig, name: str = "dpmpp_2m") -> Any:
     raise ValueError(f"Sampler of stage 1: expected one of {FLOW_SAMPLERS}, got {name!r}.")
 
 
-def embed_prompts(text_encoder: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
-    """Prompts as the flow generator reads them: CLIP's pooled state, (B, text_dim)."""
+def embed_prompts(
+    text_encoder: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    device: torch.device | None = None,
+) -> Tensor:
+    """Prompts as the flow generator reads them: CLIP's pooled state, (B, text_dim).
+
+    device: where the text encoder computes; None for where its weights lie.
+    """
     token_ids = tokenizer(
         prompts,
         padding="max_length",
@@ -49,7 +57,7 @@ def embed_prompts(text_encoder: Any, tokenizer: Any, prompts: list[str]) -> Tens
         truncation=True,
         return_tensors="pt",
     ).input_ids
-    device = next(text_encoder.parameters()).device
+    device = device or next(text_encoder.parameters()).device
     return text_encoder(token_ids.to(device)).pooler_output
 
 

@@ -267,7 +267,9 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         network = self.flow_generator.network
         text = None  # the null label
         if prompt.strip():
-            text = embed_prompts(self.text_encoder, self.tokenizer, [prompt])
+            text = embed_prompts(
+                self.text_encoder, self.tokenizer, [prompt], self._execution_device
+            )
         with self.progress_bar(total=steps) as progress:
 
             def on_flow_step(number: int, state: Tensor) -> None:
@@ -315,10 +317,11 @@ class TextToVideoPipeline(FlowToVideoPipeline):
 
 def _picture(reference: Any, height: int, width: int) -> Tensor:
     """The user's reference frame as (1, 3, height, width)."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if isinstance(reference, Image.Image):
-        reference = from_uint8(np.array(reference.convert("RGB")))
+        upright = ImageOps.exif_transpose(reference)
+        reference = from_uint8(np.array(upright.convert("RGB")))
     if not isinstance(reference, Tensor):
         raise ValueError(
             f"reference: expected a PIL image or a tensor, got {type(reference).__name__}."

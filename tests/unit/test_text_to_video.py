@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -415,6 +416,23 @@ def test_stage_2_of_the_same_files_follows_flow(checkpoint, pipeline, tmp_path):
     config = read_config(tmp_path / "stage2.safetensors")
     assert config.flow_generator is None
     assert config.unet == TINY.unet
+    made = pipeline(PROMPT, 3, **SHORT)
+    alone = FlowToVideoPipeline.from_single_file(tmp_path / "stage2.safetensors")
+    options = {name: value for name, value in SHORT.items() if name != "flow_steps"}
+    for follower in (stage_2, alone):
+        follower.set_progress_bar_config(disable=True)
+        again = follower(PROMPT, made.flow, **options).frames
+        assert difference(again, made.frames) < 1e-4
+        still = FlowField.zeros(3, made.flow.height, made.flow.width)
+        assert difference(follower(PROMPT, still, **options).frames, again) > 1e-3
+
+
+def test_stage_1_follows_weights_that_are_elsewhere(checkpoint, pipeline):
+    """As accelerate's offloading leaves them: on no device between calls."""
+    offloaded = load(checkpoint)
+    cpu_offload(offloaded.text_encoder, torch.device("cpu"))
+    expected = pipeline(PROMPT, 2, **SHORT).flow
+    assert difference(offloaded(PROMPT, 2, **SHORT).flow.displacement, expected.displacement) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
