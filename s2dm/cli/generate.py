@@ -71,8 +71,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "--motion-strength",
         type=float,
         metavar="FACTOR",
-        help="how much moves: 0 nothing, 1 as much as the mean of the training clips (as the "
-        "prompt has it)",
+        help="how much moves: 1 as much as the mean of the training clips, 0 little, not nothing "
+        "(as the prompt has it)",
     )
     stage_1.add_argument("--flow-steps", type=positive, help="sampling steps of the flow (20)")
     stage_1.add_argument(
@@ -99,6 +99,10 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(
             f"Can't write {options.output}. Give a name that ends in "
             f"{', '.join(WRITABLE_SUFFIXES)}, or one without an ending for a folder of frames."
+        )
+    if options.save_flow is not None and options.save_flow.suffix.lower() != ".npz":
+        raise CommandError(
+            f"Can't keep the flow as {options.save_flow}. Give a name that ends in .npz."
         )
     from_prompt = options.clip is None and options.flow is None
     stage_1 = {
@@ -140,11 +144,11 @@ def run(options: argparse.Namespace) -> None:
     else:
         flow, fps, (height, width) = _given_flow(options, pipeline.config.s2dm_config or {})
         result = pipeline(options.prompt, flow, height=height, width=width, **settings)
+    print(write_clip(options.output, result.frames, options.fps or fps))
     if options.save_flow is not None:
         from ..flow import save_flow
 
         save_flow(options.save_flow, flow)
-    print(write_clip(options.output, result.frames, options.fps or fps))
 
 
 def _given_flow(

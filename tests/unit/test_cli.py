@@ -147,6 +147,7 @@ def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, bot
     base = ("generate", PROMPT, "--checkpoint", checkpoint, "-o", tmp_path / "o.mp4")
     fails("There is no clip", *base, "--clip", tmp_path / "missing.mp4")
     fails("Can't write", "generate", PROMPT, "--clip", clip, "-o", tmp_path / "o.txt")
+    fails("ends in .npz", *base, "--clip", clip, "--save-flow", tmp_path / "o.flo")
     fails("There is no checkpoint", "generate", PROMPT, "--clip", clip, "--checkpoint", "none")
     (tmp_path / "bad.safetensors").write_text("no weights")
     fails(
