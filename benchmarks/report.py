@@ -29,14 +29,18 @@ Every figure carries its protocol and the command that makes it. The tables are 
 
 
 def main() -> None:
+    target = ROOT / "docs" / "results.md"
+    target.write_text(page(), "utf-8")
+    print(target)
+
+
+def page() -> str:
     parts = [_HEAD]
     for name, section in SECTIONS.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
             parts.append(section(json.loads(path.read_text("utf-8"))))
-    target = ROOT / "docs" / "results.md"
-    target.write_text("\n".join(parts), "utf-8")
-    print(target)
+    return "\n".join(parts)
 
 
 def _flow_following(result: dict[str, Any]) -> str:

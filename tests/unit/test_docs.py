@@ -1,11 +1,17 @@
-"""The links of README, docs and help pages lead somewhere."""
+"""README, docs and help pages: links lead somewhere, figures are those of files."""
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from s2dm.cli import DEFAULT_CHECKPOINT
+from s2dm.models import read_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
@@ -28,3 +34,38 @@ def test_links_lead_somewhere(page):
         assert linked.exists(), target
         if anchor and linked.suffix == ".md":
             assert anchor in anchors(linked), target
+
+
+def test_the_results_page_is_what_the_report_writes():
+    page = ROOT / "docs" / "results.md"
+    code = "import report; print(report.page(), end='')"
+    made = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", code],
+        cwd=ROOT / "benchmarks",
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert made.stdout == page.read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("S2DMCheckpointLoader", "description"),
+        ("S2DMSharedNoiseKSampler", "cfg"),
+        ("S2DMEncodeFlow", "start_percent"),
+    ],
+)
+def test_nodes_name_what_the_bundled_checkpoint_recommends(name, where):
+    """In the texts of every language, and in the help pages."""
+    advice = read_config(DEFAULT_CHECKPOINT).sampling
+    assert advice.flow_guidance_scale == 1  # "guide_flow off"
+    numbers = {"cfg": advice.guidance_scale, "start_percent": advice.flow_start}
+    wanted = {f"{number:g}" for key, number in numbers.items() if where in ("description", key)}
+    for file in ROOT.glob("locales/*/nodeDefs.json"):
+        node = json.loads(file.read_text("utf-8"))[name]
+        text = node["description"] if where == "description" else node["inputs"][where]["tooltip"]
+        assert all(number in text.replace(",", ".") for number in wanted), file
+    page = (ROOT / "web" / "docs" / f"{name}.md").read_text("utf-8")
+    assert all(f"{number:g}" in page for number in numbers.values())

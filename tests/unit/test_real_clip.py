@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from s2dm.cli import DEFAULT_CHECKPOINT, main
+from s2dm.cli import main
 from s2dm.flow import estimate_flow, load_flow
 from s2dm.video import cover, iter_frames, read_clip
 
@@ -42,8 +42,6 @@ def test_a_real_clip_can_be_read_and_its_flow_explains_it(real_clip):
 
 @pytest.mark.slow
 def test_a_real_clip_runs_from_file_to_video(real_clip, tmp_path):
-    if not DEFAULT_CHECKPOINT.exists():
-        pytest.skip("the bundled checkpoint is not there")
     options = {
         "--clip": real_clip,
         "--frames": 5,

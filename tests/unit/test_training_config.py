@@ -9,6 +9,9 @@ import pytest
 
 pytest.importorskip("diffusers")
 
+from s2dm.cli import DEFAULT_CHECKPOINT
+from s2dm.models import SamplingConfig
+from s2dm.models import read_config as read_checkpoint_config
 from s2dm.training.config import (
     TrainingConfig,
     TrainingConfigError,
@@ -16,7 +19,9 @@ from s2dm.training.config import (
     config_to_dict,
     read_config,
 )
+from s2dm.training.stage1 import Stage1TrainingConfig
 from s2dm.training.stage2 import Stage2TrainingConfig
+from s2dm.training.text import TextTrainingConfig
 from s2dm.training.vae import VAETrainingConfig
 
 
@@ -62,8 +67,28 @@ def test_overrides_reach_into_tables(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("puppets_vae.toml", VAETrainingConfig), ("puppets_stage2.toml", Stage2TrainingConfig)],
+    [
+        ("puppets_vae.toml", VAETrainingConfig),
+        ("puppets_decoder.toml", VAETrainingConfig),
+        ("puppets_text.toml", TextTrainingConfig),
+        ("puppets_stage2.toml", Stage2TrainingConfig),
+        ("puppets_ablation.toml", Stage2TrainingConfig),
+        ("puppets_stage1.toml", Stage1TrainingConfig),
+    ],
 )
 def test_shipped_configs_are_valid(name, kind):
     with resources.as_file(resources.files("s2dm.training") / "configs" / name) as path:
         assert read_config(kind, path).data.name == "puppets"
+
+
+def test_every_shipped_config_is_tested():
+    folder = resources.files("s2dm.training") / "configs"
+    (mark,) = test_shipped_configs_are_valid.pytestmark
+    assert {name for name, _ in mark.args[1]} == {file.name for file in folder.iterdir()}
+
+
+def test_a_model_trained_as_the_bundled_one_is_sampled_as_it_is():
+    with resources.as_file(resources.files("s2dm.training") / "configs") as folder:
+        config = read_config(Stage2TrainingConfig, folder / "puppets_stage2.toml")
+    bundled = read_checkpoint_config(DEFAULT_CHECKPOINT)
+    assert SamplingConfig(**config.sampling) == bundled.sampling

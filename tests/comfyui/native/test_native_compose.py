@@ -99,7 +99,26 @@ def test_a_guider_with_three_conditions(rig, encoded):
     sampling = rig.loaded.model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 2)
     euler = comfy.samplers.sampler_object("euler")
-    assert torch.isfinite(rig.sample_guided(guider, euler, sigmas, latent)).all()
+    clip = rig.sample_guided(guider, euler, sigmas, latent)
+    assert torch.isfinite(clip).all()
+    positive, negative, latent = rig.encode(rig.equal_flow(4))
+    guider.set_conds(positive, rig.prompt("blue"), negative)
+    assert relative(rig.sample_guided(guider, euler, sigmas, latent), clip) > 1e-4
+
+
+def test_freeu_before_and_after_the_adapter(rig, encoded, usual):
+    freeu = pytest.importorskip("comfy_extras.nodes_freelunch").FreeU_V2
+
+    def with_freeu(model):
+        call = freeu.execute if hasattr(freeu, "execute") else freeu().patch
+        made = call(model, b1=1.3, b2=1.4, s1=0.9, s2=0.2)
+        return getattr(made, "args", made)[0]
+
+    plain = rig.plain_model()
+    after = rig.sample(encoded, with_freeu(rig.run_adapter(plain)[0]))
+    before = rig.sample(encoded, rig.run_adapter(with_freeu(plain))[0])
+    assert relative(after, usual) > 1e-4
+    assert relative(before, after) < 1e-6
 
 
 def test_context_windows_or_a_clear_message(rig):

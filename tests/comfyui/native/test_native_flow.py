@@ -109,12 +109,15 @@ def test_guide_flow_gives_the_negative_the_null_label(rig):
 
 
 def test_only_the_positive_or_only_the_negative_has_flow(rig):
-    flow = rig.flow(3)
-    positive, _, latent = rig.encode(flow)
-    _, negative, _ = rig.encode(flow, guide_flow=False)
-    for conditioning in ((positive, rig.prompt("")), (rig.prompt(), negative)):
-        out = rig.sample((*conditioning, latent))
-        assert torch.isfinite(out).all() and out.shape[0] == 3
+    made = []
+    for flow in (rig.flow(3), rig.equal_flow(3)):
+        positive, _, latent = rig.encode(flow)
+        _, negative, _ = rig.encode(flow, guide_flow=False)
+        for conditioning in ((positive, rig.prompt("")), (rig.prompt(), negative)):
+            made.append(rig.sample((*conditioning, latent)))
+            assert torch.isfinite(made[-1]).all() and made[-1].shape[0] == 3
+    assert relative(made[0], made[2]) > 1e-4
+    assert relative(made[1], made[3]) > 1e-4
 
 
 def test_a_step_is_one_call_with_and_without_flow(rig):
@@ -252,12 +255,19 @@ def test_an_area_sees_its_part_of_the_flow(rig):
 
 def test_areas_in_percent_and_areas_of_the_negative(rig):
     positive, negative, latent = rig.encode(rig.flow(3, height=64, width=128))
-    left = [[text, {**rest, "area": ("percentage", 1.0, 0.5, 0.0, 0.0)}] for text, rest in positive]
     right = with_area(positive, 8, 8, 0, 8)
-    assert torch.isfinite(rig.sample((left + right, negative, latent))).all()
-    assert torch.isfinite(
-        rig.sample((positive, negative + with_area(negative, 8, 8, 0, 0), latent))
-    ).all()
+
+    def with_left(part):
+        return [[text, {**rest, "area": part}] for text, rest in positive] + right
+
+    percent = rig.sample((with_left(("percentage", 1.0, 0.5, 0.0, 0.0)), negative, latent))
+    assert torch.equal(percent, rig.sample((with_left((8, 8, 0, 0)), negative, latent)))
+    usual = rig.sample((positive, negative, latent))
+    assert relative(percent, usual) > 1e-4
+    other = rig.prompt("a woman in blue")
+    changed = rig.sample((positive, negative + with_area(other, 8, 8, 0, 0), latent))
+    assert torch.isfinite(changed).all()
+    assert relative(changed[..., :8], usual[..., :8]) > 1e-4
 
 
 def test_two_flows_in_one_prompt(rig):
