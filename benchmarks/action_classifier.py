@@ -6,6 +6,7 @@ with the channels of all its frames, which a few strided convolutions read.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -39,15 +40,21 @@ class _Conditions(Dataset):
 
 def true_flows(name: str, takes: int, first_take: int) -> tuple[Tensor, Tensor]:
     """Conditions (C,N,3,32,32) and actions (C,) of a split, rendered once and kept."""
-    path = RUNS / "action_classifier" / f"{name}-{takes}-{first_take}.pt"
+    data = _Conditions(name, takes, first_take)
+    path = RUNS / "action_classifier" / f"{name}-{takes}-{first_take}-{_puppets()}.pt"
     if not path.exists():
-        data = _Conditions(name, takes, first_take)
         loader = DataLoader(data, batch_size=None, num_workers=2, worker_init_fn=_one_thread)
         conditions, actions = zip(*loader, strict=True)
         with replacing(path) as temporary:
             torch.save((torch.stack(conditions).half(), torch.tensor(actions)), temporary)
     conditions, actions = torch.load(path, weights_only=True)
     return conditions.float(), actions
+
+
+def _puppets() -> str:
+    """Of how the puppets move, from one of them: other puppets are other clips."""
+    flow = PuppetClips("train", takes=1)[0].flow.displacement.contiguous()
+    return hashlib.sha256(flow.numpy().tobytes()).hexdigest()[:8]
 
 
 def _one_thread(worker: int) -> None:
@@ -80,7 +87,7 @@ class ActionClassifier(nn.Module):
 
 def trained_classifier(seed: int = 0) -> ActionClassifier:
     """The classifier, trained once on the training split and kept."""
-    path = RUNS / "action_classifier" / f"weights-{TAKES}-{EPOCHS}-{seed}.pt"
+    path = RUNS / "action_classifier" / f"weights-{TAKES}-{EPOCHS}-{seed}-{_puppets()}.pt"
     conditions, actions = true_flows("train", TAKES, FIRST_TAKE)
     torch.manual_seed(seed)
     model = ActionClassifier(conditions.shape[1])

@@ -129,7 +129,7 @@ def main() -> None:
         },
     )
     show("Stage 1 on held-out puppets", card)
-    key = json.dumps([weights, options.split, options.steps, options.guidance])
+    key = json.dumps([weights, options.split, options.steps, options.guidance, card.code])
     store = RUNS / "flow_generation" / hashlib.sha256(key.encode()).hexdigest()[:12]
     stage1 = Stage1(options, store)
 

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "two_stage.json")
     options = parser.parse_args()
 
+    trained = read_config(options.checkpoint)
     sampling = Sampling(
         steps=options.steps,
         guidance=options.guidance,
@@ -59,7 +60,7 @@ def main() -> None:
         flow_start=options.flow_start,
         flow_steps=options.flow_steps,
         flow_text_guidance=options.flow_text_guidance,
-    ).filled(read_config(options.checkpoint).sampling)
+    ).filled(trained.sampling)
     prompts = [caption(*random.Random(seed).choice(split("test"))) for seed in range(PROMPTS)]
     weights = file_hash(options.checkpoint)
     card = ProtocolCard(
@@ -67,8 +68,8 @@ def main() -> None:
         clips=PROMPTS,
         data="prompts of the puppets' held-out person x action combinations, number k drawn with "
         "seed k",
-        frames=16,
-        size=(128, 128),
+        frames=trained.frames,
+        size=trained.resolution,
         seeds=list(range(PROMPTS)),
         notes={
             "sampling": f"stage 2 {sampling}; stage 1 DPM-Solver++ 2M, {sampling.flow_steps} "
@@ -80,7 +81,7 @@ def main() -> None:
         },
     )
     show("Text to video in two stages", card)
-    key = json.dumps([weights, dataclasses.asdict(sampling)])
+    key = json.dumps([weights, dataclasses.asdict(sampling), card.code])
     store = RUNS / "two_stage" / hashlib.sha256(key.encode()).hexdigest()[:12]
     pipeline = TextToVideoPipeline.from_single_file(options.checkpoint)
     pipeline.set_progress_bar_config(disable=True)
@@ -95,10 +96,11 @@ def main() -> None:
         "equal": max(_first_frame_difference(clip) for clip in made),
         "seconds": _timing(pipeline, prompts[0], sampling, options.repeats),
     }
-    print(markdown(table))
     sheet = options.output.with_suffix(".jpg")
+    result = {"protocol": card.to_dict(), "table": table, "sheet": sheet.name}
+    print(markdown(result))
     _write_sheet(sheet, prompts, made)
-    write_json(options.output, {"protocol": card.to_dict(), "table": table, "sheet": sheet.name})
+    write_json(options.output, result)
     print(f"\n{options.output}\n{sheet}")
 
 
@@ -160,8 +162,9 @@ def _timing(
     return {"stage_1": stage1, "whole": whole}
 
 
-def checks(table: dict[str, Any]) -> list[tuple[str, bool]]:
+def checks(result: dict[str, Any]) -> list[tuple[str, bool]]:
     """What two stages must reach, in words, and whether they do."""
+    table = result["table"]
     share = table["seconds"]["stage_1"] / table["seconds"]["whole"]
     found = [
         (
@@ -170,8 +173,9 @@ def checks(table: dict[str, Any]) -> list[tuple[str, bool]]:
             share <= TARGET_SHARE,
         )
     ]
-    if GIVEN_FLOW.exists():
-        given = json.loads(GIVEN_FLOW.read_text("utf-8"))["table"]["given-flow"]["flicker"]
+    given = json.loads(GIVEN_FLOW.read_text("utf-8")) if GIVEN_FLOW.exists() else None
+    if given and given["protocol"]["checkpoint"] == result["protocol"]["checkpoint"]:
+        given = given["table"]["given-flow"]["flicker"]
         limit = given + 1
         found.append(
             (
@@ -183,14 +187,15 @@ def checks(table: dict[str, Any]) -> list[tuple[str, bool]]:
     return found
 
 
-def markdown(table: dict[str, Any]) -> str:
+def markdown(result: dict[str, Any]) -> str:
     """The list of the results page."""
+    table = result["table"]
     low, high = table["still_95"]
     return "\n".join(
         [
             f"- Still background: {table['still']:.1f} of 255 (95 %: {low:.1f} to {high:.1f}).",
             f"- Frame 1 and the reference frame differ by at most {table['equal']:.1e} of 1.",
-            *(f"- {text}, {'met' if met else '**missed**'}." for text, met in checks(table)),
+            *(f"- {text}, {'met' if met else '**missed**'}." for text, met in checks(result)),
         ]
     )
 
