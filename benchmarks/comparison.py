@@ -363,7 +363,8 @@ def check_trainings(first: Path, second: Path, setting: str, values: tuple[str, 
         raise ValueError(f"{names} were trained for {steps} and for {other_steps} steps.")
     return (
         f"{steps} steps of {settings['clips']} clips with {settings['clip_frames']} frames, seed "
-        f"{settings['seed']}; the runs differ in {setting} alone"
+        f"{settings['seed']}, on latents of {one.vae.latent_channels} channels; the runs differ in "
+        f"{setting} alone"
     )
 
 

@@ -6,6 +6,7 @@ python benchmarks/report.py
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import ablation
@@ -138,7 +139,7 @@ def _two_stage(result: dict[str, Any]) -> str:
         f"![Twelve prompts](results/{result['sheet']})",
         "Twelve prompts that training never saw, drawn and sampled by the seeds 0 to 11 and not "
         "selected, above the flow that stage 1 made for them.",
-        two_stage.markdown(result["table"]),
+        two_stage.markdown(result),
     )
 
 
@@ -151,7 +152,18 @@ def _table1(result: dict[str, Any]) -> str:
         "caption and flow, and what it makes of the caption alone, which has a flow of its own.",
         table1.markdown(result),
         *result["notes"],
+    ) + "".join(
+        f"\n{name}:\n{_protocol({'protocol': protocol})}"
+        for name, protocol in _by_evaluation(result["protocols"]).items()
     )
+
+
+def _by_evaluation(protocols: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The protocols of rows from elsewhere, one for all rows of the same evaluation."""
+    names: dict[str, list[str]] = {}
+    for name, protocol in protocols.items():
+        names.setdefault(json.dumps(protocol), []).append(name)
+    return {", ".join(rows): json.loads(text) for text, rows in names.items()}
 
 
 def _ablation(result: dict[str, Any]) -> str:

@@ -234,7 +234,10 @@ def test_trainings_that_differ_in_the_setting_alone_are_compared(tmp_path):
     shared = trained(tmp_path / "a", noise_sharing="shared", threads=1)
     own = trained(tmp_path / "b", INDEPENDENT, noise_sharing="independent", threads=2)
     text = comparison.check_trainings(shared, own, *SHARING)
-    assert text.startswith("8 steps of 8 clips with 4 frames, seed 0; the runs differ in noise")
+    assert text.startswith(
+        "8 steps of 8 clips with 4 frames, seed 0, on latents of 4 channels; "
+        "the runs differ in noise"
+    )
     token = trained(
         tmp_path / "c", tiny_config("token", resolution=(32, 32), frames=9), fusion="token"
     )
