@@ -56,7 +56,7 @@ class EstimateFlow(io.ComfyNode):
                     default="dis",
                     tooltip=(
                         "dis: the best of OpenCV, for most clips. farneback: smoother, loses thin "
-                        "limbs. model: the network connected below, the best for real footage."
+                        "limbs. model: the network connected below, such as RAFT."
                     ),
                 ),
                 OpticalFlowModel.Input(
