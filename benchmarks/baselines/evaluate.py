@@ -11,6 +11,7 @@ checkpoint brings VAE and text encoder, and stages 1 and 2 for warping.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,13 +76,24 @@ def add_modes(options: argparse.Namespace) -> list[str]:
             raise ValueError(f"{path}: expected the export of train.py {name}, got the other one.")
         _check(path, network, trained_on, options.checkpoint)
         guidance = options.vdm_guidance if network.config.text_dim else None
-        recipe = f"{path.name} ({file_hash(path)})"
+        recipe = f"{path.name} ({file_hash(path)}), {_training(path)}"
         recipe += "" if guidance is None else f", guidance {guidance:g}"
         recipe += "; flicker where the flow of the clip itself stands still"
         make = video_diffusion(network, guidance)
         MODES[name] = Mode(title, make, shares=False, recipe=recipe)
         names.append(name)
     return names
+
+
+def _training(path: Path) -> str:
+    """How long a network was trained, if the files of its run lie beside it."""
+    config, log = (path.with_name(name) for name in ("config.json", "log.jsonl"))
+    if not (config.exists() and log.exists()):
+        return "training unknown"
+    records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    # The weights are exported with every sheet, whose figures have a record of their own.
+    steps = max((record["step"] for record in records if "change_ratio" in record), default=0)
+    return f"trained for {steps} steps of {json.loads(config.read_text('utf-8'))['clips']} clips"
 
 
 def _check(path: Path, network: VideoDiffusion, trained_on: str, checkpoint: Path) -> None:

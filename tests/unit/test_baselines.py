@@ -22,7 +22,7 @@ from s2dm.data.puppets import PuppetClips
 from s2dm.evaluation.modes import MODES, Generator, Sampling, Variant
 from s2dm.flow import FlowField
 from s2dm.models import S2DMConfig
-from s2dm.training.config import config_from_dict
+from s2dm.training.config import config_from_dict, read_config
 from s2dm.training.loop import RunFolder, step_generator
 
 # As for a script, the folder of the command; here at the end.
@@ -91,9 +91,8 @@ def arguments(folder: Path, checkpoint: Path, name: str) -> list[str]:
     """Of train.py, for a tiny run on puppets."""
     settings = values(folder, checkpoint, steps=1)
     settings["data"] = {"size": 32, "frames": 3, "split": "test"}
-    output = settings.pop("output")
     pairs = [f"--set={key}={json.dumps(value)}" for key, value in settings.items()]
-    return [name, "--config", "", "--output", output, *pairs]
+    return [name, "--config", "", *pairs]
 
 
 def make(text_dim: int = 6) -> VideoDiffusion:
@@ -311,6 +310,11 @@ def networks(tmp_path_factory, checkpoint) -> dict[str, Path]:
     return {name: folder / name / "export.safetensors" for name in ("vdm", "lvdm")}
 
 
+def test_the_shipped_config_is_valid():
+    config = read_config(VideoDiffusionTrainingConfig, BASELINES / "puppets.toml")
+    assert config.data.name == "puppets"
+
+
 def test_the_command_trains_what_it_was_told(networks):
     assert load_network(networks["vdm"])[0].config.text_dim == TINY.text_encoder.hidden_size
     assert load_network(networks["lvdm"])[0].config.text_dim == 0
@@ -336,6 +340,8 @@ def test_the_command_evaluates_all_that_there_are(networks, checkpoint, tmp_path
                                               "attributes_95"}  # fmt: skip
     assert "flow_error" in result["table"]["warping"]
     assert "guidance 3" in result["protocol"]["vdm"]
+    for name in ("vdm", "lvdm"):
+        assert "trained for 1 steps of 3 clips" in result["protocol"][name]
     assert "guidance" not in result["protocol"]["lvdm"]
     assert "stage 1 DPM-Solver++ 2M, 2 steps" in result["protocol"]["sampling"]
     assert "| VDM, prompt alone | 2 |" in capsys.readouterr().out
