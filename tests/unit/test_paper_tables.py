@@ -376,6 +376,12 @@ def test_rows_are_named_and_chosen(tmp_path):
     found = comparison.add_row(ours, f"LVDM={file}#lvdm")
     assert found.table == {"own": {"fvd": 3.0}, "LVDM": {"fvd": 2.0}}
     assert found.protocols == {"LVDM": {**PROTOCOL, "seeds": [5]}} and found.generated == {}
+    assert found.folders == ours.folders
+    content = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**content, "clips": {"lvdm": "clips/lvdm-1"}}))
+    (tmp_path / "clips" / "lvdm-1").mkdir(parents=True)
+    found = comparison.add_row(ours, f"LVDM={file}#lvdm")
+    assert found.folders == {**ours.folders, "LVDM": tmp_path / "clips" / "lvdm-1"}
     for text, message in (
         (f"VDM={file}", r"as VDM=.*#ROW\. Rows: vdm, lvdm"),
         (f"VDM={file}#true", "Rows: vdm, lvdm"),
