@@ -1,8 +1,7 @@
 """Train a baseline of text to video, or go on with a training run.
 
-VDM denoises the latents of whole clips from the prompt, LVDM does so without one. Data, budget and
-settings in common are those of stage 2, see puppets.toml; the third baseline, warping, has nothing
-to train.
+VDM denoises the latents of whole clips from the prompt, LVDM does so without one. Data and settings
+in common are those of stage 2, see puppets.toml; the third baseline, warping, has nothing to train.
 
     python benchmarks/baselines/train.py vdm
     python benchmarks/baselines/train.py lvdm
