@@ -35,6 +35,7 @@ from s2dm.flow import flow_to_image
 from s2dm.models import load_checkpoint, read_config
 from s2dm.training.config import DataConfig
 from s2dm.training.datasets import build_dataset, pixels
+from s2dm.training.loop import training_of
 from s2dm.video import write_contact_sheet
 
 SHEET_CLIPS = 4
@@ -355,7 +356,7 @@ def check_trainings(first: Path, second: Path, setting: str, values: tuple[str, 
         a, b = weights[part], other_weights[part]
         if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
             raise ValueError(f"{names} have different weights in their {part.replace('_', ' ')}.")
-    runs = [_training(path) for path in (first, second)]
+    runs = [training_of(path) for path in (first, second)]
     if None in runs:
         return "settings unknown: config.json and log.jsonl of the runs are not beside the files"
     (settings, steps), (others, other_steps) = runs
@@ -370,17 +371,6 @@ def check_trainings(first: Path, second: Path, setting: str, values: tuple[str, 
         f"{settings['seed']}, on latents of {one.vae.latent_channels} channels; the runs differ in "
         f"{setting} alone"
     )
-
-
-def _training(checkpoint: Path) -> tuple[dict[str, Any], int] | None:
-    """Settings of the run that made a checkpoint, and the steps it had then."""
-    config, log = (checkpoint.with_name(name) for name in ("config.json", "log.jsonl"))
-    if not (config.exists() and log.exists()):
-        return None
-    records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    # The weights are exported with every sheet, whose figures have a record of their own.
-    steps = [record["step"] for record in records if "sample_error" in record]
-    return json.loads(config.read_text("utf-8")), max(steps, default=0)
 
 
 # ------------------------------------------------------------------------------------- sheet

@@ -11,7 +11,6 @@ checkpoint brings VAE and text encoder, and stages 1 and 2 for warping.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from s2dm.evaluation.protocol import file_hash
 from s2dm.models import load_checkpoint
 from s2dm.models.build import build_text_encoder, build_vae
 from s2dm.pipelines import embed_prompts
+from s2dm.training.loop import training_of
 
 
 def video_diffusion(network: VideoDiffusion, guidance: float | None) -> Make:
@@ -86,14 +86,11 @@ def add_modes(options: argparse.Namespace) -> list[str]:
 
 
 def _training(path: Path) -> str:
-    """How long a network was trained, if the files of its run lie beside it."""
-    config, log = (path.with_name(name) for name in ("config.json", "log.jsonl"))
-    if not (config.exists() and log.exists()):
-        return "training unknown"
-    records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    # The weights are exported with every sheet, whose figures have a record of their own.
-    steps = max((record["step"] for record in records if "change_ratio" in record), default=0)
-    return f"trained for {steps} steps of {json.loads(config.read_text('utf-8'))['clips']} clips"
+    found = training_of(path)
+    if found is None:
+        return "training unknown: config.json and log.jsonl of the run are not beside the file"
+    settings, steps = found
+    return f"trained for {steps} steps of {settings['clips']} clips"
 
 
 def _check(path: Path, network: VideoDiffusion, trained_on: str, checkpoint: Path) -> None:

@@ -178,6 +178,20 @@ class RunFolder:
         return None
 
 
+def training_of(export: Path) -> tuple[dict[str, Any], int] | None:
+    """Settings of the run that wrote ``export.safetensors``, and the steps it had made then.
+
+    None where the files of the run don't lie beside it.
+    """
+    config, log = (export.with_name(name) for name in ("config.json", "log.jsonl"))
+    if not (config.exists() and log.exists()):
+        return None
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    # The weights are exported with every sheet, whose figures have a record of their own.
+    steps = [record["step"] for record in records if "loss" not in record]
+    return json.loads(config.read_text(encoding="utf-8")), max(steps, default=0)
+
+
 def make_accelerator(config: TrainingConfig) -> Any:
     """An :class:`accelerate.Accelerator` for ``config``; also sets threads and seeds."""
     from accelerate import Accelerator
