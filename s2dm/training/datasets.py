@@ -8,6 +8,7 @@ so that clips that were prepared before are not taken for them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -54,21 +55,17 @@ def pixels(frames: Tensor) -> Tensor:
     return frames.float() / 255
 
 
-_PUPPET_OPTIONS = {"first_take", "seed", "amplitudes"}
-
-
 def _puppets(config: DataConfig, split: str) -> ClipDataset:
     from ..data.puppets import PuppetClips
 
-    unknown = sorted(set(config.options) - _PUPPET_OPTIONS)
+    settings = {"name": split, "size": config.size, "frames": config.frames, "takes": config.takes}
+    known = [name for name in inspect.signature(PuppetClips).parameters if name not in settings]
+    unknown = sorted(set(config.options) - set(known))
     if unknown:
         raise TrainingConfigError(
-            f"unknown option {unknown[0]!r} of the puppets; they have: "
-            f"{', '.join(sorted(_PUPPET_OPTIONS))}."
+            f"unknown option {unknown[0]!r} of the puppets; they have: {', '.join(known)}."
         )
-    return PuppetClips(
-        split, size=config.size, frames=config.frames, takes=config.takes, **config.options
-    )
+    return PuppetClips(**settings, **config.options)
 
 
 def _videos(config: DataConfig, split: str) -> ClipDataset:
