@@ -39,8 +39,9 @@ class VideoClips:
     A clip is spread over `frames` frames from its first to its last, so it should show one action
     and not much else. Frames are scaled to cover the square and cropped at the centre; flow is
     estimated. Where the folder has subfolders `train` and `test`, these are the splits; otherwise
-    about a tenth of the clips is held out, at least one, chosen by their names alone: a clip that
-    is added moves no other one. Clips are looked for in subfolders too.
+    about a tenth of the clips is held out, chosen by their names alone: a clip that is added moves
+    no other one, but where there are so few that one had to be held out regardless. Clips are
+    looked for in subfolders too.
 
     Args:
         folder: of the clips.
