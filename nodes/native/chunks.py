@@ -139,7 +139,7 @@ def in_chunks(
 
 
 def _rewind(device: torch.device) -> Callable[[], None]:
-    """What brings torch's random numbers back to where they are now, on the CPU and a GPU."""
+    """What brings torch's random numbers back to where they are now, on the CPU and with CUDA."""
     gpu = torch.cuda if device.type == "cuda" else None
     here, there = torch.get_rng_state(), gpu and gpu.get_rng_state(device)
 

@@ -22,6 +22,19 @@ def with_chunks(rig, frames):
     return apply_adapter(rig.plain_model(), *rig.adapter(), frames=frames)
 
 
+def memory_asked_for(model, monkeypatch):
+    """The batches for which core asks how much memory they take, as they come."""
+    asked = []
+    estimate = model.model.memory_required
+
+    def recorded(shape, **rest):
+        asked.append(shape[0])
+        return estimate(shape, **rest)
+
+    monkeypatch.setattr(model.model, "memory_required", recorded)
+    return asked
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_chunks_are_exact(rig, size):
     flow = rig.flow(7)
@@ -165,14 +178,7 @@ def test_gligen_sees_all_frames_at_once(rig, monkeypatch):
     positive, negative, latent = rig.encode(rig.flow(5))
     positive = [[text, {**rest, "gligen": gligen}] for text, rest in positive]
     model = with_chunks(rig, 2)
-    asked = []
-    estimate = model.model.memory_required
-
-    def recorded(shape, **rest):
-        asked.append(shape[0])
-        return estimate(shape, **rest)
-
-    monkeypatch.setattr(model.model, "memory_required", recorded)
+    asked = memory_asked_for(model, monkeypatch)
     rig.sample((positive, negative, latent), model, steps=1)
     assert set(seen) == {5}
     assert asked[:2] == [10, 5]  # core is asked for as much
@@ -364,15 +370,8 @@ def test_core_is_asked_for_the_memory_of_a_chunk(rig, monkeypatch):
         def get_models(self):
             return []
 
-    asked = []
     model = with_chunks(rig, 2)
-    estimate = model.model.memory_required
-
-    def recorded(shape, **rest):
-        asked.append(shape[0])
-        return estimate(shape, **rest)
-
-    monkeypatch.setattr(model.model, "memory_required", recorded)
+    asked = memory_asked_for(model, monkeypatch)
     positive, negative, latent = rig.encode(rig.flow(9))
     rig.sample((positive, negative, latent), model)
     # The first two are core's, before it loads the model: with and without guidance.
