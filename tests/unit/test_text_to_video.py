@@ -299,7 +299,9 @@ def test_a_pil_image_is_a_picture_too(pipeline, seen):
     pixels = (picture() * 255).byte()
     image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
     pipeline(PROMPT, 2, reference=pixels.float() / 255, **SHORT)
-    for reference in (image, image.convert("RGBA")):
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # as a camera that was held upright notes it
+    for reference in (image, image.convert("RGBA"), turned):
         seen.clear()
         pipeline(PROMPT, 2, reference=reference, **SHORT)
         latents = pipeline.vae.encode(pixels[None].float() / 127.5 - 1).latent_dist.mode()

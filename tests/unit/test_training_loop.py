@@ -137,13 +137,18 @@ def test_export_only_of_a_run_that_is_not_there_is_refused(tmp_path, vae_file):
     assert not (tmp_path / "export.safetensors").exists()
 
 
-def test_a_run_that_diverged_overwrites_nothing(tmp_path, vae_file):
+@pytest.mark.parametrize(
+    "due", [{}, {"sample_every_minutes": 0.0}], ids=["the state at the end", "a sheet before"]
+)
+def test_a_run_that_diverged_overwrites_nothing(tmp_path, vae_file, due):
     config = stage2_config(tmp_path, vae_file, steps=2)
     train_stage2(config)
     kept = [tmp_path / "export.safetensors", *sorted((tmp_path / "state").iterdir())]
     before = [path.read_bytes() for path in kept]
-    further = dataclasses.replace(config, steps=4, log_every=100, gradient_clip=float("nan"))
-    with pytest.raises(FloatingPointError, match="weights are not finite at step 4"):
+    further = dataclasses.replace(config, steps=4, log_every=100, gradient_clip=float("nan"), **due)
+    with pytest.raises(
+        FloatingPointError, match=f"weights are not finite at step {3 if due else 4}"
+    ):
         train_stage2(further)
     assert [path.read_bytes() for path in kept] == before
 
