@@ -151,7 +151,8 @@ def _table1(result: dict[str, Any]) -> str:
         "Held-out puppets: for each clip the true frames, their flow, what the model makes of "
         "caption and flow, and what it makes of the caption alone, which has a flow of its own. "
         "Below them what the [baselines](training.md#baselines) make of the caption; LVDM knows "
-        "none.",
+        "none. Warping shares frame 1 and the flow with our two stages and has nothing that paints "
+        "what frame 1 hides.",
         table1.markdown(result),
         *result["notes"],
     ) + "".join(
