@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ pytest.importorskip("diffusers")
 from tiny_training import Squares, data_config
 
 from s2dm.flow import estimate_flow
-from s2dm.training.cache import CONDITION_SIZE, ClipCache, build_clip_cache, training_clips
+from s2dm.training.cache import (
+    CONDITION_SIZE,
+    ClipCache,
+    build_clip_cache,
+    clip_latents,
+    training_clips,
+)
 from s2dm.training.config import DataConfig, TrainingConfig, TrainingConfigError
 from s2dm.training.datasets import build_dataset, held_out_clips, pixels
 
@@ -114,3 +121,29 @@ def test_estimated_flow_has_a_cache_of_its_own(tmp_path):
         for share in shares
     ]
     assert len({cache.folder for cache in caches}) == len(shares)
+
+
+def test_latents_of_another_scale_or_precision_are_others(tmp_path):
+    class Encoder(torch.nn.Module):
+        """In place of an autoencoder: the pixels themselves."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.quant_conv = torch.nn.Identity(), torch.nn.Identity()
+
+        def encode(self, frames):
+            (half,) = torch.ones(1, 1) @ torch.full((1, 1), 1.001)  # rounded under autocast
+            mean = frames * half
+            return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: mean))
+
+    cache = build_clip_cache(tmp_path, data_config())
+
+    def latents(scale, half):
+        made = clip_latents(cache, Encoder(), scale, torch.device("cpu"), half)
+        return torch.from_numpy(made.copy()).float()
+
+    pixels = torch.from_numpy(cache.frames.copy()).float() / 127.5 - 1
+    assert torch.allclose(latents(1.0, False), pixels * 1.001, atol=1e-3)
+    assert torch.allclose(latents(2.0, False), pixels * 2.002, atol=2e-3)
+    assert not torch.equal(latents(2.0, True), latents(2.0, False))
+    assert torch.allclose(latents(2.0, True), pixels * 2, atol=2e-3)

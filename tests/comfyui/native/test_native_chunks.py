@@ -234,6 +234,24 @@ def test_random_numbers_go_on_after_the_chunks(rig):
     assert drawn[0] == drawn[1] != drawn[2] != drawn[3] == drawn[4]
 
 
+def test_a_chunk_that_is_tried_again_draws_the_same(rig):
+    """What the attempt drew that ran out of memory is drawn once more."""
+    from comfy.model_management import OOM_EXCEPTION
+
+    chunks = rig.module("nodes.native.chunks")
+    drawn = []
+
+    def call(x, frames):
+        drawn.append(torch.rand(()).item())
+        if len(frames) > 2:
+            raise OOM_EXCEPTION("out of memory")
+        return x
+
+    chunks.in_chunks(call, chunks.ChunkSizes(4), None, 1, torch.zeros(4, 1), {})
+    assert len(drawn) == 3
+    assert len(set(drawn)) == 1
+
+
 def test_self_attention_guidance_sees_all_frames_at_once(rig):
     """Core's node keeps the attention of the U-Net's last call, and needs that of all frames."""
     encoded = rig.encode(rig.flow(5))

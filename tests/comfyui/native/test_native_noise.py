@@ -164,6 +164,28 @@ def own_sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
     return x
 
 
+def handed_sampler(
+    model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None
+):
+    """Takes the noise that it is handed, and writes into it as its own."""
+    drawn = torch.empty_like(x)
+    draw = noise_sampler or (lambda *_: torch.randn_like(drawn))
+    for i in range(len(sigmas) - 1):
+        x = model(x, sigmas[i] * x.new_ones(len(x)), **(extra_args or {}))
+        if sigmas[i + 1] > 0:
+            noise = draw(sigmas[i], sigmas[i + 1])
+            noise *= sigmas[i + 1]
+            x = x + noise
+    return x
+
+
+def sample_dpmpp_sde_of_another_pack(
+    model, x, sigmas, extra_args=None, callback=None, disable=None, noise_sampler=None
+):
+    """The same with noise of intervals, as the name says."""
+    return handed_sampler(model, x, sigmas, extra_args, callback, disable, noise_sampler)
+
+
 def core_and_foreign_samplers():
     import comfy.samplers
     from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
@@ -176,6 +198,8 @@ def core_and_foreign_samplers():
         ),
         "lcm upscale": SamplerLCMUpscale.execute(2.0, 2, "bilinear").args[0],
         "another pack's": comfy.samplers.KSAMPLER(own_sampler),
+        "another pack's with noise from outside": comfy.samplers.KSAMPLER(handed_sampler),
+        "another pack's SDE": comfy.samplers.KSAMPLER(sample_dpmpp_sde_of_another_pack),
     }
 
 
@@ -187,6 +211,8 @@ def core_and_foreign_samplers():
         "stochastic dpm_adaptive",
         "lcm upscale",
         "another pack's",
+        "another pack's with noise from outside",
+        "another pack's SDE",
     ],
 )
 def test_any_sampler_can_share(rig, still, name):
