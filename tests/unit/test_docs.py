@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.models import read_config
+from s2dm.video import read_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md"]
@@ -34,6 +37,20 @@ def test_links_lead_somewhere(page):
         assert linked.exists(), target
         if anchor and linked.suffix == ".md":
             assert anchor in anchors(linked), target
+
+
+@pytest.mark.slow
+def test_the_readme_has_python_that_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    (tmp_path / "workflows").mkdir()
+    example = shutil.copy(ROOT / "workflows" / "s2dm_example.mp4", tmp_path / "workflows")
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    frames, fps = read_clip(tmp_path / "new.mp4")
+    assert frames.shape == (16, 3, 128, 128)
+    assert fps == pytest.approx(read_clip(example, frames=16)[1])
+    assert frames.std() > 0.1
 
 
 def test_the_results_page_is_what_the_report_writes():
