@@ -28,7 +28,10 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     sampling.add_argument("--steps", type=positive, help="sampling steps")
     sampling.add_argument("--guidance", type=float, help="guidance scale, 1 = off")
     sampling.add_argument(
-        "--flow-guidance", type=float, help="guidance scale of the flow; --guidance for the paper's"
+        "--flow-guidance",
+        type=float,
+        help="guidance scale of the flow: 1 guides the prompt alone, the number of --guidance "
+        "both, as the paper does",
     )
     sampling.add_argument(
         "--flow-start", type=float, help="part of the noise schedule before the flow acts, 0 to 1"

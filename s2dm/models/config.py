@@ -430,6 +430,8 @@ class S2DMConfig(_Config):
     ``text_encoder`` reads the prompt for both stages. ``tokenizer`` is the specification of its
     tokenizer (see ``tokenizer.py``); ``sampling`` is what the checkpoint recommends;
     ``resolution`` is (height, width) in pixels; ``data`` and ``licence`` are free text for people.
+    ``frames``, ``noise_sharing`` and ``noise_share`` say how stage 2 was trained. Sampling does not
+    follow the last two: it shares noise unless told otherwise.
     """
 
     format_version: int = FORMAT_VERSION
