@@ -82,8 +82,8 @@ def run(options: argparse.Namespace) -> None:
     from ..evaluation.modes import Sampling, Variant
     from ..evaluation.run import EvaluationConfig, evaluate
     from ..evaluation.tables import markdown_table
-    from ..models import read_config as read_checkpoint_config
-    from ..training.config import DataConfig, read_config
+    from ..models import read_config
+    from ..training.config import DataConfig, read_settings
 
     check_exists(options.checkpoint)
     if options.checkpoint.is_dir():
@@ -91,13 +91,13 @@ def run(options: argparse.Namespace) -> None:
             f"{options.checkpoint} is a folder. Make one file of it: s2dm convert "
             f"{options.checkpoint} NAME.safetensors"
         )
-    trained = read_checkpoint_config(options.checkpoint)
+    trained = read_config(options.checkpoint)
     data = [f"size={trained.resolution[0]}", f"frames={trained.frames}", *options.data]
     variants = tuple(Variant.parse(text) for text in options.modes)
     config = EvaluationConfig(
         checkpoint=options.checkpoint,
         output=options.output,
-        data=read_config(DataConfig, None, data),
+        data=read_settings(DataConfig, None, data),
         clips=options.clips or 0,
         variants=variants,
         seeds=tuple(options.seeds),

@@ -4,6 +4,6 @@
 The trainers import diffusers and transformers and are imported by name.
 """
 
-from .config import DataConfig, TrainingConfig, TrainingConfigError, read_config
+from .config import DataConfig, TrainingConfig, TrainingConfigError, read_settings
 
-__all__ = ["DataConfig", "TrainingConfig", "TrainingConfigError", "read_config"]
+__all__ = ["DataConfig", "TrainingConfig", "TrainingConfigError", "read_settings"]

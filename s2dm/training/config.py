@@ -125,7 +125,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     raise TrainingConfigError(f"{where} must be of type {expected.__name__}, got {value!r}.")
 
 
-def read_config(cls: type[C], path: str | Path | None, overrides: list[str] = ()) -> C:
+def read_settings(cls: type[C], path: str | Path | None, overrides: list[str] = ()) -> C:
     """Read a config file (``.toml`` or ``.json``) and apply ``key=value`` overrides.
 
     A dotted key reaches into a table (``data.takes=2``). Values are read as JSON and, where that
@@ -185,4 +185,4 @@ def config_from_arguments(cls: type[C], arguments: Namespace) -> C:
     overrides = list(arguments.overrides)
     if arguments.output:
         overrides.append(f"output={json.dumps(str(arguments.output))}")
-    return read_config(cls, arguments.config, overrides)
+    return read_settings(cls, arguments.config, overrides)

@@ -22,7 +22,7 @@ from s2dm.data.puppets import PuppetClips
 from s2dm.evaluation.modes import MODES, Generator, Sampling, Variant
 from s2dm.flow import FlowField
 from s2dm.models import S2DMConfig
-from s2dm.training.config import config_from_dict, read_config
+from s2dm.training.config import config_from_dict, read_settings
 from s2dm.training.loop import RunFolder, step_generator
 
 # As for a script, the folder of the command; here at the end.
@@ -311,7 +311,7 @@ def networks(tmp_path_factory, checkpoint) -> dict[str, Path]:
 
 
 def test_the_shipped_config_is_valid():
-    config = read_config(VideoDiffusionTrainingConfig, BASELINES / "puppets.toml")
+    config = read_settings(VideoDiffusionTrainingConfig, BASELINES / "puppets.toml")
     assert config.data.name == "puppets"
 
 

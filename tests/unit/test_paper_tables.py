@@ -19,7 +19,7 @@ from s2dm.evaluation.i3d import VideoFeatures
 from s2dm.evaluation.modes import Variant
 from s2dm.models import S2DMConfig, save_checkpoint
 from s2dm.sector import draw_noise
-from s2dm.training.config import DataConfig, read_config
+from s2dm.training.config import DataConfig, read_settings
 from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -287,7 +287,7 @@ def test_runs_that_are_compared_start_alike_and_see_the_same_batches(vae_file, t
 
 def test_the_shipped_config_has_a_budget_in_steps_and_the_data_of_the_bundled_model():
     ablation, bundled = (
-        read_config(Stage2TrainingConfig, CONFIGS / f"puppets_{name}.toml")
+        read_settings(Stage2TrainingConfig, CONFIGS / f"puppets_{name}.toml")
         for name in ("ablation", "stage2")
     )
     assert ablation.steps < 10_000 and ablation.max_minutes == 0

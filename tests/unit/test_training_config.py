@@ -10,14 +10,13 @@ import pytest
 pytest.importorskip("diffusers")
 
 from s2dm.cli import DEFAULT_CHECKPOINT
-from s2dm.models import SamplingConfig
-from s2dm.models import read_config as read_checkpoint_config
+from s2dm.models import SamplingConfig, read_config
 from s2dm.training.config import (
     TrainingConfig,
     TrainingConfigError,
     config_from_dict,
     config_to_dict,
-    read_config,
+    read_settings,
 )
 from s2dm.training.stage1 import Stage1TrainingConfig
 from s2dm.training.stage2 import Stage2TrainingConfig
@@ -59,7 +58,7 @@ def test_stage2_settings_are_checked():
 def test_overrides_reach_into_tables(tmp_path):
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"steps": 5, "data": {"takes": 3}}))
-    config = read_config(TrainingConfig, file, ["data.size=64", "output=somewhere", "threads=2"])
+    config = read_settings(TrainingConfig, file, ["data.size=64", "output=somewhere", "threads=2"])
     assert (config.steps, config.data.takes, config.data.size) == (5, 3, 64)
     assert (config.output, config.threads) == ("somewhere", 2)
     assert config_from_dict(TrainingConfig, config_to_dict(config)) == config
@@ -78,7 +77,7 @@ def test_overrides_reach_into_tables(tmp_path):
 )
 def test_shipped_configs_are_valid(name, kind):
     with resources.as_file(resources.files("s2dm.training") / "configs" / name) as path:
-        assert read_config(kind, path).data.name == "puppets"
+        assert read_settings(kind, path).data.name == "puppets"
 
 
 def test_every_shipped_config_is_tested():
@@ -89,6 +88,6 @@ def test_every_shipped_config_is_tested():
 
 def test_a_model_trained_as_the_bundled_one_is_sampled_as_it_is():
     with resources.as_file(resources.files("s2dm.training") / "configs") as folder:
-        config = read_config(Stage2TrainingConfig, folder / "puppets_stage2.toml")
-    bundled = read_checkpoint_config(DEFAULT_CHECKPOINT)
+        config = read_settings(Stage2TrainingConfig, folder / "puppets_stage2.toml")
+    bundled = read_config(DEFAULT_CHECKPOINT)
     assert SamplingConfig(**config.sampling) == bundled.sampling
