@@ -32,8 +32,8 @@ from comparison import (
 )
 
 from s2dm.evaluation.modes import Variant
-from s2dm.evaluation.protocol import write_json
 from s2dm.evaluation.tables import markdown_table
+from s2dm.files import write_json
 
 TITLES = {
     "I": "(I) shared in training and sampling",

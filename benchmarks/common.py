@@ -16,6 +16,8 @@ sys.path.append(str(ROOT))
 RESULTS = ROOT / "docs" / "results"
 RUNS = ROOT / "runs" / "benchmarks"
 
+TAKE = 1000  # a take that no training run renders
+
 
 def show(title: str, card: ProtocolCard) -> None:
     """Print what is about to be measured, and how."""

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RUNS
-from flow_following import TAKE
+from common import RUNS, TAKE
 from torch import Tensor
 
 from s2dm.evaluation.distances import bootstrap, frechet_distance, interval

@@ -18,16 +18,15 @@ import argparse
 import shutil
 from pathlib import Path
 
-from common import RESULTS, RUNS
+from common import RESULTS, RUNS, TAKE
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.evaluation.modes import Sampling, Variant
-from s2dm.evaluation.protocol import write_json
 from s2dm.evaluation.run import EvaluationConfig, evaluate
 from s2dm.evaluation.tables import markdown_table
+from s2dm.files import write_json
 from s2dm.training.config import DataConfig
 
-TAKE = 1000  # a take that no training run renders
 VARIANTS = tuple(
     map(Variant.parse, ("given-flow", "given-flow:independent", "zero-flow", "true", "autoencoder"))
 )

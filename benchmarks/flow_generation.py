@@ -23,19 +23,20 @@ from typing import Any
 
 import torch
 from action_classifier import EPOCHS, FIRST_TAKE, SIZE, TAKES, accuracy, trained_classifier
-from common import RESULTS, RUNS, show
+from common import RESULTS, RUNS, TAKE, show
 from torch import Tensor
 from tqdm import tqdm
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.data.puppets import render_clip, split
-from s2dm.evaluation.protocol import ProtocolCard, file_hash, write_json
-from s2dm.flow import flow_to_image
+from s2dm.evaluation.protocol import ProtocolCard, file_hash
+from s2dm.files import write_json
+from s2dm.flow import FlowField, flow_to_image
+from s2dm.flow.geometry import resample
 from s2dm.models import decode_flow, mean_motion
 from s2dm.pipelines import TextToVideoPipeline, embed_prompts, flow_scheduler, generate_flow
 from s2dm.video import write_contact_sheet
 
-TAKE = 1000  # a take that no training run renders
 BATCH = 8
 STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
 SEEDS = 10
@@ -165,8 +166,6 @@ def main() -> None:
 
 def _classified(conditions: Tensor) -> Tensor:
     """Conditions at the size that the classifier reads."""
-    from s2dm.flow.geometry import resample
-
     return resample(conditions.flatten(0, 1), *SIZE).unflatten(0, conditions.shape[:2])
 
 
@@ -216,8 +215,6 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def _write_sheet(path: Path, clips: list[Any], made: Tensor) -> None:
-    from s2dm.flow import FlowField
-
     rows, labels = [], []
     for clip, condition in zip(clips, made, strict=True):
         height, width = clip.frames.shape[-2:]

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from common import RESULTS, ROOT, show
 
-from s2dm.evaluation.protocol import ProtocolCard, write_json
+from s2dm.evaluation.protocol import ProtocolCard
+from s2dm.files import write_json
 
 TARGET = 0.5  # seconds
 _PACK = """

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from common import RESULTS, ROOT, RUNS
 
-from s2dm.evaluation.protocol import ProtocolCard, file_hash, write_json
-from s2dm.training.config import read_config
+from s2dm.evaluation.protocol import ProtocolCard, file_hash
+from s2dm.files import write_json
+from s2dm.training.config import read_settings
 from s2dm.training.cpu import plain_attention, speed_up
 from s2dm.training.loop import step_generator
 from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task
@@ -75,7 +76,7 @@ def main() -> None:
 def _task(checkpoint: Path, cache: Path) -> Any:
     """Stage 2 with the weights of a checkpoint, and the batches of the ablation."""
     changes = [f"checkpoint={checkpoint}", f"cache={cache}", "vae=", "text_encoder="]
-    config = read_config(Stage2TrainingConfig, CONFIG, changes)
+    config = read_settings(Stage2TrainingConfig, CONFIG, changes)
     task = build_stage2_task(config, torch.device("cpu"))
     speed_up(task.model)
     task.model.train()

@@ -20,13 +20,16 @@ from pathlib import Path
 from common import RESULTS, show
 
 from s2dm.cli import DEFAULT_CHECKPOINT
-from s2dm.evaluation.protocol import ProtocolCard, file_hash, write_json
+from s2dm.evaluation.protocol import ProtocolCard, file_hash
+from s2dm.files import write_json
 
 TARGET = 1.15  # peak of 128 frames over that of 16 with the same chunk
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--size", type=int, default=128, help="height and width in pixels")
     parser.add_argument("--steps", type=int, default=4, help="memory doesn't depend on it")
@@ -130,10 +133,6 @@ def _line(row: dict[str, float]) -> str:
         f"{1000 * row['seconds_per_frame_and_step']:6.1f} ms a frame and step, "
         f"peak {row['peak_mib']:6.0f} MiB, added {row['added_mib']:6.0f} MiB"
     )
-
-
-class _Raw(argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 if __name__ == "__main__":

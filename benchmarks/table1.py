@@ -26,8 +26,8 @@ from comparison import (
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.evaluation.modes import Variant
-from s2dm.evaluation.protocol import write_json
 from s2dm.evaluation.tables import markdown_table
+from s2dm.files import write_json
 
 TITLES = {
     "given flow": "S2DM, given flow",

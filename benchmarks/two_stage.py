@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.data.puppets import caption, split
-from s2dm.evaluation.clip_metrics import STILL, Total, flicker, pooled, still_region
+from s2dm.evaluation.clip_metrics import STILL, flicker, pooled_figure, still_region
 from s2dm.evaluation.distances import bootstrap_interval
 from s2dm.evaluation.modes import Sampling
-from s2dm.evaluation.protocol import ProtocolCard, file_hash, write_json
+from s2dm.evaluation.protocol import ProtocolCard, file_hash
+from s2dm.files import write_json
 from s2dm.flow import FlowField, flow_to_image
 from s2dm.models import read_config
 from s2dm.pipelines import TextToVideoPipeline
@@ -91,8 +92,8 @@ def main() -> None:
     ]
     totals = [flicker(clip["frames"], still_region(clip["flow"])) for clip in made]
     table = {
-        "still": pooled(totals).figure,
-        "still_95": bootstrap_interval(_figure, totals, samples=1000),
+        "still": pooled_figure(totals),
+        "still_95": bootstrap_interval(pooled_figure, totals, samples=1000),
         "equal": max(_first_frame_difference(clip) for clip in made),
         "seconds": _timing(pipeline, prompts[0], sampling, options.repeats),
     }
@@ -135,10 +136,6 @@ def _clip(
 
 def _first_frame_difference(clip: dict[str, Any]) -> float:
     return (clip["frames"][0] - clip["reference"]).abs().max().item()
-
-
-def _figure(totals: list[Total]) -> float:
-    return pooled(totals).figure
 
 
 def _timing(

@@ -10,7 +10,7 @@ from typing import Any
 from comfy_api.latest import io
 
 # Fields that newer versions of ComfyUI have and older ones refuse.
-_NEWER_FIELDS = {"search_aliases", "essentials_category", "advanced"}
+_NEWER_FIELDS = {"search_aliases", "advanced"}
 
 _LARGEST_SEED = 2**64 - 1
 
@@ -29,7 +29,7 @@ def known(kind: Callable[..., Any], **fields: Any) -> dict[str, Any]:
 
 
 def schema(**fields: Any) -> io.Schema:
-    """An `io.Schema`; `search_aliases` and the like are used where the version has them."""
+    """An `io.Schema`; `search_aliases` is used where the version has them."""
     return io.Schema(**known(io.Schema, **fields))
 
 

@@ -22,7 +22,6 @@ from video_diffusion import (
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.models import load_checkpoint
 from s2dm.models.build import build_text_encoder, build_tokenizer
-from s2dm.pipelines import embed_prompts
 from s2dm.sector import add_noise, training_target
 from s2dm.training.cache import clip_latents, training_clips
 from s2dm.training.config import TrainingConfig
@@ -30,9 +29,8 @@ from s2dm.training.datasets import held_out_clips, pixels
 from s2dm.training.loop import Progress, run_training, sheet_generator
 from s2dm.training.models import frozen_vae
 from s2dm.training.schedule import alpha_bars, draw_timesteps
+from s2dm.training.stage1 import embed_captions
 from s2dm.video import write_contact_sheet
-
-_TEXTS = 64  # captions encoded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +172,9 @@ def build_task(config: VideoDiffusionTrainingConfig, device: torch.device) -> Vi
     if config.text:
         encoder = build_text_encoder(model_config.text_encoder, states["text_encoder"])
         tokenizer = build_tokenizer(model_config)
-        texts = _embed(encoder.to(device), tokenizer, clips.captions)
+        texts = embed_captions(encoder.to(device).eval(), tokenizer, clips.captions)
         for clip in held_out:
-            clip["text"] = _embed(encoder, tokenizer, [clip["caption"]])
+            clip["text"] = embed_captions(encoder, tokenizer, [clip["caption"]])
     sizes = dataclasses.replace(
         config.network,
         latent_channels=model_config.vae.latent_channels,
@@ -188,13 +186,6 @@ def build_task(config: VideoDiffusionTrainingConfig, device: torch.device) -> Vi
     model = VideoDiffusionModel(network)
     trained_on = input_hash(vae, encoder)
     return VideoDiffusionTask(config, model, vae, latents, texts, held_out, trained_on)
-
-
-@torch.no_grad()
-def _embed(encoder: nn.Module, tokenizer: Any, captions: list[str]) -> Tensor:
-    """What the network is given of each caption, (C,text_dim): always the same, so made once."""
-    parts = (captions[start : start + _TEXTS] for start in range(0, len(captions), _TEXTS))
-    return torch.cat([embed_prompts(encoder.eval(), tokenizer, part).cpu() for part in parts])
 
 
 def train(config: VideoDiffusionTrainingConfig) -> Progress:

@@ -57,5 +57,5 @@ def warping(generator: Generator, clip: Any, variant: Variant, seed: int) -> Mad
     flow = imagine_flow(pipeline, caption, reference, generator.sampling, seed).retime(count)
     frames = pipeline.decode_latents(warp_latents(reference, flow), generator.chunk)
     # Sizes that are no whole number of latent cells are made a little larger.
-    flow = FlowField(flow.displacement[..., :height, :width], flow.occlusion[..., :height, :width])
+    flow = flow.crop(height, width)
     return Made(frames[..., :height, :width], flow, still_region(flow))

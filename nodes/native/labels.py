@@ -157,18 +157,13 @@ def _tokens(
 ) -> Tensor:
     """Tokens of a label as an area (height, width, top, left) of the latents sees it."""
     whole = tuple(area) == (*size, 0, 0)
-    top, left = area[2] * factor, area[3] * factor
-    bottom, right = top + area[0] * factor, left + area[1] * factor
     parts = []
     for frames in torch.arange(label.flow.frames).split(_ENCODED_AT_ONCE):
         # Frame 1 leads every field, and the part of a clip that lacks it too.
         part = label.flow.select([0, *frames.tolist()])
         if not whole:
             part = part.resize(size[0] * factor, size[1] * factor)
-            part = FlowField(
-                part.displacement[..., top:bottom, left:right],
-                part.occlusion[..., top:bottom, left:right],
-            )
+            part = part.crop(*(side * factor for side in area))
         # At the size that the encoder works in, as in training, and straight to it where the
         # whole picture is seen: each resize takes off sharpness.
         condition = part.condition(*adapter.encoder.size)[1:]

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .options import CommandError, positive
-
-if TYPE_CHECKING:
-    import torch
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -46,13 +42,12 @@ def run(options: argparse.Namespace) -> None:
     for person, action in _puppets(options):
         clip = render_clip(person, action, options.take, size=options.pixels, frames=options.frames)
         name = options.output / f"person{person:02d}_action{action:02d}_take{options.take}"
-        frames = _as_float(clip.frames)
         ending = "" if options.format == "png" else f".{options.format}"
-        print(write_clip(name.with_name(name.name + ending), frames, options.fps))
+        print(write_clip(name.with_name(name.name + ending), clip.frames, options.fps))
         save_flow(name.with_name(name.name + ".npz"), clip.flow)
         name.with_name(name.name + ".txt").write_text(clip.caption + "\n", encoding="utf-8")
         if options.sheet is not None:
-            rows.append(frames)
+            rows.append(clip.frames)
             labels.append(clip.caption)
     if options.sheet is not None:
         print(write_contact_sheet(options.sheet, rows, labels, columns=8))
@@ -80,7 +75,3 @@ def _puppets(options: argparse.Namespace) -> list[tuple[int, int]]:
         f"There is no action {options.action!r}. Expected a number from 0 to {len(names) - 1} or "
         f"one of: {', '.join(names)}."
     )
-
-
-def _as_float(frames: torch.Tensor) -> torch.Tensor:
-    return frames if frames.is_floating_point() else frames.float() / 255

@@ -8,11 +8,10 @@ from .puppets import (
     caption,
     render_clip,
     split,
-    training_captions,
 )
 from .videos import VideoClip, VideoClips
 
 __all__ = [
     "ACTIONS", "PERSONS", "Clip", "PuppetClips", "VideoClip", "VideoClips", "caption",
-    "render_clip", "split", "training_captions",
+    "render_clip", "split",
 ]  # fmt: skip

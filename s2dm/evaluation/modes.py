@@ -130,17 +130,6 @@ class Generator:
         )
         return result.frames, result.flow
 
-    @torch.no_grad()
-    def encode_and_decode(self, frames: Tensor) -> Tensor:
-        """Frames (N,3,H,W) through the autoencoder."""
-        vae = self.pipeline.vae
-        parts = [
-            vae.decode(vae.encode(part.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode())
-            for part in frames.split(self.chunk)
-        ]
-        decoded = torch.cat([part.sample.float().cpu() for part in parts])
-        return (decoded / 2 + 0.5).clamp(0, 1)
-
     def _arguments(self, variant: Variant, seed: int) -> dict[str, Any]:
         return {
             "num_inference_steps": self.sampling.steps,
@@ -203,7 +192,10 @@ def _two_stage(generator: Generator, clip: Any, variant: Variant, seed: int) -> 
 
 
 def _autoencoder(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
-    return _beside(clip, generator.encode_and_decode(pixels(clip.frames)))
+    from ..training.vae import reconstruct
+
+    frames = reconstruct(generator.pipeline.vae, pixels(clip.frames), generator.chunk)
+    return _beside(clip, frames)
 
 
 def _true(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import platform
 import shlex
 import subprocess
@@ -14,8 +13,6 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-from ..files import replacing
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,9 +124,6 @@ class ProtocolCard:
         ordered = {"command": values.pop("command"), **values, **notes, **last}
         return {name: _plain(value) for name, value in ordered.items() if value is not None}
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-
     def to_markdown(self) -> str:
         return protocol_markdown(self.to_dict())
 
@@ -158,15 +152,3 @@ def _text(name: str, value: Any) -> str:
         between = {"size": "x", "value_range": " to "}.get(name, ", ")
         return between.join(f"{entry:g}" for entry in value)
     return str(value)
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write a file whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path = Path(path)
-    with replacing(path) as temporary:
-        temporary.write_text(text, "utf-8")

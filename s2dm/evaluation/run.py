@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import replacing
+from ..files import replacing, write_json, write_text
 from ..flow import FlowField, estimate_flow, flow_to_image
 from ..models import read_config
 from ..training.config import DataConfig
@@ -44,14 +44,7 @@ from .clip_metrics import (
 from .distances import sample_size_problem
 from .i3d import LEAST_FRAMES, load_i3d
 from .modes import Generator, Made, Sampling, Variant
-from .protocol import (
-    ProtocolCard,
-    code_version,
-    file_hash,
-    hardware,
-    write_json,
-    write_text,
-)
+from .protocol import ProtocolCard, code_version, file_hash, hardware
 from .tables import markdown_table, save_plots, summarise
 
 _TRUE = Variant("true")

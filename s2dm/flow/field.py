@@ -100,6 +100,11 @@ class FlowField:
             resample(self.occlusion, height, width).clamp(0, 1),
         )
 
+    def crop(self, height: int, width: int, top: int = 0, left: int = 0) -> FlowField:
+        """The motion of a part of the picture, height x width pixels from (top, left) on."""
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        return FlowField(self.displacement[..., rows, columns], self.occlusion[..., rows, columns])
+
     def scale(self, factor: float) -> FlowField:
         """Move `factor` times as far (negative: the other way, 0: a still clip).
 

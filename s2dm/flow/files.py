@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..files import replacing
+from ..files import replacing, replacing_folder
 from .field import FlowError, FlowField
 
 _FLO_MAGIC = b"PIEH"
@@ -108,17 +105,9 @@ def _save_folder(folder: Path, field: FlowField) -> None:
             f"{folder}: this folder holds other files than .flo, and a clip replaces its folder; "
             "give a new name"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with replacing_folder(folder) as building:
         for number, displacement in enumerate(field.displacement, start=1):
             _write_flo(building / f"{number:05d}.flo", displacement)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        building.chmod(0o755)  # mkdtemp makes folders that only their owner can read
-        os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _write_flo(path: Path, displacement: torch.Tensor) -> None:

@@ -117,6 +117,17 @@ def build_tokenizer(config: S2DMConfig) -> CLIPTokenizer:
         )
 
 
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Texts to token ids (B, max_length), padded and cut as CLIP does."""
+    return tokenizer(
+        texts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
 def build_flow_adapter(config: FlowAdapterConfig, state: State | None = None) -> FlowAdapter:
     """Build the flow adapter, untrained (and without effect) if there is no state."""
     adapter = FlowAdapter(config)

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from ..models import FlowGenerator, ScheduleConfig, constrain
+from ..models.build import tokenize
 from ..models.flow_generator import FLOW_CHANNELS
 from ..sector import betas, guide, implied_prediction, predicted_x0
 
@@ -50,15 +51,8 @@ def embed_prompts(
 
     device: where the text encoder computes; None for where its weights lie.
     """
-    token_ids = tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
     device = device or next(text_encoder.parameters()).device
-    return text_encoder(token_ids.to(device)).pooler_output
+    return text_encoder(tokenize(tokenizer, prompts).to(device)).pooler_output
 
 
 @torch.no_grad()

@@ -246,7 +246,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         flow = self._generate_flow(
             prompt, latents, scheduler, flow_steps, flow_text_guidance_scale, motion, seed, on_step
         )
-        flow = _cropped(flow, height, width).retime(frames)
+        flow = flow.crop(height, width).retime(frames)
         clip = super().__call__(prompt, flow, output_type=output_type, **from_nu).frames
         start = self._output(latents, (height, width), output_type, chunk_size)[0]
         self.maybe_free_model_hooks()
@@ -355,8 +355,3 @@ def _motion(strength: float | None, config: FlowGeneratorConfig) -> Tensor | Non
             "without that input: leave it out, and scale the flow instead (FlowField.scale)."
         )
     return torch.tensor([strength * config.motion])
-
-
-def _cropped(flow: FlowField, height: int, width: int) -> FlowField:
-    """The top left of a field."""
-    return FlowField(flow.displacement[..., :height, :width], flow.occlusion[..., :height, :width])

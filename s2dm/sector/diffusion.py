@@ -57,8 +57,8 @@ def add_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
         noise: ν_t, broadcastable to x0; shared noise may have size 1 along the frames.
         alpha_bar: ᾱ_t, its leading dimensions are those of x0.
     """
-    alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (x0.ndim - alpha_bar.ndim))
-    return alpha_bar.sqrt() * x0 + (1.0 - alpha_bar).sqrt() * noise
+    signal, spread = _roots(alpha_bar, x0)
+    return signal * x0 + spread * noise
 
 
 def training_target(
@@ -72,8 +72,8 @@ def training_target(
     if prediction_type == "epsilon":
         return noise.expand_as(x0)
     if prediction_type == "v_prediction":
-        alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (x0.ndim - alpha_bar.ndim))
-        return alpha_bar.sqrt() * noise - (1.0 - alpha_bar).sqrt() * x0
+        signal, spread = _roots(alpha_bar, x0)
+        return signal * noise - spread * x0
     raise _unknown_type(prediction_type)
 
 
@@ -84,11 +84,11 @@ def predicted_x0(
 
     Shapes as in `add_noise`. ValueError for an unknown prediction type.
     """
-    alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (x_t.ndim - alpha_bar.ndim))
+    signal, spread = _roots(alpha_bar, x_t)
     if prediction_type == "epsilon":
-        return (x_t - (1.0 - alpha_bar).sqrt() * prediction) / alpha_bar.sqrt()
+        return (x_t - spread * prediction) / signal
     if prediction_type == "v_prediction":
-        return alpha_bar.sqrt() * x_t - (1.0 - alpha_bar).sqrt() * prediction
+        return signal * x_t - spread * prediction
     raise _unknown_type(prediction_type)
 
 
@@ -96,11 +96,11 @@ def implied_prediction(
     x0: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str = "epsilon"
 ) -> Tensor:
     """The prediction at x_t that implies this clean sample; `predicted_x0` undone."""
-    alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (x_t.ndim - alpha_bar.ndim))
+    signal, spread = _roots(alpha_bar, x_t)
     if prediction_type == "epsilon":
-        return (x_t - alpha_bar.sqrt() * x0) / (1.0 - alpha_bar).sqrt()
+        return (x_t - signal * x0) / spread
     if prediction_type == "v_prediction":
-        return (alpha_bar.sqrt() * x_t - x0) / (1.0 - alpha_bar).sqrt()
+        return (signal * x_t - x0) / spread
     raise _unknown_type(prediction_type)
 
 
@@ -132,6 +132,12 @@ def sector_loss(
     frames = x0.shape[1]
     prediction = predict(x_t.flatten(0, 1), timesteps.repeat_interleave(frames))
     return torch.nn.functional.mse_loss(prediction.float(), target.flatten(0, 1).float())
+
+
+def _roots(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """√ᾱ_t and √(1−ᾱ_t), with as many dimensions as `like`."""
+    alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (like.ndim - alpha_bar.ndim))
+    return alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
 
 
 def _unknown_type(prediction_type: str) -> ValueError:

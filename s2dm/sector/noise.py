@@ -35,7 +35,6 @@ def draw_noise(
     generator: torch.Generator | None = None,
     sharing: str = "shared",
     share: float = 0.5,
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Draw standard normal noise for the frames of one clip (ν_t of Eq. 7 and 8).
 
@@ -49,11 +48,10 @@ def draw_noise(
             own, "mixed" √share of the common and √(1−share) of an own noise, which keeps the
             variance at 1.
         share: the part of the variance that is common in "mixed", 0 to 1; unused otherwise.
-        dtype: of the result; the draw itself is in float32.
 
     Returns:
-        (N, *shape). In every mode but "mixed" the first frame is the noise of a clip of one
-        frame with the same seed, so a reference frame and frame 1 of its clip agree. "shared"
+        (N, *shape), float32. In every mode but "mixed" the first frame is the noise of a clip of
+        one frame with the same seed, so a reference frame and frame 1 of its clip agree. "shared"
         is an expanded view: clone before writing to it.
 
     Raises:
@@ -63,12 +61,12 @@ def draw_noise(
     if frames < 1:
         raise ValueError(f"A clip needs at least 1 frame, not {frames}.")
     if sharing == "independent":
-        return _own(frames, shape, generator).to(dtype)
+        return _own(frames, shape, generator)
     common = torch.randn((1, *shape), generator=generator)
     if sharing == "mixed":
         own = _own(frames, shape, generator)
-        return (math.sqrt(share) * common + math.sqrt(1.0 - share) * own).to(dtype)
-    return common.to(dtype).expand(frames, *shape)
+        return math.sqrt(share) * common + math.sqrt(1.0 - share) * own
+    return common.expand(frames, *shape)
 
 
 def _own(frames: int, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..files import write_text
 from ..flow import estimate_flow
 from .config import DataConfig, TrainingConfig, config_to_dict
 from .datasets import ClipDataset, build_dataset, pixels
@@ -108,9 +109,7 @@ def build_clip_cache(
     captions = dict(json.loads(line) for line in lines.read_text("utf-8").splitlines())
     for store in (frame_store, condition_store, done):
         store.flush()
-    temporary = folder / ".captions.json"
-    temporary.write_text(json.dumps([captions[i] for i in range(count)]), encoding="utf-8")
-    temporary.replace(folder / "captions.json")
+    write_text(folder / "captions.json", json.dumps([captions[i] for i in range(count)]))
     return ClipCache(folder)
 
 

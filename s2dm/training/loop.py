@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..files import write_json, write_text
 from .config import TrainingConfig, TrainingConfigError, config_to_dict
 from .cpu import plain_attention, speed_up
 from .curves import save_curves
@@ -149,11 +150,6 @@ class RunFolder:
         self.export = self.path / "export.safetensors"
         self.samples.mkdir(parents=True, exist_ok=True)
 
-    def write_json(self, name: str, value: Any) -> None:
-        temporary = self.path / ("." + name)
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(self.path / name)
-
     def records(self) -> list[dict[str, float]]:
         if not self.log.exists():
             return []
@@ -166,9 +162,7 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop the log entries past ``step``, which a resumed run is about to make again."""
         kept = [r for r in self.records() if r["step"] <= step]
-        temporary = self.log.with_name(".log.jsonl")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        temporary.replace(self.log)
+        write_text(self.log, "".join(json.dumps(r) + "\n" for r in kept))
 
     def newest_state(self) -> Path | None:
         """The state to resume from. A crash while renaming leaves the one before it."""
@@ -262,7 +256,7 @@ class TrainingLoop:
             self.export()
             return self.progress
         if self.accelerator.is_main_process:
-            self.folder.write_json("config.json", config_to_dict(self.config))
+            write_json(self.folder.path / "config.json", config_to_dict(self.config))
         saved = sampled = time.monotonic()
         bar = tqdm(
             total=self.config.steps,

@@ -55,17 +55,6 @@ def frozen_vae(config: VAEConfig, state: Mapping[str, Tensor], device: torch.dev
     return vae
 
 
-def tokenize(tokenizer: Any, captions: list[str], config: S2DMConfig) -> Tensor:
-    """Captions to token ids (B, max_length), padded and cut as CLIP does."""
-    return tokenizer(
-        captions,
-        padding="max_length",
-        max_length=config.text_encoder.max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-
-
 def save_vae(path: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     """Write a VAE alone, float32; ``state`` is in diffusers' keys."""
     save_checkpoint(path, S2DMConfig(vae=config), {"vae": to_ldm(state, vae_keys(config))})

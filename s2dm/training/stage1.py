@@ -7,7 +7,6 @@ text encoder reads the prompt, and writes that checkpoint with the flow generato
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,13 @@ from ..models.config import S2DMConfig
 from ..pipelines.flow_generation import embed_prompts, flow_scheduler, generate_flow
 from ..sector import add_noise, training_target
 from ..video import write_contact_sheet
+from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
 from .loop import Progress, run_training, sheet_generator
 from .models import frozen_vae, load_model, preset, save_model
 from .schedule import alpha_bars, draw_timesteps
-
-logger = logging.getLogger(__name__)
 
 _TEXTS = 64  # captions encoded at a time
 _MOVING = 0.01  # half-frames: what moves further sets the scale of the displacement
@@ -178,7 +176,7 @@ class Stage1Task:
             true = clip["flow"]
             flow = decode_flow(generated, network.config, true.height, true.width)
             scale = max(true.magnitude().max().item(), 1.0)
-            keep = torch.linspace(0, len(flow) - 1, config.sample_frames).round().long().tolist()
+            keep = spread(len(flow), config.sample_frames)
             rows.append(
                 torch.cat(
                     [
@@ -226,7 +224,7 @@ def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Sta
         tokenizer,
         flows,
         latents[:, 0],
-        _texts(encoder, tokenizer, clips.captions),
+        embed_captions(encoder, tokenizer, clips.captions),
         _validation(config, vae, model_config.vae.scaling_factor, device),
         others,
     )
@@ -291,7 +289,7 @@ def _flows(clips: ClipCache, size: tuple[int, int]) -> np.ndarray:
 
 
 @torch.no_grad()
-def _texts(encoder: nn.Module, tokenizer: Any, captions: list[str]) -> Tensor:
+def embed_captions(encoder: nn.Module, tokenizer: Any, captions: list[str]) -> Tensor:
     """What the network is given of each caption, (C, text_dim): always the same, so made once."""
     parts = (captions[start : start + _TEXTS] for start in range(0, len(captions), _TEXTS))
     return torch.cat([embed_prompts(encoder, tokenizer, part).cpu() for part in parts])

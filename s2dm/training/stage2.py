@@ -7,7 +7,6 @@ Stable Diffusion 1.5, whose text encoder then stays frozen.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ..models.build import (
     build_text_encoder,
     build_tokenizer,
     build_unet,
+    tokenize,
 )
 from ..models.config import FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
@@ -30,6 +30,7 @@ from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
 from ..pipelines.flow_to_video import ddim_scheduler
 from ..sector import NOISE_SHARING, draw_noise, sector_loss
 from ..video import write_contact_sheet
+from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
@@ -41,11 +42,8 @@ from .models import (
     load_vae,
     preset,
     save_model,
-    tokenize,
 )
 from .schedule import alpha_bars, draw_timesteps
-
-logger = logging.getLogger(__name__)
 
 PARTS = ("unet", "flow_adapter", "text_encoder")
 
@@ -175,7 +173,7 @@ class Stage2Task:
         self.vae = vae
         self.clips = clips
         self.latents = latents
-        self.token_ids = tokenize(tokenizer, [*clips.captions, ""], model_config)
+        self.token_ids = tokenize(tokenizer, [*clips.captions, ""])
         # It shares the model's modules, so a sheet is made with what they hold at that time.
         self.pipeline = FlowToVideoPipeline(
             vae=vae,
@@ -242,12 +240,11 @@ class Stage2Task:
     def _validation(self) -> list[Any]:
         clips = []
         for clip in held_out_clips(self.config.data, self.config.validation_clips):
-            every = torch.linspace(0, len(clip.frames) - 1, self.config.sample_frames)
-            keep = every.round().long().unique()
+            keep = sorted(set(spread(len(clip.frames), self.config.sample_frames)))
             clips.append(
                 {
                     "frames": pixels(clip.frames)[keep],
-                    "flow": clip.flow.select(keep.tolist()),
+                    "flow": clip.flow.select(keep),
                     "caption": clip.caption,
                 }
             )

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.build import build_text_encoder, build_tokenizer
+from ..models.build import build_text_encoder, build_tokenizer, tokenize
 from ..models.config import S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from .cache import training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .loop import Progress, run_training
-from .models import load_model, preset, save_model, tokenize
+from .models import load_model, preset, save_model
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,8 @@ class TextTask:
         self.model = model
         self.states = states
         tokenizer = build_tokenizer(model_config)
-        self.token_ids = tokenize(tokenizer, captions, model_config)
-        self.held_out = tokenize(tokenizer, validation, model_config)
+        self.token_ids = tokenize(tokenizer, captions)
+        self.held_out = tokenize(tokenizer, validation)
         self.end = model_config.text_encoder.eos_token_id
         self.kept = None
         if config.keep_weight > 0:

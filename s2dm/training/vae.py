@@ -8,7 +8,6 @@ crops around what moves; the others train on whole frames, for the attention in 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +24,6 @@ from .config import DataConfig, TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
 from .loop import Progress, run_training
 from .models import load_vae, preset, save_vae
-
-logger = logging.getLogger(__name__)
 
 _SCALES = 4
 _QUIET = 6.0
@@ -214,8 +211,7 @@ class VAETask:
 
     def sample(self, model: nn.Module, path: Path) -> dict[str, float]:
         """Held-out frames above their reconstructions; PSNR in dB over all of them."""
-        device = next(model.parameters()).device
-        outputs = reconstruct(model.vae, self.validation.to(device)).cpu()
+        outputs = reconstruct(model.vae, self.validation)
         error = (outputs - self.validation).square().mean((1, 2, 3))
         half = min(8, len(outputs))
         rows = []
@@ -276,12 +272,12 @@ def normalise_latents(state: dict[str, Tensor], mean: Tensor, std: Tensor) -> No
 
 
 @torch.no_grad()
-def reconstruct(vae: nn.Module, pictures: Tensor) -> Tensor:
-    """(N,3,H,W) in [0,1] through the autoencoder and back, without posterior noise."""
+def reconstruct(vae: nn.Module, pictures: Tensor, chunk: int = 8) -> Tensor:
+    """(N,3,H,W) in [0,1] through the autoencoder, without posterior noise; float32 on the CPU."""
     outputs = []
-    for part in pictures.split(8):
-        latents = vae.encode(part * 2 - 1).latent_dist.mode()
-        outputs.append((vae.decode(latents).sample.float() + 1) / 2)
+    for part in pictures.split(chunk):
+        latents = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
+        outputs.append((vae.decode(latents).sample.float().cpu() + 1) / 2)
     return torch.cat(outputs).clamp(0, 1)
 
 

@@ -39,6 +39,11 @@ def cover(frames: Tensor, height: int, width: int) -> Tensor:
     return frames[..., top : top + height, left : left + width].clamp(0, 1)
 
 
+def spread(total: int, count: int) -> list[int]:
+    """Numbers of `count` frames spread evenly over `total`, the first and the last among them."""
+    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
+
+
 def size_text(frame: Tensor) -> str:
     """A frame's size as people write it, width first."""
     return f"{frame.shape[-1]}x{frame.shape[-2]}"

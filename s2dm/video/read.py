@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .frames import DEFAULT_FPS, VideoError, cover, from_uint8, size_text
+from .frames import DEFAULT_FPS, VideoError, cover, from_uint8, size_text, spread
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -72,7 +72,7 @@ def read_clip(
         total = sum(1 for _ in _iter_pixels(path, decode_only=True))
         if total == 0:
             raise VideoError(f"{path} holds no frames.")
-        wanted = [round(i * (total - 1) / max(frames - 1, 1)) for i in range(frames)]
+        wanted = spread(total, frames)
         fps *= frames / total
     kept: list[Tensor] = []
     for index, pixels in enumerate(_iter_pixels(path)):

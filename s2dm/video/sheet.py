@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..files import replacing
-from .frames import to_uint8
+from .frames import spread, to_uint8
 
 
 def contact_sheet(
@@ -45,7 +45,7 @@ def contact_sheet(
             )
     if labels is not None and len(labels) != len(rows):
         raise ValueError(f"Expected {len(rows)} labels, one for each row, got {len(labels)}.")
-    picked = [row[_spread(len(row), columns)] for row in rows]
+    picked = [row[spread(len(row), min(columns or len(row), len(row)))] for row in rows]
     cell_height = max(row.shape[-2] for row in picked) + gap
     cell_width = max(row.shape[-1] for row in picked) + gap
     font = ImageFont.load_default()
@@ -86,9 +86,3 @@ def _lines(text: str) -> list[str]:
     import textwrap
 
     return textwrap.wrap(text, 26, max_lines=3, placeholder="…") or [""]
-
-
-def _spread(count: int, columns: int | None) -> list[int]:
-    if columns is None or columns >= count:
-        return list(range(count))
-    return [round(i * (count - 1) / max(columns - 1, 1)) for i in range(columns)]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
-from ..files import replacing
+from ..files import replacing, replacing_folder
 from .frames import DEFAULT_FPS, VideoError, size_text, to_uint8
 from .gif import write_gif
 from .mp4 import write_mp4
@@ -48,7 +46,6 @@ def write_clip(
             f"Can't write a clip as {suffix}. Expected {', '.join(WRITABLE_SUFFIXES)}, or a name "
             "without an ending for a folder of PNG frames."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = _iter_checked(frames)
     if not suffix:
         _write_folder(path, pixels)
@@ -92,16 +89,9 @@ def _write_folder(folder: Path, pixels: Iterator[np.ndarray]) -> None:
                 f"The folder {folder} holds other files ({foreign[0]}). Give a new or an empty "
                 "folder, so that nothing of yours is replaced."
             )
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with replacing_folder(folder) as temporary:
         for index, frame in enumerate(pixels, start=1):
             Image.fromarray(frame).save(temporary / f"frame_{index:05d}.png")
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_our_frame(name: str) -> bool:

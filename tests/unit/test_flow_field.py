@@ -110,6 +110,14 @@ def test_resize_scales_vectors_with_the_size(frames, by_height, by_width):
     )
 
 
+def test_a_crop_moves_as_its_part_of_the_picture():
+    field = random_field(3, 6, 9)
+    part = field.crop(2, 3, top=1, left=4)
+    assert torch.equal(part.displacement, field.displacement[:, :, 1:3, 4:7])
+    assert torch.equal(part.occlusion, field.occlusion[:, :, 1:3, 4:7])
+    assert_equal(field.crop(6, 9), field, 0)
+
+
 @quick
 @given(counts, st.integers(1, 3))
 def test_growing_and_shrinking_a_linear_field_gives_it_back_inside(frames, factor):

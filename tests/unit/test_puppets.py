@@ -16,7 +16,6 @@ from s2dm.data import (
     caption,
     render_clip,
     split,
-    training_captions,
 )
 from s2dm.data.puppets.actions import poses
 from s2dm.data.puppets.persons import TOP_COLOURS, TROUSER_COLOURS
@@ -212,10 +211,6 @@ def test_splits_depend_on_the_seed_and_refuse_other_names():
     assert split("test", 0) != split("test", 1)
     with pytest.raises(ValueError, match='"train" or "test"'):
         split("validation")
-
-
-def test_training_captions_are_those_of_the_training_split():
-    assert list(training_captions()) == [caption(*pair) for pair in split("train")]
 
 
 def test_data_set_runs_through_combinations_and_takes():

@@ -16,10 +16,10 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import DATA, stage2_config
 
 from s2dm.models import load_checkpoint
-from s2dm.models.build import build_text_encoder, build_tokenizer
+from s2dm.models.build import build_text_encoder, build_tokenizer, tokenize
 from s2dm.training.config import TrainingConfigError, config_from_dict
 from s2dm.training.loop import RunFolder, step_generator
-from s2dm.training.models import load_text_encoder, tokenize
+from s2dm.training.models import load_text_encoder
 from s2dm.training.stage2 import build_stage2_task
 from s2dm.training.text import TextTrainingConfig, build_text_task, train_text
 
@@ -98,7 +98,7 @@ def test_states_that_a_unet_reads_stay_near(tmp_path):
 
 def _drift(before: Path, after: Path) -> float:
     config, state = load_text_encoder(before)
-    ids = tokenize(build_tokenizer(config), ["square number 3"], config)
+    ids = tokenize(build_tokenizer(config), ["square number 3"])
     with torch.no_grad():
         first, second = (
             build_text_encoder(config.text_encoder, weights).eval()(ids).last_hidden_state

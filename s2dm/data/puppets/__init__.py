@@ -2,11 +2,10 @@
 
 from .actions import ACTIONS
 from .captions import caption
-from .dataset import PuppetClips, split, training_captions
+from .dataset import PuppetClips, split
 from .persons import PERSONS
 from .render import Clip, Garment, render_clip
 
 __all__ = [
     "ACTIONS", "PERSONS", "Clip", "Garment", "PuppetClips", "caption", "render_clip", "split",
-    "training_captions",
 ]  # fmt: skip

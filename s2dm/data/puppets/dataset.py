@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from .actions import ACTIONS
-from .captions import caption
 from .persons import PERSONS
 from .render import Clip, render_clip
 
@@ -55,12 +54,6 @@ def _held_out(seed: int) -> set[tuple[int, int]]:
                 chosen.add(pair)
                 break
     return chosen
-
-
-def training_captions() -> Iterator[str]:
-    """Every caption of the training split, for example to train a tokenizer on."""
-    for person, action in split("train"):
-        yield caption(person, action)
 
 
 class PuppetClips(Dataset[Clip]):
