@@ -1,15 +1,18 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and the order of numbered ones."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_LONGEST = 40  # characters of a name in its temporary one, which is longer than it
 
 
 @contextmanager
@@ -20,7 +23,9 @@ def replacing(path: Path) -> Iterator[Path]:
     that a lost machine leaves no empty file under `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.stem[:_LONGEST]}-", suffix=path.suffix, dir=path.parent
+    )
     os.close(handle)
     temporary = Path(name)
     try:
@@ -40,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder: what it held before is dropped when the new one is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name[:_LONGEST]}-", dir=folder.parent))
     try:
         yield temporary
         if folder.exists():
@@ -49,6 +54,28 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def in_order(paths: Iterable[Path]) -> list[Path]:
+    """Files in the order of their names, numbers by their value: 2 before 10.
+
+    Hidden ones are left out, such as macOS puts beside a file on a foreign disk.
+    """
+
+    def key(path: Path) -> list[str | int]:
+        parts = re.split(r"([0-9]+)", path.name)  # text and numbers by turns
+        return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+    return sorted((path for path in paths if not path.name.startswith(".")), key=key)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What the lines of a file hold, without those that were cut short by a lost machine."""
+    found = []
+    for line in path.read_text("utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def write_text(path: str | Path, text: str) -> None:

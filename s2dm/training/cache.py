@@ -10,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..files import write_text
+from ..files import read_json_lines, write_text
 from ..flow import estimate_flow
 from .config import DataConfig, TrainingConfig, config_to_dict
 from .datasets import ClipDataset, build_dataset, pixels
@@ -96,6 +99,9 @@ def build_clip_cache(
     condition_store = _open(folder / "conditions.npy", (count, *condition.shape), np.float16)
     done = _open(folder / "done.npy", (count,), np.bool_)
     lines = folder / "captions.part.jsonl"
+    captions = dict(read_json_lines(lines)) if lines.exists() else {}
+    write_text(lines, "".join(json.dumps(line) + "\n" for line in captions.items()))
+    done[[index for index in range(count) if index not in captions]] = False
     todo = np.flatnonzero(~done).tolist()
     loader = DataLoader(
         Subset(prepared, todo), batch_size=None, num_workers=workers, worker_init_fn=_one_thread
@@ -105,8 +111,8 @@ def build_clip_cache(
             frame_store[index], condition_store[index] = frames, condition
             file.write(json.dumps([index, caption]) + "\n")
             file.flush()
+            captions[index] = caption
             done[index] = True
-    captions = dict(json.loads(line) for line in lines.read_text("utf-8").splitlines())
     for store in (frame_store, condition_store, done):
         store.flush()
     write_text(folder / "captions.json", json.dumps([captions[i] for i in range(count)]))
@@ -172,7 +178,17 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Open an array file for writing, or start one of zeros."""
     if path.exists():
         return np.lib.format.open_memmap(path, mode="r+")
-    return np.lib.format.open_memmap(path, mode="w+", shape=shape, dtype=dtype)
+    size, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(
+            f"{path} takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. Make "
+            "room, or give another folder: --set cache=FOLDER."
+        )
+    store = np.lib.format.open_memmap(path, mode="w+", shape=shape, dtype=dtype)
+    if hasattr(os, "posix_fallocate"):  # else a disk that fills up later ends the process
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return store
 
 
 def _one_thread(worker: int) -> None:

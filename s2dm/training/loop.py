@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..files import write_json, write_text
+from ..files import read_json_lines, write_json, write_text
 from .config import TrainingConfig, TrainingConfigError, config_to_dict
 from .cpu import plain_attention, speed_up
 from .curves import save_curves
@@ -140,7 +140,8 @@ def sheet_generator(number: int) -> torch.Generator:
 
 class RunFolder:
     """The files of one run: ``config.json``, ``log.jsonl``, ``curves.png``, ``state/``,
-    ``samples/`` and ``export.safetensors``. All are written under a temporary name and renamed."""
+    ``samples/`` and ``export.safetensors``. All but the log, which grows, are written under a
+    temporary name and renamed."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -153,7 +154,7 @@ class RunFolder:
     def records(self) -> list[dict[str, float]]:
         if not self.log.exists():
             return []
-        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(self.log)
 
     def append(self, record: dict[str, float]) -> None:
         with self.log.open("a", encoding="utf-8") as file:
@@ -172,6 +173,18 @@ class RunFolder:
         return None
 
 
+def measured_once(config: TrainingConfig, name: str, measure: Callable[[], Any]) -> Any:
+    """What a run measured on its clips when it began, as plain JSON values.
+
+    A run that goes on keeps it, whatever clips were added since: its weights are made for it.
+    """
+    folder = RunFolder(config.output)
+    path = folder.path / f"{name}.json"
+    if folder.newest_state() is None or not path.exists():
+        write_json(path, measure())
+    return json.loads(path.read_text("utf-8"))
+
+
 def training_of(export: Path) -> tuple[dict[str, Any], int] | None:
     """Settings of the run that wrote ``export.safetensors``, and the steps it had made then.
 
@@ -180,9 +193,8 @@ def training_of(export: Path) -> tuple[dict[str, Any], int] | None:
     config, log = (export.with_name(name) for name in ("config.json", "log.jsonl"))
     if not (config.exists() and log.exists()):
         return None
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     # The weights are exported with every sheet, whose figures have a record of their own.
-    steps = [record["step"] for record in records if "loss" not in record]
+    steps = [record["step"] for record in read_json_lines(log) if "loss" not in record]
     return json.loads(config.read_text(encoding="utf-8")), max(steps, default=0)
 
 
@@ -254,6 +266,8 @@ class TrainingLoop:
                     f"{self.folder.path}: look at the output folder, or train first."
                 )
             self.export()
+            if self.accelerator.is_main_process:
+                self.folder.append({"step": self.progress.step})  # of the export: see training_of
             return self.progress
         if self.accelerator.is_main_process:
             write_json(self.folder.path / "config.json", config_to_dict(self.config))
@@ -315,6 +329,8 @@ class TrainingLoop:
         rate = learning_rate(config, self.progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.accelerator.step = 0  # a resumed run may have had another gradient_accumulation
+        totals: dict[str, Tensor] = {}
         for micro in range(config.gradient_accumulation):
             generator = step_generator(
                 config.seed, self.progress.step, micro, self.accelerator.process_index
@@ -329,13 +345,16 @@ class TrainingLoop:
                     )
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
+            for loss, value in losses.items():
+                part = value.detach().float() / config.gradient_accumulation
+                totals[loss] = totals.get(loss, 0.0) + part
         self.ema.update()
-        return {**losses, "gradient_norm": torch.as_tensor(norm)}
+        return {**totals, "gradient_norm": torch.as_tensor(norm)}
 
     def _collect(self, losses: dict[str, Tensor]) -> None:
         for name, value in losses.items():
             total = self._unsaved_log.get(name, 0.0)
-            self._unsaved_log[name] = total + value.detach().float()
+            self._unsaved_log[name] = total + value
         self._logged_steps += 1
 
     def _write_log(self) -> dict[str, float]:
@@ -345,7 +364,8 @@ class TrainingLoop:
             "learning_rate": learning_rate(self.config, self.progress),
         }
         for name, total in self._unsaved_log.items():
-            record[name] = float(total) / self._logged_steps
+            mean = self.accelerator.reduce(total / self._logged_steps, "mean")
+            record[name] = float(mean)
         self._unsaved_log, self._logged_steps = {}, 0
         if self.accelerator.is_main_process:
             self.folder.append(record)

@@ -28,7 +28,7 @@ from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
-from .loop import Progress, run_training, sheet_generator
+from .loop import Progress, measured_once, run_training, sheet_generator
 from .models import frozen_vae, load_model, preset, save_model
 from .schedule import alpha_bars, draw_timesteps
 
@@ -248,7 +248,7 @@ def _with_flow_generator(
     network = preset(config.preset).flow_generator
     if network is None:
         raise TrainingConfigError(f"the preset {config.preset!r} has no flow generator.")
-    scale, motion = _scales(clips)
+    scale, motion = measured_once(config, "scales", lambda: _scales(clips))
     network = dataclasses.replace(
         network,
         reference_channels=model_config.vae.latent_channels,

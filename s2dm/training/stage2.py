@@ -34,7 +34,7 @@ from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
-from .loop import Progress, run_training, sheet_generator
+from .loop import Progress, measured_once, run_training, sheet_generator
 from .models import (
     frozen_vae,
     load_model,
@@ -318,13 +318,20 @@ def _start(
     """The model's config and the weights that exist already, by part."""
     if config.checkpoint:
         model_config, states = load_model(config.checkpoint)
+        if model_config.unet is None:
+            raise TrainingConfigError(
+                f"stage 2 needs a checkpoint with a U-Net, got {config.checkpoint} without. Leave "
+                "checkpoint empty to start from random weights; a VAE or a text encoder alone is "
+                "given as vae or text_encoder."
+            )
         if "flow_generator" in states:
             _leave_stage_1_its_text(config)
     else:
         model_config, states = preset(config.preset), {}
         model_config = dataclasses.replace(model_config, flow_generator=None)
         if model_config.tokenizer is None and not config.text_encoder:
-            spec = train_tokenizer(captions, model_config.text_encoder.vocab_size)
+            vocabulary = model_config.text_encoder.vocab_size
+            spec = measured_once(config, "tokenizer", lambda: train_tokenizer(captions, vocabulary))
             model_config = with_tokenizer(model_config, spec)
     if config.text_encoder:
         read, states["text_encoder"] = load_text_encoder(config.text_encoder)

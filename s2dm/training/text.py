@@ -24,7 +24,7 @@ from ..models.config import S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from .cache import training_clips
 from .config import TrainingConfig, TrainingConfigError
-from .loop import Progress, run_training
+from .loop import Progress, measured_once, run_training
 from .models import load_model, preset, save_model
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,9 @@ def build_text_task(config: TextTrainingConfig) -> TextTask:
     else:
         start = preset(config.preset)
         model_config = S2DMConfig(text_encoder=start.text_encoder)
-        spec = train_tokenizer(captions, start.text_encoder.vocab_size)
+        spec = measured_once(
+            config, "tokenizer", lambda: train_tokenizer(captions, start.text_encoder.vocab_size)
+        )
         model_config = with_tokenizer(model_config, spec)
     torch.manual_seed(config.seed)
     size = model_config.text_encoder

@@ -103,7 +103,8 @@ class VAEModel(nn.Module):
         if config.adversarial_weight > 0:
             self.adversarial = AdversarialLoss(config.adversarial_weight, config.adversarial_warmup)
         self.guide_steps = 0 if config.checkpoint else config.guide_steps
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("steps", torch.zeros(()))
+        self.share_of_a_step = 1 / config.gradient_accumulation
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """``pixels`` (N,3,H,W) in [0,1] and ``noise`` (N,C,H/8,W/8) for the posterior."""
@@ -122,7 +123,7 @@ class VAEModel(nn.Module):
             loss = loss + sum(losses.values())
             figures |= {f"loss_{name}": value.detach() for name, value in losses.items()}
         if self.training:
-            self.steps += 1
+            self.steps += self.share_of_a_step
         return {"loss": loss, **figures}
 
     def _guide(self, mean: Tensor, pixels: Tensor) -> Tensor:
@@ -274,11 +275,15 @@ def normalise_latents(state: dict[str, Tensor], mean: Tensor, std: Tensor) -> No
 @torch.no_grad()
 def reconstruct(vae: nn.Module, pictures: Tensor, chunk: int = 8) -> Tensor:
     """(N,3,H,W) in [0,1] through the autoencoder, without posterior noise; float32 on the CPU."""
+    height, width = pictures.shape[2:]
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    # What is no whole latent cell would be dropped: the border is repeated up to the next one.
+    pictures = F.pad(pictures, (0, -width % factor, 0, -height % factor), mode="replicate")
     outputs = []
     for part in pictures.split(chunk):
         latents = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
         outputs.append((vae.decode(latents).sample.float().cpu() + 1) / 2)
-    return torch.cat(outputs).clamp(0, 1)
+    return torch.cat(outputs).clamp(0, 1)[..., :height, :width]
 
 
 def build_vae_task(config: VAETrainingConfig) -> VAETask:
@@ -295,10 +300,11 @@ def build_vae_task(config: VAETrainingConfig) -> VAETask:
         vae_config = preset(config.preset).vae
         vae = build_vae(vae_config)
         _quiet_posterior(vae, vae_config.latent_channels)
-    if config.crop % vae_config.factor:
-        raise TrainingConfigError(
-            f"crop must be a multiple of the VAE's factor {vae_config.factor}, got {config.crop}."
-        )
+    for name, side in (("crop", config.crop), ("data.size", config.data.size)):
+        if side % vae_config.factor:
+            raise TrainingConfigError(
+                f"{name} must be a multiple of the VAE's factor {vae_config.factor}, got {side}."
+            )
     if config.adversarial_weight > 0 and config.crop < LEAST_PIXELS:
         raise TrainingConfigError(
             f"crop must be at least {LEAST_PIXELS} with an adversarial loss, got {config.crop}."

@@ -147,3 +147,21 @@ def test_latents_of_another_scale_or_precision_are_others(tmp_path):
     assert torch.allclose(latents(2.0, False), pixels * 2.002, atol=2e-3)
     assert not torch.equal(latents(2.0, True), latents(2.0, False))
     assert torch.allclose(latents(2.0, True), pixels * 2, atol=2e-3)
+
+
+def test_a_caption_that_was_cut_short_is_made_again(tmp_path):
+    data = data_config()
+    folder = build_clip_cache(tmp_path, data).folder
+    (folder / "captions.json").unlink()
+    lines = folder / "captions.part.jsonl"
+    lines.write_text(lines.read_text()[:-9])
+    cache = build_clip_cache(tmp_path, data)
+    assert cache.captions == [f"square number {i}" for i in range(6)]
+    assert cache.frames[5].any()
+
+
+def test_a_full_disk_is_named_before_anything_is_prepared(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=10)
+    monkeypatch.setattr("s2dm.training.cache.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"0\.0 GB are free there. Make room"):
+        build_clip_cache(tmp_path, data_config())

@@ -23,7 +23,16 @@ from tiny_training import stage2_config
 
 from s2dm.models import load_checkpoint
 from s2dm.training.config import TrainingConfig, TrainingConfigError
-from s2dm.training.loop import EMA, Progress, RunFolder, TrainingLoop, learning_rate, step_generator
+from s2dm.training.loop import (
+    EMA,
+    Progress,
+    RunFolder,
+    TrainingLoop,
+    learning_rate,
+    measured_once,
+    step_generator,
+    training_of,
+)
 from s2dm.training.stage2 import Stage2Task, build_stage2_task, train_stage2
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
@@ -223,3 +232,45 @@ def test_processes_go_by_one_clock(tmp_path, vae_file):
         assert first == second and first.startswith(f"{steps} ")
     records = RunFolder(run).records()
     assert [record["step"] for record in records if "loss" in record] == [2, 4]
+
+
+def test_a_line_of_the_log_that_was_cut_short_is_dropped(tmp_path, vae_file):
+    config = stage2_config(tmp_path, vae_file, steps=2)
+    train_stage2(config)
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 3, "lo')
+    assert train_stage2(dataclasses.replace(config, steps=4)).step == 4
+    assert {record["step"] for record in RunFolder(tmp_path).records()} == {2, 4}
+
+
+def test_an_export_says_of_which_step_it_is(tmp_path, vae_file):
+    config = stage2_config(tmp_path, vae_file, steps=2)
+    train_stage2(config)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "sample_error": 0.5}\n')
+    train_stage2(dataclasses.replace(config, export_only=True))
+    assert training_of(tmp_path / "export.safetensors")[1] == 2
+
+
+def test_what_was_measured_at_the_start_stays_with_the_run(tmp_path):
+    config = TrainingConfig(output=str(tmp_path))
+    assert measured_once(config, "scales", lambda: (1.0, 2.0)) == [1.0, 2.0]
+    assert measured_once(config, "scales", lambda: (3.0, 4.0)) == [3.0, 4.0]  # nothing trained yet
+    (tmp_path / "state").mkdir()
+    assert measured_once(config, "scales", lambda: (5.0, 6.0)) == [3.0, 4.0]
+
+
+def test_accumulated_losses_are_averaged(tmp_path, vae_file):
+    """Two micro-steps of a run without learning: the log has the mean of both."""
+    folder = tmp_path / "run"
+    config = stage2_config(
+        folder, vae_file, steps=1, log_every=1, gradient_accumulation=2, learning_rate=0.0
+    )
+    task = build_stage2_task(config, torch.device("cpu"))
+    losses = [
+        task.model.train()(task.batch(step_generator(0, 0, micro, 0), torch.device("cpu")))["loss"]
+        for micro in (0, 1)
+    ]
+    TrainingLoop(config, task).run()
+    (record,) = (r for r in RunFolder(folder).records() if "loss" in r)
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert record["loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-4)

@@ -151,3 +151,9 @@ def test_stage2_learns(tmp_path, vae_file):
     train_stage2(config)
     losses = [r["loss"] for r in RunFolder(tmp_path).records() if "loss" in r]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_checkpoint_without_unet_is_refused(tmp_path, vae_file):
+    config = stage2_config(tmp_path, vae_file, checkpoint=str(vae_file))
+    with pytest.raises(TrainingConfigError, match="a checkpoint with a U-Net, got"):
+        build_stage2_task(config, torch.device("cpu"))

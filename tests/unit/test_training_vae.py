@@ -11,13 +11,13 @@ pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 
 from random_checkpoint import TINY
-from tiny_training import SIZE, vae_config
+from tiny_training import DATA, SIZE, vae_config
 
 from s2dm.models import load_checkpoint
 from s2dm.models.build import build_vae
 from s2dm.training.config import TrainingConfigError
 from s2dm.training.loop import RunFolder, step_generator
-from s2dm.training.vae import PyramidLoss, build_vae_task, normalise_latents, train_vae
+from s2dm.training.vae import PyramidLoss, build_vae_task, normalise_latents, reconstruct, train_vae
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 
@@ -140,3 +140,22 @@ def test_a_run_with_an_adversarial_loss_writes_the_vae_alone(tmp_path, vae_file)
     for record in records:
         parts = [record[f"loss_{part}"] for part in ("reconstruction", "fooling", "judging")]
         assert record["loss"] == pytest.approx(sum(parts) + 1e-3 * record["kl"], rel=1e-4)
+
+
+def test_sizes_between_whole_cells_go_through_the_autoencoder(tmp_path):
+    task = build_vae_task(vae_config(tmp_path))
+    pictures = torch.rand(2, 3, 19, 21)
+    assert reconstruct(task.model.vae, pictures).shape == pictures.shape
+
+
+def test_clips_that_are_no_whole_cells_are_refused(tmp_path):
+    with pytest.raises(TrainingConfigError, match=r"data.size must be a multiple of .*, got 33"):
+        build_vae_task(vae_config(tmp_path, data={**DATA, "size": 33}))
+
+
+def test_schedules_count_steps_whatever_is_accumulated(tmp_path):
+    task = build_vae_task(vae_config(tmp_path, gradient_accumulation=4))
+    task.model.train()
+    for micro in range(8):
+        task.model(task.batch(step_generator(0, 0, micro), torch.device("cpu")))
+    assert task.model.steps == 2
