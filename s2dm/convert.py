@@ -123,12 +123,25 @@ def _load(source: Path) -> Any:
 
     if source.is_file():
         both = read_config(source).flow_generator is not None
-        return (TextToVideoPipeline if both else FlowToVideoPipeline).from_single_file(source)
+        kind = TextToVideoPipeline if both else FlowToVideoPipeline
+        return kind.from_single_file(source, torch_dtype=_stored_type([source]))
     index = source / "model_index.json"
     if not index.is_file():
         raise ConversionError(f"{source} is no diffusers folder: it has no model_index.json.")
     both = "flow_generator" in json.loads(index.read_text("utf-8"))
-    return (TextToVideoPipeline if both else FlowToVideoPipeline).from_pretrained(source)
+    kind = TextToVideoPipeline if both else FlowToVideoPipeline
+    return kind.from_pretrained(source, torch_dtype=_stored_type(source.glob("*/*.safetensors")))
+
+
+def _stored_type(files: Iterable[Path]) -> torch.dtype:
+    """The one type of all floating-point weights in these files, float32 where there are more."""
+    stored = set()
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            stored |= {weights.get_slice(name).get_dtype() for name in weights.keys()}
+    names = {"F16": torch.float16, "BF16": torch.bfloat16}
+    kinds = {names.get(name, torch.float32) for name in stored if not name.startswith(("I", "U"))}
+    return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
 def _is_stable_diffusion(source: Path) -> bool:
@@ -162,7 +175,11 @@ def _read_folder(source: Path) -> dict[str, Tensor]:
     weights = {}
     for part, (kind, state) in parts.items():
         try:
-            network = kind.from_pretrained(source / part)
+            files = [*(source / part).glob("*.safetensors")]
+            variant = "fp16" if files and all(".fp16." in file.name for file in files) else None
+            network = kind.from_pretrained(
+                source / part, variant=variant, torch_dtype=_stored_type(files)
+            )
             named = state(network, getattr(SD15, part))
         except (OSError, ValueError, RuntimeError) as error:
             raise _not_sd15(source, f"its {part}: {str(error).splitlines()[0]}") from error
@@ -272,4 +289,8 @@ def _weights_in(content: Any) -> dict[str, Tensor]:
     for name in _NESTED:
         if isinstance(content.get(name), dict):
             return _weights_in(content[name])
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }

@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import DEFAULT_CHECKPOINT, CommandError, add_sampling, check_exists, positive
+from .options import (
+    DEFAULT_CHECKPOINT,
+    CommandError,
+    add_sampling,
+    check_exists,
+    number,
+    positive,
+)
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -55,7 +62,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     sampling.add_argument(
         "--flow-text-guidance",
-        type=float,
+        type=number,
         default=1.0,
         help="guidance scale of the prompt in stage 1 (%(default)s)",
     )
@@ -90,6 +97,11 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(
             f"{options.checkpoint} is a folder. Make one file of it: s2dm convert "
             f"{options.checkpoint} NAME.safetensors"
+        )
+    if any(text.partition("=")[0].strip() == "split" for text in options.data):
+        raise CommandError(
+            "split is what a training learns from. To evaluate other clips than those of the test "
+            "split write validation_split, as in --data validation_split=train."
         )
     trained = read_config(options.checkpoint)
     data = [f"size={trained.resolution[0]}", f"frames={trained.frames}", *options.data]

@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .options import DEFAULT_CHECKPOINT, CommandError, add_sampling, check_exists, positive, size
+from .options import (
+    DEFAULT_CHECKPOINT,
+    CommandError,
+    add_sampling,
+    check_exists,
+    number,
+    positive,
+    rate,
+    size,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +61,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         help="how frames share their noise (%(default)s)",
     )
     parser.add_argument(
-        "--share", type=float, default=0.5, help='common part in "mixed" (%(default)s)'
+        "--share", type=number, default=0.5, help='common part in "mixed" (%(default)s)'
     )
     parser.add_argument(
         "--frames",
@@ -65,11 +74,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--method", default="dis", help="flow estimator: dis or farneback")
     parser.add_argument("--save-flow", type=Path, metavar="FILE", help="keep the flow as .npz")
-    parser.add_argument("--fps", type=float, help="frames a second (those of the clip, or 8)")
+    parser.add_argument("--fps", type=rate, help="frames a second (those of the clip, or 8)")
     stage_1 = parser.add_argument_group("motion from the prompt (without --clip and --flow)")
     stage_1.add_argument(
         "--motion-strength",
-        type=float,
+        type=number,
         metavar="FACTOR",
         help="how much moves: 1 as much as the mean of the training clips, 0 little, not nothing "
         "(as the prompt has it)",
@@ -92,14 +101,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..video import DEFAULT_FPS, WRITABLE_SUFFIXES, read_image, write_clip
+    from ..video import DEFAULT_FPS, check_clip_path, read_image, write_clip
 
-    suffix = options.output.suffix.lower()
-    if suffix and suffix not in WRITABLE_SUFFIXES:
-        raise CommandError(
-            f"Can't write {options.output}. Give a name that ends in "
-            f"{', '.join(WRITABLE_SUFFIXES)}, or one without an ending for a folder of frames."
-        )
+    check_clip_path(options.output)
     if options.save_flow is not None and options.save_flow.suffix.lower() != ".npz":
         raise CommandError(
             f"Can't keep the flow as {options.save_flow}. Give a name that ends in .npz."
@@ -181,6 +185,11 @@ def _load_pipeline(options: argparse.Namespace, from_prompt: bool):
 
     checkpoint = options.checkpoint
     check_exists(checkpoint)
+    device = options.device or _best_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise CommandError(f"--device {device}: {str(error).splitlines()[0]}") from error
     from diffusers.utils import logging as diffusers_logging
 
     from ..pipelines import FlowToVideoPipeline, TextToVideoPipeline
@@ -190,7 +199,7 @@ def _load_pipeline(options: argparse.Namespace, from_prompt: bool):
     kind = TextToVideoPipeline if from_prompt else FlowToVideoPipeline
     load = kind.from_pretrained if checkpoint.is_dir() else kind.from_single_file
     pipeline = load(checkpoint, torch_dtype=torch.float16 if options.half else torch.float32)
-    return pipeline.to(options.device or _best_device())
+    return pipeline.to(device)
 
 
 def _best_device() -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "assets" / "s2dm-puppets-v2.safetensors"
@@ -29,16 +30,16 @@ def add_sampling(parser: argparse._ActionsContainer) -> None:
         "--steps", type=positive, help="sampling steps (what the checkpoint recommends)"
     )
     parser.add_argument(
-        "--guidance", type=float, help="guidance scale, 1 = off (what the checkpoint recommends)"
+        "--guidance", type=number, help="guidance scale, 1 = off (what the checkpoint recommends)"
     )
     parser.add_argument(
         "--flow-guidance",
-        type=float,
+        type=number,
         help="guidance scale of the flow (what the checkpoint recommends, else that of the prompt)",
     )
     parser.add_argument(
         "--flow-start",
-        type=float,
+        type=number,
         help="part of the noise schedule, 0 to 1, before the flow acts (what the checkpoint "
         "recommends)",
     )
@@ -48,6 +49,25 @@ def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
+def rate(text: str) -> float:
+    """Frames a second."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
 
 
 def size(text: str) -> tuple[int, int]:

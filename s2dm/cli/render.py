@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import CommandError, positive
+from .options import CommandError, positive, rate
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -27,7 +27,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "--pixels", type=positive, default=128, help="height and width (%(default)s)"
     )
     parser.add_argument("--format", choices=("mp4", "gif", "png"), default="mp4")
-    parser.add_argument("--fps", type=float, default=8.0, help="frames a second (%(default)s)")
+    parser.add_argument("--fps", type=rate, default=8.0, help="frames a second (%(default)s)")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet to this image")
     parser.set_defaults(run=run)
 

@@ -18,6 +18,10 @@ _HELD_OUT = 0.1
 """Share of the clips that is held out where the folder doesn't say which."""
 
 
+_READING = b"upright, spread in time"
+"""How clips are read; with another way of reading what was prepared by this one is stale."""
+
+
 @dataclass(frozen=True, eq=False)
 class VideoClip:
     """A clip that was read.
@@ -82,7 +86,7 @@ class VideoClips:
     @cached_property
     def fingerprint(self) -> str:
         """Of the files and captions: another one when a clip was added, changed or named anew."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(_READING)
         for path, caption in zip(self.paths, self.captions, strict=True):
             digest.update(f"{path} {caption}\n".encode())
             for file in sorted(path.iterdir()) if path.is_dir() else [path]:

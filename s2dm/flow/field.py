@@ -207,8 +207,10 @@ class FlowField:
                 f"got {tuple(image.shape)}; resize the field or the image"
             )
         grid = pixel_grid(*size, self.displacement)
-        position = (grid + self.displacement).to(image)
-        return sample_at(image.expand(self.frames, -1, -1, -1), position)
+        position = (grid + self.displacement).to(image.device)
+        # In float32: half precision can't tell the pixels of a larger picture apart.
+        frames = image.float().expand(self.frames, -1, -1, -1)
+        return sample_at(frames, position).to(image.dtype)
 
     def condition(self, height: int, width: int) -> Tensor:
         """What the model sees: (N,3,height,width), displacement in half-frames and occlusion.

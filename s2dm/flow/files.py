@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..files import replacing, replacing_folder
+from ..files import in_order, replacing, replacing_folder
 from .field import FlowError, FlowField
 
 _FLO_MAGIC = b"PIEH"
@@ -25,19 +25,20 @@ def save_flow(
     .npz holds displacement and occlusion, compressed; `precision` is for this format
     (float16 keeps a displacement to one part in 2048). .flo holds displacement alone: a single
     file is the second frame of a clip of two, a folder (any other name) has a file for every
-    frame, the first included. Nothing is left half written: the result takes its name last.
+    frame, the first included, in the order of their numbers. Nothing is left half written: the
+    result takes its name last.
     """
     path = Path(path)
     if precision not in ("float16", "float32"):
         raise FlowError(f"precision must be float16 or float32, got {precision!r}")
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         parts = {
             "displacement": _to_numpy(field.displacement, precision),
             "occlusion": _to_numpy(field.occlusion, precision),
         }
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **parts)
-    elif path.suffix == ".flo":
+    elif path.suffix.lower() == ".flo":
         if field.frames != 2:
             raise FlowError(
                 f"a .flo file holds one frame besides the first, got a field of {field.frames} "
@@ -58,15 +59,15 @@ def load_flow(path: str | Path) -> FlowField:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("*.flo"))
+        files = in_order(path.glob("*.flo"))
         if not files:
             raise FlowError(f"{path}: this folder holds no .flo files")
         return _field_from_flo(path, [_read_flo(file) for file in files])
     if not path.is_file():
         raise FlowError(f"{path}: there is no such file or folder")
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         return _load_npz(path)
-    if path.suffix == ".flo":
+    if path.suffix.lower() == ".flo":
         flow = _read_flo(path)
         return _field_from_flo(path, [np.zeros_like(flow), flow])
     raise FlowError(

@@ -196,6 +196,14 @@ def attach_adapter(unet: UNet2DConditionModel, adapter: FlowAdapter) -> None:
     )
 
 
+def is_attached(unet: UNet2DConditionModel, adapter: FlowAdapter) -> bool:
+    """Whether the U-Net still reads this adapter: other settings may have put theirs there."""
+    return all(
+        isinstance(processor, FlowAttentionProcessor) and processor.adapter is adapter
+        for processor in unet.attn_processors.values()
+    )
+
+
 def unet_config(unet: UNet2DConditionModel) -> UNetConfig:
     """Read the config back from a diffusers U-Net of the Stable Diffusion 1.x kind.
 

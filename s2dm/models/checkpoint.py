@@ -309,6 +309,11 @@ def _check_keys(name: str, expected: Mapping[str, Shape], got: Mapping[str, Shap
 
 def _check_finite(state: Mapping[str, Tensor], expected: str, prefix: str = "") -> None:
     for name, tensor in state.items():
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            raise CheckpointError(
+                f"{expected}, got {tensor.dtype} in '{prefix}{name}'. Types of 8 bits can be "
+                "stored as float16: s2dm convert --half."
+            )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{expected}, got NaN or infinity in '{prefix}{name}'. "

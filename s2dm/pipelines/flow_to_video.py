@@ -177,7 +177,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         self,
         prompt: str,
         flow: FlowField,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
@@ -238,6 +238,9 @@ class FlowToVideoPipeline(DiffusionPipeline):
         if flow_guidance_scale == guidance_scale:
             flow_guidance_scale = None  # the same from two predictions in place of three
         check_arguments(prompt, output_type, chunk_size, num_inference_steps)
+        if not models.is_attached(self.unet, self.flow_adapter.adapter):
+            # Attention slicing, xFormers and fused projections put their own attention there.
+            models.attach_adapter(self.unet, self.flow_adapter.adapter)
         if seed is not None and generator is not None:
             raise ValueError("Give a seed or a generator, not both.")
         if generator is None:
@@ -341,7 +344,9 @@ class FlowToVideoPipeline(DiffusionPipeline):
             for piece in pieces
         ]
         rows = torch.tensor(rows, device=self._execution_device)
-        return self.text_encoder(rows).last_hidden_state.flatten(0, 1)[None]
+        states = self.text_encoder(rows).last_hidden_state
+        # From a folder, transformers takes the type that is stored and diffusers float32.
+        return states.flatten(0, 1)[None].to(self.unet.dtype)
 
     @torch.no_grad()
     def encode_flow(self, flow: FlowField) -> Tensor:
@@ -383,7 +388,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         conditional = (self.encode_prompt(prompt), self.encode_flow(flow))
         if guidance_scale == 1 and flow_guidance_scale in (None, 1):
             return [conditional]
-        negative = self.encode_prompt(negative_prompt)
+        negative = self.encode_prompt(negative_prompt or "")
         texts = _same_length([conditional[0], negative])
         conditional, negative = (texts[0], conditional[1]), texts[1]
         unconditional = (negative, self._null_tokens(len(flow)))

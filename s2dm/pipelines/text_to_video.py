@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -23,6 +22,7 @@ from ..models import build as models
 from ..sector import seed_of_flow
 from ..video import cover
 from ..video.frames import from_uint8
+from ..video.read import image_pixels
 from .arguments import check_arguments
 from .flow_adapter import FlowAdapterModel
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
@@ -317,11 +317,10 @@ class TextToVideoPipeline(FlowToVideoPipeline):
 
 def _picture(reference: Any, height: int, width: int) -> Tensor:
     """The user's reference frame as (1, 3, height, width)."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(reference, Image.Image):
-        upright = ImageOps.exif_transpose(reference)
-        reference = from_uint8(np.array(upright.convert("RGB")))
+        reference = from_uint8(image_pixels(reference))
     if not isinstance(reference, Tensor):
         raise ValueError(
             f"reference: expected a PIL image or a tensor, got {type(reference).__name__}."

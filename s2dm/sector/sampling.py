@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .noise import StepNoise
 
+_REACH = 0.85  # the part of the timesteps that a schedule has to cover
+
 
 def sample(
     denoise: Callable[[Tensor, Tensor], Tensor],
@@ -40,8 +42,12 @@ def sample(
 
     Returns:
         (N, C, h, w) clean latents.
+
+    Raises:
+        ValueError: the scheduler can't noise a clip, or so many steps don't cover its schedule.
     """
     frames = noise.shape[0]
+    _check_reach(scheduler, steps)
     scheduler.set_timesteps(steps, device=noise.device)
     start = scheduler.timesteps[:1].repeat(frames)
     latents = scheduler.add_noise(torch.zeros_like(noise), noise, start)
@@ -60,6 +66,25 @@ def sample(
         if on_step is not None:
             on_step(number, latents)
     return latents
+
+
+def _check_reach(scheduler: Any, steps: int) -> None:
+    """Refuse what would start far below T, from too little noise, and what can't start at all."""
+    if not hasattr(scheduler, "add_noise"):
+        raise ValueError(
+            f"Expected a scheduler of a diffusion process that adds noise by add_noise, such as "
+            f"DDIM, got {type(scheduler).__name__}."
+        )
+    total = scheduler.config.num_train_timesteps
+    if scheduler.config.get("timestep_spacing") != "leading":
+        return
+    stride = total // steps
+    last = (steps - 1) * stride + scheduler.config.get("steps_offset", 0)
+    if steps > 1 and (stride * steps < _REACH * total or last >= total):
+        raise ValueError(
+            f"{steps} steps don't cover the {total} timesteps of this schedule with its leading "
+            "spacing. Take fewer, such as 20, 50 or 100."
+        )
 
 
 def _brownian_noise(

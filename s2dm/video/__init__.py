@@ -9,7 +9,7 @@ file behind. PyAV and Pillow are imported when they are first needed.
 from .frames import DEFAULT_FPS, VideoError, cover, to_uint8
 from .read import IMAGE_SUFFIXES, VIDEO_SUFFIXES, frame_rate, iter_frames, read_clip, read_image
 from .sheet import contact_sheet, write_contact_sheet
-from .write import WRITABLE_SUFFIXES, write_clip
+from .write import WRITABLE_SUFFIXES, check_clip_path, write_clip
 
 __all__ = [
     "DEFAULT_FPS",
@@ -17,6 +17,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "WRITABLE_SUFFIXES",
     "VideoError",
+    "check_clip_path",
     "contact_sheet",
     "cover",
     "frame_rate",

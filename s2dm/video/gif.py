@@ -20,7 +20,7 @@ def write_gif(path: Path, pixels: Iterator[np.ndarray], fps: float) -> None:
 
     head = list(itertools.islice(pixels, _PALETTE_FRAMES))
     height, width = head[0].shape[:2]
-    rate = Fraction(fps).limit_denominator(100)
+    rate = max(Fraction(fps).limit_denominator(100), Fraction(1, 100))
 
     with av.open(str(path), "w") as container:
         stream = container.add_stream("gif", rate=rate)

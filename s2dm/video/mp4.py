@@ -42,7 +42,7 @@ def write_mp4(path: Path, pixels: Iterator[np.ndarray], fps: float) -> None:
 def _add_stream(container, fps: float):
     import av
 
-    rate = Fraction(fps).limit_denominator(1000)
+    rate = max(Fraction(fps).limit_denominator(1000), Fraction(1, 1000))
     for name, options in CODECS:
         if name in av.codecs_available:
             if name != CODECS[0][0]:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import in_order
 from .frames import DEFAULT_FPS, VideoError, cover, from_uint8, size_text, spread
+
+if TYPE_CHECKING:
+    import av
+    from PIL import Image
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -22,7 +30,7 @@ def iter_frames(path: str | os.PathLike[str]) -> Iterator[Tensor]:
 
     Args:
         path: a video that FFmpeg reads, or a folder whose images (PNG, JPEG, WebP, BMP) are the
-            frames in the order of their names.
+            frames in the order of their names, 2 before 10.
 
     Yields:
         (3, H, W) float32 tensors in [0, 1].
@@ -48,8 +56,8 @@ def read_clip(
 
     Args:
         path: see `iter_frames`.
-        frames: how many frames to take, spread evenly from the first to the last; all if None.
-            A clip with fewer frames repeats some.
+        frames: how many frames to take, spread evenly in time from the first to the last; all if
+            None. A clip with fewer frames repeats some.
         size: (height, width) to which each frame is scaled to cover and cropped at the centre,
             while reading, so that a large video never lies in memory at full size.
 
@@ -69,11 +77,7 @@ def read_clip(
     fps = frame_rate(path)
     wanted: list[int] | None = None
     if frames is not None:
-        total = sum(1 for _ in _iter_pixels(path, decode_only=True))
-        if total == 0:
-            raise VideoError(f"{path} holds no frames.")
-        wanted = spread(total, frames)
-        fps *= frames / total
+        wanted, fps = _spread_in_time(path, _frame_times(path), frames, fps)
     kept: list[Tensor] = []
     for index, pixels in enumerate(_iter_pixels(path)):
         repeats = 1 if wanted is None else wanted.count(index)
@@ -115,21 +119,51 @@ def frame_rate(path: str | os.PathLike[str]) -> float:
     return float(rate) if rate else DEFAULT_FPS
 
 
-def _iter_pixels(path: Path, decode_only: bool = False) -> Iterator[np.ndarray]:
-    """Yield (H, W, 3) uint8 frames; with `decode_only`, empty arrays (to count quickly)."""
-    empty = np.empty(0, np.uint8)
-    if path.is_dir():
-        for file in sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
-            yield empty if decode_only else _read_pixels(file)
-        return
+def _spread_in_time(
+    path: Path, times: list[float | None], frames: int, fps: float
+) -> tuple[list[int], float]:
+    """Which of the frames to take, shown at `times`, and the frame rate that keeps the duration."""
+    total = len(times)
+    if total == 0:
+        raise VideoError(f"{path} holds no frames.")
+    if total == 1:
+        return [0] * frames, DEFAULT_FPS  # a picture has no duration to keep
+    if None in times or any(one >= other for one, other in itertools.pairwise(times)):
+        return spread(total, frames), fps * frames / total
+    rate = (total - 1) / (times[-1] - times[0])
+    if math.isclose(rate, fps, rel_tol=0.02):
+        rate = fps  # without the rounding of the times
+    even = np.linspace(times[0], times[-1], frames)
+    places = np.interp(even, times, np.arange(total)).round(6)
+    return [round(place) for place in places.tolist()], rate * frames / total
 
+
+def _frame_times(path: Path) -> list[float | None]:
+    """When each frame is shown, in seconds, or None where nothing says so."""
+    if path.is_dir():
+        return [None] * len(_pictures(path))
+    return [frame.time for frame in _decode(path)]
+
+
+def _iter_pixels(path: Path) -> Iterator[np.ndarray]:
+    """Yield (H, W, 3) uint8 frames."""
+    if path.is_dir():
+        yield from map(_read_pixels, _pictures(path))
+    else:
+        yield from map(_upright_pixels, _decode(path))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return in_order(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _decode(path: Path) -> Iterator[av.VideoFrame]:
     import av
 
     with _open_video(path) as (container, stream):
         stream.thread_type = "AUTO"
         try:
-            for frame in container.decode(stream):
-                yield empty if decode_only else frame.to_ndarray(format="rgb24")
+            yield from container.decode(stream)
         except av.FFmpegError as error:
             raise VideoError(
                 f"{path} can't be decoded: {error}. The file may be cut short; make it anew."
@@ -138,13 +172,29 @@ def _iter_pixels(path: Path, decode_only: bool = False) -> Iterator[np.ndarray]:
 
 def _read_pixels(file: Path) -> np.ndarray:
     """An image as (H, W, 3) uint8, upright however the camera was held."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(file) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
+            return image_pixels(image)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise VideoError(f"{file} is not an image that can be read: {error}") from error
+
+
+def image_pixels(image: Image.Image) -> np.ndarray:
+    """A PIL image as (H, W, 3) uint8, upright however the camera was held; no transparency."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    return np.array(image.convert("RGB"))
+
+
+def _upright_pixels(frame: av.VideoFrame) -> np.ndarray:
+    """A frame of a video as (H, W, 3) uint8, turned as the file says."""
+    quarters = round(frame.rotation / 90)  # counterclockwise
+    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -38,14 +39,10 @@ def write_clip(
         VideoError: unknown ending, no frames, or a frame of a wrong shape or size.
     """
     path = Path(path)
-    if not fps > 0:
+    check_clip_path(path)
+    if not 0 < fps < math.inf:
         raise VideoError(f"Expected a positive frame rate, got {fps}.")
     suffix = path.suffix.lower()
-    if suffix and suffix not in WRITABLE_SUFFIXES:
-        raise VideoError(
-            f"Can't write a clip as {suffix}. Expected {', '.join(WRITABLE_SUFFIXES)}, or a name "
-            "without an ending for a folder of PNG frames."
-        )
     pixels = _iter_checked(frames)
     if not suffix:
         _write_folder(path, pixels)
@@ -56,6 +53,28 @@ def write_clip(
         else:
             write_mp4(temporary, pixels, fps)
     return path
+
+
+def check_clip_path(path: Path) -> None:
+    """Raise a VideoError where `write_clip` can't write: a clip takes long to make."""
+    suffix = path.suffix.lower()
+    if suffix and suffix not in WRITABLE_SUFFIXES:
+        raise VideoError(
+            f"Can't write a clip to {path}. Give a name that ends in "
+            f"{', '.join(WRITABLE_SUFFIXES)}, or one without an ending for a folder of PNG frames."
+        )
+    if suffix and path.is_dir():
+        raise VideoError(f"{path} is a folder; a clip can't be written there.")
+    if suffix or not path.exists():
+        return
+    if not path.is_dir():
+        raise VideoError(f"{path} is a file; a folder of frames can't be written there.")
+    foreign = [p.name for p in path.iterdir() if not _is_our_frame(p.name)]
+    if foreign:
+        raise VideoError(
+            f"The folder {path} holds other files ({foreign[0]}). Give a new or an empty "
+            "folder, so that nothing of yours is replaced."
+        )
 
 
 def _iter_checked(frames: Tensor | Iterable[Tensor]) -> Iterator[np.ndarray]:
@@ -80,15 +99,6 @@ def _iter_checked(frames: Tensor | Iterable[Tensor]) -> Iterator[np.ndarray]:
 def _write_folder(folder: Path, pixels: Iterator[np.ndarray]) -> None:
     from PIL import Image
 
-    if folder.exists():
-        if not folder.is_dir():
-            raise VideoError(f"{folder} is a file; a folder of frames can't be written there.")
-        foreign = [p.name for p in folder.iterdir() if not _is_our_frame(p.name)]
-        if foreign:
-            raise VideoError(
-                f"The folder {folder} holds other files ({foreign[0]}). Give a new or an empty "
-                "folder, so that nothing of yours is replaced."
-            )
     with replacing_folder(folder) as temporary:
         for index, frame in enumerate(pixels, start=1):
             Image.fromarray(frame).save(temporary / f"frame_{index:05d}.png")

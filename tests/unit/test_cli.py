@@ -154,6 +154,12 @@ def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, bot
         "expected a safetensors file",
         "generate", PROMPT, "--clip", clip, "--checkpoint", tmp_path / "bad.safetensors",
     )  # fmt: skip
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "letter.txt").write_text("mine")
+    fails("holds other files", "generate", PROMPT, "--clip", clip, "-o", taken)
+    fails("--device nonsense", *base, "--clip", clip, "--device", "nonsense")
+    fails("validation_split=train", "evaluate", "--checkpoint", checkpoint, "--data", "split=train")
     fails("between 0 and 1", *base, "--clip", clip, "--sharing", "mixed", "--share", "2")
     fails("Choose a checkpoint with both, or give the motion of a clip", *base)
     for option in ("--motion-strength", "--flow-steps", "--reference"):

@@ -241,3 +241,20 @@ def test_convert_runs_no_code_and_refuses_the_rest(tmp_path, checkpoint, capsys)
         with pytest.raises(ConversionError, match=message):
             convert(tmp_path / source, tmp_path / target)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_weights_keep_their_precision_through_a_folder(tmp_path, checkpoint):
+    convert(checkpoint, tmp_path / "half.safetensors", half=True)
+    convert(tmp_path / "half.safetensors", tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "again.safetensors")
+    first, again = (load_file(tmp_path / f"{name}.safetensors") for name in ("half", "again"))
+    assert first.keys() == again.keys()
+    assert all(
+        w.dtype == torch.float16 and torch.equal(w, again[name]) for name, w in first.items()
+    )
+
+
+def test_pickled_names_that_are_no_names_are_left_out(tmp_path):
+    torch.save({0: torch.ones(1), "weight": torch.ones(2)}, tmp_path / "odd.pt")
+    convert(tmp_path / "odd.pt", tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors").keys() == {"weight"}

@@ -275,3 +275,11 @@ def test_magnitude_is_the_length():
     torch.testing.assert_close(
         uniform_field(2, 3, 3, 3, 4).magnitude()[1], torch.full((1, 3, 3), 5.0)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_warping_half_precision_is_exact_where_nothing_moves(dtype):
+    image = torch.rand(1, 3, 4, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    warped = FlowField.zeros(2, 4, 300).warp(image)
+    assert warped.dtype == dtype
+    torch.testing.assert_close(warped, image.expand(2, -1, -1, -1), rtol=0, atol=1e-3)

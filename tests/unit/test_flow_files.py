@@ -176,3 +176,19 @@ def test_missing_and_empty_places_are_named(tmp_path):
         load_flow(tmp_path / "clip.npz")
     with pytest.raises(FlowError, match="holds no"):
         load_flow(tmp_path)
+
+
+def test_numbers_of_flo_files_count_by_their_value(tmp_path):
+    field = random_field(12)
+    save_flow(tmp_path / "clip", field)
+    for number in range(1, 13):
+        (tmp_path / "clip" / f"{number:05d}.flo").rename(tmp_path / "clip" / f"{number}.flo")
+    assert torch.equal(load_flow(tmp_path / "clip").displacement, field.displacement)
+
+
+@pytest.mark.parametrize("ending", [".NPZ", ".Flo"])
+def test_endings_may_be_written_large(tmp_path, ending):
+    field = random_field(2)
+    save_flow(tmp_path / f"clip{ending}", field)
+    assert (tmp_path / f"clip{ending}").is_file()
+    assert torch.equal(load_flow(tmp_path / f"clip{ending}").displacement, field.displacement)

@@ -348,3 +348,36 @@ def test_half_precision_stays_close(pipeline, checkpoint, dtype):
     latents = half(PROMPT, flow, guidance_scale=2.0, **SHORT).frames
     assert latents.dtype == torch.float32
     assert difference(latents, whole) < 0.1
+
+
+def test_the_flow_stays_when_diffusers_changes_the_attention(checkpoint):
+    pipeline = load(checkpoint)
+    flow = sliding_flow(3, 64, 64)
+    before = pipeline(PROMPT, flow, **SHORT).frames
+    pipeline.enable_attention_slicing()
+    assert difference(pipeline(PROMPT, flow, **SHORT).frames, before) < 1e-5
+    pipeline.unet.fuse_qkv_projections()
+    assert difference(pipeline(PROMPT, flow, **SHORT).frames, before) < 1e-5
+    still = pipeline(PROMPT, FlowField.zeros(3, 64, 64), **SHORT).frames
+    assert difference(still, before) > 1e-3
+
+
+def test_a_folder_of_half_precision_runs(checkpoint, tmp_path):
+    FlowToVideoPipeline.from_single_file(checkpoint, torch.float16).save_pretrained(tmp_path)
+    pipeline = FlowToVideoPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    flow = sliding_flow(2, 64, 64)
+    got = pipeline(PROMPT, flow, **SHORT).frames
+    assert difference(got, load(checkpoint)(PROMPT, flow, **SHORT).frames) < 2e-2
+
+
+def test_no_negative_prompt_is_an_empty_one(pipeline):
+    flow = sliding_flow(2, 64, 64)
+    none = pipeline(PROMPT, flow, None, guidance_scale=3.0, **SHORT).frames
+    assert torch.equal(none, pipeline(PROMPT, flow, "", guidance_scale=3.0, **SHORT).frames)
+
+
+@pytest.mark.parametrize("steps", [400, 600, 1000])
+def test_steps_that_do_not_cover_the_schedule_are_refused(pipeline, steps):
+    with pytest.raises(ValueError, match=f"{steps} steps don't cover the 1000 timesteps"):
+        pipeline(PROMPT, sliding_flow(2, 64, 64), num_inference_steps=steps)

@@ -204,3 +204,10 @@ def test_the_cosine_schedule_is_the_published_one():
     ours = betas(beta_schedule="cosine")
     torch.testing.assert_close(ours[:-1], theirs[:-1], rtol=1e-4, atol=1e-6)
     assert float(ours[-1]) == 0.9999
+
+
+def test_a_scheduler_that_adds_no_noise_is_named():
+    with pytest.raises(ValueError, match="got FlowMatchEulerDiscreteScheduler"):
+        sample(
+            toy_denoiser, diffusers.FlowMatchEulerDiscreteScheduler(), torch.randn(2, 4, 8, 8), 4
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,76 @@ def test_a_photo_is_read_upright(tmp_path):
     got = video.read_image(tmp_path / "photo.png")
     assert got.shape == (3, 40, 20)
     assert got[0, :20].min() == 1 and got[2, 20:].min() == 1
+
+
+def test_a_video_is_read_upright(tmp_path, clip):
+    """Phones film lying and write down how far to turn it."""
+    path = video.write_clip(tmp_path / "phone.mp4", clip)
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 44
+    quarter = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # clockwise
+    plain = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    assert content[matrix : matrix + 36] == plain
+    before = video.read_clip(path)[0]
+    content[matrix : matrix + 36] = quarter
+    path.write_bytes(content)
+    assert torch.equal(video.read_clip(path)[0], before.rot90(-1, (2, 3)))
+    assert torch.equal(torch.stack(list(video.iter_frames(path))), before.rot90(-1, (2, 3)))
+
+
+def test_frames_are_spread_in_time(tmp_path):
+    """Of a camera whose frames are not evenly apart: half a second, then two seconds."""
+    times = [*range(0, 500, 50), *range(500, 2501, 200)]
+    with av.open(str(tmp_path / "uneven.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"crf": "1", "bf": "0"})
+        stream.width = stream.height = 32
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        for time in times:
+            grey = np.full((32, 32, 3), time // 10, np.uint8)
+            frame = av.VideoFrame.from_ndarray(grey, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    frames, fps = video.read_clip(tmp_path / "uneven.mkv", frames=6)
+    shown = frames.mean((1, 2, 3)) * 2550
+    assert torch.allclose(shown, torch.tensor([0.0, 500, 900, 1500, 2100, 2500]), atol=30)
+    assert 6 / fps == pytest.approx(2.5 * len(times) / (len(times) - 1), rel=0.01)
+
+
+def test_numbers_of_frames_count_by_their_value(tmp_path, clip):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(folder / f"frame{number}.png")
+    (folder / "._frame1.png").write_bytes(b"what macOS leaves on foreign disks")
+    frames, _ = video.read_clip(folder)
+    assert torch.allclose(frames[:, 0].mean((1, 2)) * 255, 20.0 * torch.arange(12))
+
+
+def test_a_picture_as_a_clip_stands_still(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    frames, fps = video.read_clip(tmp_path / "picture.png", frames=16)
+    assert frames.shape == (16, 3, 8, 8)
+    assert fps == video.DEFAULT_FPS
+
+
+def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    got = video.read_image(tmp_path / "grey.png")
+    expected = torch.from_numpy(ramp.astype(np.float32) / 65535)
+    assert torch.allclose(got, expected.expand(3, -1, -1), atol=1 / 255)
+
+
+@pytest.mark.parametrize("name", ["slow.gif", "slow.mp4"])
+def test_a_frame_may_last_for_minutes(tmp_path, clip, name):
+    path = video.write_clip(tmp_path / name, clip[:2], fps=1e-4)
+    assert len(video.read_clip(path)[0]) == 2
+
+
+def test_a_name_may_be_as_long_as_the_disk_allows(tmp_path, clip):
+    for name in ("n" * 250, "n" * 250 + ".mkv"):
+        assert len(video.read_clip(video.write_clip(tmp_path / name, clip))[0]) == len(clip)
 
 
 def test_reading_errors_are_clear(tmp_path, clip):
