@@ -257,7 +257,8 @@ def _progress(total: int) -> Callable[[int, int], None]:
 
 def _library_frames(images: torch.Tensor) -> torch.Tensor:
     """IMAGE (N,H,W,C) as the library wants it: (N,3,H,W) in [0,1], alpha dropped."""
-    return images[..., :3].movedim(-1, 1).clamp(0, 1)
+    frames = images[..., :3].movedim(-1, 1).clamp(0, 1)
+    return frames.expand(-1, 3, -1, -1) if frames.shape[1] == 1 else frames
 
 
 def _flow_model(connected: object) -> FlowModel:

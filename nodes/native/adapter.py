@@ -18,7 +18,7 @@ from torch import Tensor
 from ...s2dm.models import FlowAdapter, FlowAdapterConfig
 from .attention import cross_attention_layers, with_flow
 from .chunks import LEAST_FRAMES, ChunkSizes, in_chunks
-from .labels import MASK, ROW, TABLE, WINDOW, attach_labels, encode_labels
+from .labels import MASK, ROW, TABLES, WINDOW, attach_labels, encode_labels, remove_labels
 
 KEY = "s2dm_flow_adapter"
 """Under this key a patched MODEL holds the adapter's weights and our wrappers."""
@@ -152,12 +152,21 @@ class _Wrappers:
             "device": noise.device,
             "dtype": model.manual_cast_dtype or model.get_dtype(),
         }
-        table = encode_labels(
-            guider.conds, _adapter(patcher), model.model_sampling, noise.shape[-2:], 8, place
-        )
+        conditions = {_adapter(patcher): dict(guider.conds)}
+        # Core's Dual Model guider keeps a second model, and what that one is told, to itself.
+        if second := getattr(guider, "_uncond_conds", None):
+            other = _adapter(guider.uncond_model_patcher)
+            if other is None:
+                remove_labels({"second": second})
+            else:
+                conditions.setdefault(other, {})["second"] = second
+        tables = {
+            adapter: encode_labels(told, adapter, model.model_sampling, noise.shape[-2:], 8, place)
+            for adapter, told in conditions.items()
+        }
         # Core made these options for this run alone.
         options = extra_args["model_options"].setdefault("transformer_options", {})
-        options |= {TABLE: table, _CHUNKS: ChunkSizes(self.frames)}
+        options |= {TABLES: tables, _CHUNKS: ChunkSizes(self.frames)}
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
     def apply_model(
@@ -175,6 +184,8 @@ class _Wrappers:
         options = transformer_options or {}
         model = executor.class_obj
         adapter = _adapter(model.current_patcher)
+        if adapter is None:  # the second model of a guider
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         conditions = max(1, len(options.get("cond_or_uncond", ())))
         if x.shape[0] % conditions:
             conditions = 1
@@ -193,11 +204,12 @@ class _Wrappers:
             kwargs: dict[str, Any],
         ) -> Tensor:
             kwargs = dict(kwargs)
-            tokens, mask = _tokens_now(adapter, options.get(TABLE), t, kwargs)
+            tokens, mask = _tokens_now(adapter, _table(adapter, options), t, kwargs)
             flow = with_flow(options, adapter, self.strength, tokens, mask)
             flow["sigmas"] = t[: len(t) // conditions]
             if len(frames) < clip:
                 flow["uuids"] = _ids(options.get("uuids", ()), frames)
+                flow["ad_params"] = _frame_numbers(options.get("ad_params"), frames, clip)
             return executor(x, t, c_concat, c_crossattn, control, flow, **kwargs)
 
         arguments = {
@@ -219,13 +231,31 @@ def _needs_the_whole_clip(options: dict[str, Any]) -> bool:
     return ("middle", 0, 0) in options.get("patches_replace", {}).get("attn1", {})
 
 
-def _adapter(patcher: comfy.model_patcher.ModelPatcher) -> FlowAdapter:
-    return patcher.get_additional_models_with_key(KEY)[0].model
+def _adapter(patcher: comfy.model_patcher.ModelPatcher) -> FlowAdapter | None:
+    held = patcher.get_additional_models_with_key(KEY)
+    return held[0].model if held else None
+
+
+def _table(adapter: FlowAdapter, options: dict[str, Any]) -> Tensor | None:
+    """The tokens of a run that an adapter made, or that the one made which it is a copy of."""
+    tables = options.get(TABLES, {})
+    # On a further GPU the model and its adapter are copies.
+    return tables.get(adapter, next(iter(tables.values()), None))
 
 
 def _ids(ids: Sequence[UUID], frames: range) -> list[UUID]:
     """Ids of the conditions in a chunk: other nodes keep by them what they saw in a step."""
     return [uuid5(one, f"{frames.start}:{frames.stop}") for one in ids]
+
+
+def _frame_numbers(outer: dict[str, Any] | None, frames: range, clip: int) -> dict[str, Any]:
+    """Which frames of the clip a chunk has, as AnimateDiff says it of its windows.
+
+    By this IPAdapter and others pick what they hold of each frame: images, weights, masks.
+    """
+    if outer is None or outer.get("sub_idxs") is None:
+        return {**(outer or {}), "sub_idxs": list(frames), "full_length": clip}
+    return {**outer, "sub_idxs": [outer["sub_idxs"][number] for number in frames]}
 
 
 def _tokens_now(

@@ -22,8 +22,9 @@ from ...s2dm.models import FlowAdapter
 
 LABEL = "s2dm_flow"
 """Key of a `FlowLabel`, or of None for the null label, in a conditioning entry."""
-TABLE = "s2dm_tokens"
-"""Key of the table in the transformer options of a run: (rows, tokens, width), null first."""
+TABLES = "s2dm_tokens"
+"""Key of each adapter's table in the transformer options of a run: (rows, tokens, width), null
+first."""
 ROW = "s2dm_row"
 WINDOW = "s2dm_window"
 MASK = "s2dm_mask"
@@ -134,6 +135,12 @@ def encode_labels(
         if masked:
             entry[MASK] = comfy.conds.CONDNoiseShape(_mask(label, size, place))
     return torch.cat(table)
+
+
+def remove_labels(conditions: dict[str, list[dict[str, Any]]]) -> None:
+    """Take the labels out of the conditions of a model that follows no flow."""
+    for _, entry in list(_labelled(conditions)):
+        del entry[ROW]
 
 
 def _labelled(

@@ -248,7 +248,8 @@ def _parse_config(name: str, metadata: Mapping[str, str], header: Iterable[str])
         if any(key.startswith(PARTS["unet"].prefix) for key in header):
             raise CheckpointError(
                 f"{name}: expected an S2DM checkpoint, got a Stable Diffusion one without S2DM "
-                "metadata. Load it with the ordinary checkpoint loader and apply a flow adapter."
+                "metadata. If it is Stable Diffusion 1.x, load it with the ordinary checkpoint "
+                "loader and apply a flow adapter."
             )
         raise CheckpointError(
             f"{name}: expected S2DM metadata in the file, got none. It is no S2DM checkpoint, or "

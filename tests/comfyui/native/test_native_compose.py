@@ -88,6 +88,113 @@ def test_a_patch_of_another_node_in_either_order(rig, token_rig, fusion, index):
     assert torch.equal(rig.sample(encoded, last), clip)
 
 
+class OfEachFrame:
+    """A patch that holds something else for each frame, as IPAdapter does with a batch."""
+
+    def __init__(self, frames):
+        self.held = 3 * torch.randn(frames, 4, 32, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, q, k, v, extra_options):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        conditions = len(extra_options["cond_or_uncond"])
+        held = self.held
+        if "ad_params" in extra_options:
+            held = held[extra_options["ad_params"]["sub_idxs"]]
+        held = held[: len(q) // conditions].repeat(conditions, 1, 1)
+        heads = extra_options["n_heads"]
+        return optimized_attention(q, k, v, heads) + optimized_attention(q, held, held, heads)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_a_patch_that_holds_something_of_each_frame_knows_the_chunk(rig, encoded):
+    apply = rig.module("nodes.native.adapter").apply_adapter
+    patch = OfEachFrame(4)
+    clips = []
+    for size in (4, 2, 1):
+        model = apply(rig.plain_model(), *rig.adapter(), frames=size)
+        model.set_model_attn2_replace(patch, "input", 1, 0)
+        clips.append(rig.sample(encoded, model))
+    for clip in clips[1:]:
+        assert relative(clip, clips[0]) < 1e-5
+
+
+def test_the_frames_of_a_chunk_are_those_of_a_window_too(rig):
+    numbers = rig.module("nodes.native.adapter")._frame_numbers
+    assert numbers(None, range(2, 4), 6) == {"sub_idxs": [2, 3], "full_length": 6}
+    window = {"sub_idxs": [8, 9, 10, 0], "full_length": 12, "more": 1}
+    assert numbers(window, range(2, 4), 4) == {**window, "sub_idxs": [10, 0]}
+
+
+def dual_guider(model, second):
+    """Two models, one for each condition, as newer versions of core have them in a guider."""
+    import comfy.sampler_helpers
+    import comfy.samplers
+
+    class Guider(comfy.samplers.CFGGuider):
+        def __init__(self):
+            super().__init__(model)
+            self.uncond_model_patcher = second
+
+        def outer_sample(self, noise, *args, **kwargs):
+            told = {"negative": [entry.copy() for entry in self.conds["negative"]]}
+            self.inner, told, loaded = comfy.sampler_helpers.prepare_sampling(
+                second, noise.shape, told, second.model_options
+            )
+            self._uncond_conds = told["negative"]
+            second.pre_run()
+            try:
+                return super().outer_sample(noise, *args, **kwargs)
+            finally:
+                second.cleanup()
+                comfy.sampler_helpers.cleanup_models(told, loaded)
+
+        def inner_sample(self, noise, latent_image, device, *args, **kwargs):
+            self._uncond_conds = comfy.samplers.process_conds(
+                self.inner, noise, {"negative": self._uncond_conds}, device, latent_image
+            )["negative"]
+            return super().inner_sample(noise, latent_image, device, *args, **kwargs)
+
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            one, other = (
+                comfy.samplers.calc_cond_batch(inner, [told], x, timestep, model_options)[0]
+                for inner, told in (
+                    (self.inner_model, self.conds["positive"]),
+                    (self.inner, self._uncond_conds),
+                )
+            )
+            return other + self.cfg * (one - other)
+
+    return Guider()
+
+
+@pytest.mark.parametrize("guide_flow", [True, False])
+def test_a_guider_with_two_models(rig, token_rig, guide_flow):
+    """The same model twice is one model; a second one follows its own adapter, or no flow."""
+    import comfy.samplers
+
+    positive, negative, latent = rig.encode(rig.flow(4), guide_flow=guide_flow)
+    model = rig.loaded.model
+    sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 2)
+
+    def clip(guider):
+        guider.set_conds(positive, negative)
+        guider.set_cfg(4.0)
+        return rig.sample_guided(guider, comfy.samplers.sampler_object("euler"), sigmas, latent)
+
+    one = clip(comfy.samplers.CFGGuider(model))
+    assert relative(clip(dual_guider(model, model)), one) < 1e-5
+    (copy,) = rig.run_adapter(rig.plain_model())
+    assert relative(clip(dual_guider(model, copy)), one) < 1e-5
+    without = clip(dual_guider(model, rig.plain_model()))
+    assert torch.isfinite(without).all()
+    assert relative(without, one) > 1e-5
+    assert relative(clip(dual_guider(model, token_rig.loaded.model)), one) > 1e-5
+
+
 def test_a_guider_with_three_conditions(rig, encoded):
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import Guider_DualCFG

@@ -42,6 +42,13 @@ def test_alpha_is_dropped_and_one_frame_is_still(rig):
     assert flow.frames == 1 and not flow.displacement.any()
 
 
+def test_grey_moves_as_its_colour_of_three_channels_does(rig):
+    grey = frames(3, channels=1)
+    (flow,) = rig.run("S2DMEstimateFlow", frames=grey, method="dis")
+    (colour,) = rig.run("S2DMEstimateFlow", frames=grey.expand(-1, -1, -1, 3), method="dis")
+    assert torch.equal(flow.displacement, colour.displacement)
+
+
 def test_cancel_stops_the_estimate(rig):
     import comfy.model_management as management
 
