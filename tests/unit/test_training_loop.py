@@ -274,3 +274,13 @@ def test_accumulated_losses_are_averaged(tmp_path, vae_file):
     (record,) = (r for r in RunFolder(folder).records() if "loss" in r)
     assert abs(losses[0] - losses[1]) > 1e-3
     assert record["loss"] == pytest.approx(sum(losses).item() / 2, rel=1e-4)
+
+
+def test_a_run_may_go_on_with_other_accumulation(tmp_path, vae_file):
+    config = stage2_config(tmp_path, vae_file, steps=3)
+    train_stage2(config)
+    further = dataclasses.replace(config, steps=4, gradient_accumulation=2)
+    task = build_stage2_task(further, torch.device("cpu"))
+    TrainingLoop(further, task).run()
+    # Every gradient went into a step: what is left over would be lost at the next stop.
+    assert all(parameter.grad is None for parameter in task.model.parameters())

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytestmark = pytest.mark.comfyui
+
 
 class PanModel(torch.nn.Module):
     """Stands in for RAFT: everything came from 4 pixels to the right."""
