@@ -290,6 +290,19 @@ def test_wrong_types(saved):
     assert f"expected floating-point weights, got I8 in '{ADAPTER_KEY}'" in refused(saved)
 
 
+def test_weights_of_eight_bits_are_stored_as_sixteen(saved, tmp_path):
+    config, states = load_checkpoint(saved)
+    small = {
+        part: {name: weight.to(torch.float8_e4m3fn) for name, weight in state.items()}
+        for part, state in states.items()
+    }
+    path = tmp_path / "small.safetensors"
+    with pytest.raises(CheckpointError, match="stored as float16: s2dm convert --half"):
+        save_checkpoint(path, config, small)
+    save_checkpoint(path, config, small, torch.float16)
+    assert load_checkpoint(path)[0] == config
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(saved, value):
     rewrite(saved, lambda tensors: tensors[ADAPTER_KEY][3].fill_(value))

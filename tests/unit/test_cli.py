@@ -180,6 +180,8 @@ def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, bot
         ["generate", PROMPT, "--clip", "a.mp4", "--flow", "b.npz"],
         ["generate", PROMPT, "--clip", "a.mp4", "--size", "big"],
         ["generate", PROMPT, "--clip", "a.mp4", "--steps", "0"],
+        ["generate", PROMPT, "--guidance", "nan"],
+        ["generate", PROMPT, "--fps", "0"],
         ["train"],
         ["nonsense"],
         [],

@@ -236,7 +236,9 @@ def test_grey_of_sixteen_bits_keeps_its_shades(tmp_path):
 @pytest.mark.parametrize("name", ["slow.gif", "slow.mp4"])
 def test_a_frame_may_last_for_minutes(tmp_path, clip, name):
     path = video.write_clip(tmp_path / name, clip[:2], fps=1e-4)
-    assert len(video.read_clip(path)[0]) == 2
+    frames, fps = video.read_clip(path)
+    assert len(frames) == 2
+    assert fps < 0.02
 
 
 def test_a_name_may_be_as_long_as_the_disk_allows(tmp_path, clip):
