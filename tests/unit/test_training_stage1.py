@@ -19,6 +19,7 @@ from s2dm.models import load_checkpoint, mean_motion, presets
 from s2dm.models.build import build_text_encoder, build_tokenizer, build_vae
 from s2dm.pipelines import embed_prompts
 from s2dm.sector import implied_prediction
+from s2dm.training import stage1
 from s2dm.training.config import TrainingConfigError, config_from_dict
 from s2dm.training.datasets import pixels
 from s2dm.training.loop import RunFolder, step_generator
@@ -91,6 +92,15 @@ def test_what_depends_on_the_data_is_measured_on_it(task):
     assert network.displacement_scale == pytest.approx(rms, rel=0.1)
     mean = (1 + 2 + 3) / 4 * (12 * 12) / 32**2 / 16
     assert network.motion == pytest.approx(mean, rel=0.1)
+
+
+def test_a_run_keeps_its_scale_when_clips_are_added(tmp_path, stage2_file, preset, monkeypatch):
+    train_stage1(_config(tmp_path, stage2_file, steps=1))
+    before, _ = load_checkpoint(tmp_path / "export.safetensors")
+    monkeypatch.setattr(stage1, "_scales", lambda _: (9.0, 9.0))
+    train_stage1(_config(tmp_path, stage2_file, steps=2))
+    after, _ = load_checkpoint(tmp_path / "export.safetensors")
+    assert after.flow_generator == before.flow_generator
 
 
 def test_a_batch_is_whole_clips_with_noise_in_every_frame(task):

@@ -17,6 +17,7 @@ from tiny_training import DATA, stage2_config
 
 from s2dm.models import load_checkpoint
 from s2dm.models.build import build_text_encoder, build_tokenizer, tokenize
+from s2dm.training import text
 from s2dm.training.config import TrainingConfigError, config_from_dict
 from s2dm.training.loop import RunFolder, step_generator
 from s2dm.training.models import load_text_encoder
@@ -56,6 +57,16 @@ def test_the_export_is_a_text_encoder_that_stage_2_takes(tmp_path, vae_file):
     taken = task.model.text_encoder.state_dict()
     assert all(torch.equal(value, taken[key]) for key, value in encoder.items())
     assert task.model_config.tokenizer == config.tokenizer
+
+
+def test_a_run_keeps_its_tokenizer_when_captions_are_added(tmp_path, monkeypatch):
+    config = _config(tmp_path)
+    train_text(config)
+    before, _ = load_text_encoder(tmp_path / "export.safetensors")
+    monkeypatch.setattr(text, "_captions", lambda *_: ["a circle, mostly round", "a square"])
+    train_text(dataclasses.replace(config, steps=4))
+    after, _ = load_text_encoder(tmp_path / "export.safetensors")
+    assert after.tokenizer == before.tokenizer
 
 
 def test_a_batch_asks_for_the_words_of_its_captions(tmp_path):
