@@ -130,7 +130,17 @@ def _load(source: Path) -> Any:
         raise ConversionError(f"{source} is no diffusers folder: it has no model_index.json.")
     both = "flow_generator" in json.loads(index.read_text("utf-8"))
     kind = TextToVideoPipeline if both else FlowToVideoPipeline
-    return kind.from_pretrained(source, torch_dtype=_stored_type(source.glob("*/*.safetensors")))
+    variant, files = _stored(source.glob("*/*"))
+    return kind.from_pretrained(source, variant=variant, torch_dtype=_stored_type(files))
+
+
+def _stored(files: Iterable[Path]) -> tuple[str | None, list[Path]]:
+    """The variant of the weights in a folder of diffusers, and those that can be looked into."""
+    weights = [file for file in files if file.suffix in (".safetensors", ".bin")]
+    variant = "fp16" if weights and all(".fp16" in file.name for file in weights) else None
+    if variant is None:
+        weights = [file for file in weights if ".fp16" not in file.name]
+    return variant, [file for file in weights if file.suffix == ".safetensors"]
 
 
 def _stored_type(files: Iterable[Path]) -> torch.dtype:
@@ -175,8 +185,7 @@ def _read_folder(source: Path) -> dict[str, Tensor]:
     weights = {}
     for part, (kind, state) in parts.items():
         try:
-            files = [*(source / part).glob("*.safetensors")]
-            variant = "fp16" if files and all(".fp16." in file.name for file in files) else None
+            variant, files = _stored((source / part).glob("*"))
             network = kind.from_pretrained(
                 source / part, variant=variant, torch_dtype=_stored_type(files)
             )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import in_order
 from ..flow import FlowField, estimate_flow
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
 
@@ -120,8 +121,10 @@ def _held_out(names: list[str]) -> list[bool]:
 
 
 def _is_clip(path: Path) -> bool:
+    if path.name.startswith("."):
+        return False
     if path.is_dir():
-        return any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())
+        return any(file.suffix.lower() in IMAGE_SUFFIXES for file in in_order(path.iterdir()))
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 

@@ -186,8 +186,12 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         )
     store = np.lib.format.open_memmap(path, mode="w+", shape=shape, dtype=dtype)
     if hasattr(os, "posix_fallocate"):  # else a disk that fills up later ends the process
-        with path.open("rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        try:
+            with path.open("rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink()  # the next attempt would take it for reserved
+            raise
     return store
 
 

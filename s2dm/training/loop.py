@@ -139,9 +139,9 @@ def sheet_generator(number: int) -> torch.Generator:
 
 
 class RunFolder:
-    """The files of one run: ``config.json``, ``log.jsonl``, ``curves.png``, ``state/``,
-    ``samples/`` and ``export.safetensors``. All but the log, which grows, are written under a
-    temporary name and renamed."""
+    """The files of one run: ``config.json``, what was `measured_once`, ``log.jsonl``,
+    ``curves.png``, ``state/``, ``samples/`` and ``export.safetensors``. All but the log, which
+    grows, are written under a temporary name and renamed."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -158,6 +158,8 @@ def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, bot
     taken.mkdir()
     (taken / "letter.txt").write_text("mine")
     fails("holds other files", "generate", PROMPT, "--clip", clip, "-o", taken)
+    letter = taken / "letter.txt"
+    fails("is a file", "generate", PROMPT, "--clip", clip, "-o", letter / "deep" / "o.mp4")
     fails("--device nonsense", *base, "--clip", clip, "--device", "nonsense")
     fails("validation_split=train", "evaluate", "--checkpoint", checkpoint, "--data", "split=train")
     fails("between 0 and 1", *base, "--clip", clip, "--sharing", "mixed", "--share", "2")

@@ -11,7 +11,7 @@ from random_checkpoint import random_states, tiny_config, write_random_checkpoin
 from safetensors.torch import load_file, save_file
 
 from s2dm import cli
-from s2dm.convert import ConversionError, convert
+from s2dm.convert import ConversionError, _stored, convert
 from s2dm.models import (
     PARTS,
     ConfigError,
@@ -258,3 +258,22 @@ def test_pickled_names_that_are_no_names_are_left_out(tmp_path):
     torch.save({0: torch.ones(1), "weight": torch.ones(2)}, tmp_path / "odd.pt")
     convert(tmp_path / "odd.pt", tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors").keys() == {"weight"}
+
+
+def test_a_folder_of_a_variant_alone_is_read(tmp_path, checkpoint):
+    from s2dm.pipelines import FlowToVideoPipeline
+
+    pipeline = FlowToVideoPipeline.from_single_file(checkpoint, torch.float16)
+    pipeline.save_pretrained(tmp_path / "folder", variant="fp16")
+    convert(tmp_path / "folder", tmp_path / "again.safetensors")
+    assert {w.dtype for w in load_file(tmp_path / "again.safetensors").values()} == {torch.float16}
+
+
+def test_a_variant_beside_the_whole_weights_is_left_alone(tmp_path):
+    names = ("model.bin", "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors")
+    for name in names:
+        (tmp_path / name).touch()
+    assert _stored(tmp_path.iterdir()) == (None, [])
+    (tmp_path / "model.bin").unlink()
+    variant, files = _stored(tmp_path.iterdir())
+    assert variant == "fp16" and {file.name for file in files} == set(names[1:])

@@ -165,3 +165,13 @@ def test_a_full_disk_is_named_before_anything_is_prepared(tmp_path, monkeypatch)
     monkeypatch.setattr("s2dm.training.cache.shutil.disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"0\.0 GB are free there. Make room"):
         build_clip_cache(tmp_path, data_config())
+
+
+def test_what_could_not_be_reserved_is_begun_again(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("s2dm.training.cache.os.posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        build_clip_cache(tmp_path, data_config())
+    assert not list(tmp_path.rglob("*.npy"))

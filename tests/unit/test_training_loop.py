@@ -284,3 +284,21 @@ def test_a_run_may_go_on_with_other_accumulation(tmp_path, vae_file):
     TrainingLoop(further, task).run()
     # Every gradient went into a step: what is left over would be lost at the next stop.
     assert all(parameter.grad is None for parameter in task.model.parameters())
+
+
+def test_the_log_has_the_mean_of_all_processes(tmp_path, vae_file, monkeypatch):
+    config = stage2_config(tmp_path, vae_file, steps=1, log_every=1)
+    loop = TrainingLoop(config, build_stage2_task(config, torch.device("cpu")))
+    asked = []
+
+    def reduce(value, how):  # as if the other process had drawn batches of loss 0
+        asked.append(how)
+        return value / 2
+
+    whole = dataclasses.replace(config, output=str(tmp_path / "alone"))
+    train_stage2(whole)
+    monkeypatch.setattr(loop.accelerator, "reduce", reduce)
+    loop.run()
+    one, both = (RunFolder(c.output).records()[0]["loss"] for c in (whole, config))
+    assert both == pytest.approx(one / 2, rel=1e-4)
+    assert set(asked) == {"mean"}

@@ -63,6 +63,16 @@ def test_folders_of_images_and_subfolders_are_clips_too(tmp_path):
     assert all(clip.frames.shape == (3, 3, 32, 32) for clip in found)
 
 
+def test_hidden_files_are_no_clips(tmp_path):
+    """As macOS puts them on foreign disks."""
+    for name in ("a", "b"):
+        touch(tmp_path / f"{name}.mp4")
+    (tmp_path / "._a.mp4").touch()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "._0.png").touch()
+    assert sum(len(VideoClips(tmp_path, split)) for split in ("train", "test")) == 2
+
+
 @pytest.mark.parametrize("clips", [2, 3, 40])
 def test_about_a_tenth_is_held_out_where_the_folder_does_not_say(tmp_path, clips):
     for number in range(clips):
