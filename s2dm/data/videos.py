@@ -17,8 +17,6 @@ from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
 _SPLITS = ("train", "test")
 _HELD_OUT = 0.1
 """Share of the clips that is held out where the folder doesn't say which."""
-
-
 _READING = b"upright, spread in time"
 """How clips are read; with another way of reading what was prepared by this one is stale."""
 

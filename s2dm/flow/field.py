@@ -101,7 +101,10 @@ class FlowField:
         )
 
     def crop(self, height: int, width: int, top: int = 0, left: int = 0) -> FlowField:
-        """The motion of a part of the picture, height x width pixels from (top, left) on."""
+        """The motion of a part of the picture, height x width pixels from (top, left) on.
+
+        It has to lie within the picture: what is beyond is left out.
+        """
         rows, columns = slice(top, top + height), slice(left, left + width)
         return FlowField(self.displacement[..., rows, columns], self.occlusion[..., rows, columns])
 

@@ -138,7 +138,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         self,
         prompt: str,
         frames: int | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,

@@ -72,7 +72,7 @@ def _check_reach(scheduler: Any, steps: int) -> None:
     """Refuse what would start far below T, from too little noise, and what can't start at all."""
     if not hasattr(scheduler, "add_noise"):
         raise ValueError(
-            f"Expected a scheduler of a diffusion process that adds noise by add_noise, such as "
+            "Expected a scheduler of a diffusion process that adds noise by add_noise, such as "
             f"DDIM, got {type(scheduler).__name__}."
         )
     total = scheduler.config.num_train_timesteps
@@ -80,7 +80,7 @@ def _check_reach(scheduler: Any, steps: int) -> None:
         return
     stride = total // steps
     last = (steps - 1) * stride + scheduler.config.get("steps_offset", 0)
-    if steps > 1 and (stride * steps < _REACH * total or last >= total):
+    if stride * steps < _REACH * total or last >= total:
         raise ValueError(
             f"{steps} steps don't cover the {total} timesteps of this schedule with its leading "
             "spacing. Take fewer, such as 20, 50 or 100."

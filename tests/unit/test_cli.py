@@ -136,7 +136,9 @@ def test_a_clip_is_sampled_as_the_checkpoint_recommends(tmp_path, both_stages):
             assert not torch.equal(clips[0], other)
 
 
-def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, both_stages, capsys):
+def test_errors_are_one_line_without_a_traceback(
+    tmp_path, clip, checkpoint, both_stages, capsys, monkeypatch
+):
     def fails(expected: str, *arguments: object) -> None:
         assert run(*arguments) == 1
         captured = capsys.readouterr()
@@ -158,6 +160,9 @@ def test_errors_are_one_line_without_a_traceback(tmp_path, clip, checkpoint, bot
     taken.mkdir()
     (taken / "letter.txt").write_text("mine")
     fails("holds other files", "generate", PROMPT, "--clip", clip, "-o", taken)
+    with monkeypatch.context() as patch:
+        patch.chdir(taken)
+        fails("holds other files", "generate", PROMPT, "--clip", clip, "-o", ".")
     letter = taken / "letter.txt"
     fails("is a file", "generate", PROMPT, "--clip", clip, "-o", letter / "deep" / "o.mp4")
     fails("--device nonsense", *base, "--clip", clip, "--device", "nonsense")
