@@ -63,7 +63,7 @@ def check_clip_path(path: Path) -> None:
             f"Can't write a clip to {path}. Give a name that ends in "
             f"{', '.join(WRITABLE_SUFFIXES)}, or one without an ending for a folder of PNG frames."
         )
-    nearest = next((parent for parent in path.absolute().parents if parent.exists()), None)
+    nearest = next((parent for parent in path.parents if parent.exists()), None)
     if nearest is not None and not nearest.is_dir():
         raise VideoError(f"{nearest} is a file; a clip can't be written in it.")
     if suffix and path.is_dir():
