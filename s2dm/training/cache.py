@@ -13,7 +13,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,20 @@ logger = logging.getLogger(__name__)
 
 CONDITION_SIZE = (88, 56)
 
+Arrays = tuple[int, np.ndarray, np.ndarray, str]
+"""Number of a clip, its frames, its flow condition and its caption."""
+
+
+class ClipError(ValueError):
+    """A clip can't be prepared; the message says which, why, and what to do."""
+
 
 class _Prepared(Dataset):
-    """The clips of a data set as the arrays that the cache stores."""
+    """The clips of a data set as the arrays that the cache stores, or why there are none.
+
+    An error is handed on as text: what a loader makes of one that is raised in a worker is a
+    traceback.
+    """
 
     def __init__(self, clips: ClipDataset, estimated_flow: float = 0.0) -> None:
         self.clips = clips
@@ -42,7 +54,14 @@ class _Prepared(Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray, np.ndarray, str]:
+    def __getitem__(self, index: int) -> Arrays | str:
+        try:
+            return self._arrays(index)
+        except (ValueError, OSError, MemoryError) as error:
+            why = " ".join(str(error).split()) or type(error).__name__
+            return f"Clip {index + 1} of {len(self)} can't be prepared: {why}"
+
+    def _arrays(self, index: int) -> Arrays:
         clip = self.clips[index]
         frames = pixels(clip.frames)
         share = self.estimated_flow
@@ -93,8 +112,8 @@ def build_clip_cache(
         return ClipCache(folder)
     folder.mkdir(parents=True, exist_ok=True)
     prepared = _Prepared(clips, data.estimated_flow)
-    _, frames, condition, _ = prepared[0]
     count = len(prepared)
+    ((_, frames, condition, _),) = _load(prepared, [0], workers=0)
     frame_store = _open(folder / "frames.npy", (count, *frames.shape), np.uint8)
     condition_store = _open(folder / "conditions.npy", (count, *condition.shape), np.float16)
     done = _open(folder / "done.npy", (count,), np.bool_)
@@ -103,11 +122,9 @@ def build_clip_cache(
     write_text(lines, "".join(json.dumps(line) + "\n" for line in captions.items()))
     done[[index for index in range(count) if index not in captions]] = False
     todo = np.flatnonzero(~done).tolist()
-    loader = DataLoader(
-        Subset(prepared, todo), batch_size=None, num_workers=workers, worker_init_fn=_one_thread
-    )
+    loaded = _load(prepared, todo, workers)
     with lines.open("a", encoding="utf-8") as file:
-        for index, frames, condition, caption in _bar(loader, len(todo), f"caching {split} clips"):
+        for index, frames, condition, caption in _bar(loaded, len(todo), f"caching {split} clips"):
             frame_store[index], condition_store[index] = frames, condition
             file.write(json.dumps([index, caption]) + "\n")
             file.flush()
@@ -193,6 +210,43 @@ def _open(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
             path.unlink()  # the next attempt would take it for reserved
             raise
     return store
+
+
+def _load(prepared: _Prepared, indices: list[int], workers: int) -> Iterator[Arrays]:
+    """Prepare clips, in so many other processes; 0 for this one."""
+    loader = DataLoader(
+        Subset(prepared, indices), batch_size=None, num_workers=workers, worker_init_fn=_one_thread
+    )
+    with _opencv_without_threads():
+        try:
+            for arrays in loader:
+                if isinstance(arrays, str):
+                    raise ClipError(arrays)
+                yield arrays
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise ClipError(
+                f"A process that prepares clips was ended ({error}), most often because memory ran "
+                "out. The same command goes on from there; use fewer processes: --set workers=1, "
+                "or 0."
+            ) from error
+
+
+@contextmanager
+def _opencv_without_threads() -> Iterator[None]:
+    """Stop OpenCV's threads. In a process that was forked beside them it waits for them for ever.
+
+    They start with the first flow that is estimated, whoever asked for it.
+    """
+    import cv2
+
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def _one_thread(worker: int) -> None:
