@@ -1,7 +1,8 @@
-"""Files that are either whole or not there, and the order of numbered ones."""
+"""Files that are either whole or not there, texts that people write, and what systems leave."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -13,6 +14,19 @@ from pathlib import Path
 from typing import Any
 
 _LONGEST = 40  # characters of a name in its temporary one, which is longer than it
+_MARKS = {  # UTF-32's first: it begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+# What systems, network disks and archives put into folders without a dot before its name.
+_OF_SYSTEMS = {
+    "__macosx", "__pycache__", "$recycle.bin", "recycler", "system volume information", "found.000",
+    "lost+found", "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot",
+    "network trash folder", "temporary items",
+}  # fmt: skip
 
 
 @contextmanager
@@ -59,14 +73,49 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 def in_order(paths: Iterable[Path]) -> list[Path]:
     """Files in the order of their names, numbers by their value: 2 before 10.
 
-    Hidden ones are left out, such as macOS puts beside a file on a foreign disk.
+    Those that `is_left_by_systems` are left out.
     """
 
     def key(path: Path) -> list[str | int]:
         parts = re.split(r"([0-9]+)", path.name)  # text and numbers by turns
         return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
-    return sorted((path for path in paths if not path.name.startswith(".")), key=key)
+    return sorted((path for path in paths if not is_left_by_systems(path.name)), key=key)
+
+
+def is_left_by_systems(name: str) -> bool:
+    """Whether a file or folder is hidden, a bin, a store of previews or the like.
+
+    What lies there are copies of what is elsewhere, or was thrown away.
+    """
+    return name.startswith(".") or name.casefold() in _OF_SYSTEMS
+
+
+def read_text(path: Path) -> str:
+    """Read a text that a person wrote, with any editor: UTF-8, or what its byte-order mark says.
+
+    Raises:
+        ValueError: it is in another encoding, which can't be told from its bytes. OSError: it
+            can't be read.
+    """
+    content = path.read_bytes()
+    encoding = next((kind for mark, kind in _MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        found = f"the byte 0x{content[error.start]:02x} in line {line}"
+        raise _no_utf8(path, found) from error
+    if "\0" in text:  # of UTF-16 without its mark
+        raise _no_utf8(path, "zero bytes")
+    return text
+
+
+def _no_utf8(path: Path, found: str) -> ValueError:
+    return ValueError(
+        f"{path}: expected text in UTF-8, got {found}. Save it as UTF-8: most editors offer that "
+        "beside the name."
+    )
 
 
 def read_json_lines(path: Path) -> list[Any]:

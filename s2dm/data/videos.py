@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from ..files import in_order
+from ..files import in_order, is_left_by_systems, read_text
 from ..flow import FlowField, estimate_flow
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
 
@@ -44,7 +45,8 @@ class VideoClips:
     estimated. Where the folder has subfolders `train` and `test`, these are the splits; otherwise
     about a tenth of the clips is held out, chosen by their names alone: a clip that is added moves
     no other one, but where there are so few that one had to be held out regardless. Clips are
-    looked for in subfolders too.
+    looked for in subfolders too, but not in hidden ones and those of the system, such as bins.
+    Captions are UTF-8, or UTF-16 with a byte-order mark.
 
     Args:
         folder: of the clips.
@@ -53,7 +55,9 @@ class VideoClips:
         frames: frames of a clip.
 
     Raises:
-        ValueError: a split that is neither, no clip in it, or a clip without caption.
+        ValueError: no such folder, a split that is neither, no clip in it, a clip without caption,
+            or a caption in another encoding.
+        OSError: a folder or caption can't be read.
     """
 
     def __init__(
@@ -62,6 +66,11 @@ class VideoClips:
         if name not in _SPLITS:
             raise ValueError(f'Expected the split "train" or "test", got {name!r}.')
         folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(
+                f"There is no folder {folder} to take clips from: set data.options.folder to the "
+                "one that holds them."
+            )
         if all((folder / split).is_dir() for split in _SPLITS):
             self.paths = _clips(folder / name)
         else:
@@ -76,7 +85,7 @@ class VideoClips:
                 f"({', '.join(VIDEO_SUFFIXES)}) or folders of images, two or more, each with a "
                 "text file of the same name beside it."
             )
-        self.captions = [_caption(path) for path in self.paths]
+        self.captions = _captions(self.paths)
         self._size, self._frames = size, frames
 
     def __len__(self) -> int:
@@ -107,7 +116,15 @@ class VideoClips:
 
 def _clips(folder: Path) -> list[Path]:
     """Videos and folders of images anywhere below, in the order of names."""
-    return sorted(path for path in folder.rglob("*") if _is_clip(path))
+    found = []
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not is_left_by_systems(name)]
+        found += [path for name in folders + files if _is_clip(path := Path(parent, name))]
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _held_out(names: list[str]) -> list[bool]:
@@ -119,17 +136,27 @@ def _held_out(names: list[str]) -> list[bool]:
 
 
 def _is_clip(path: Path) -> bool:
-    if path.name.startswith("."):
+    if is_left_by_systems(path.name):
         return False
     if path.is_dir():
         return any(file.suffix.lower() in IMAGE_SUFFIXES for file in in_order(path.iterdir()))
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def _caption(path: Path) -> str:
-    # Not with_suffix: a folder's name may hold a dot.
-    file = path.with_name((path.name if path.is_dir() else path.stem) + ".txt")
-    caption = file.read_text("utf-8").strip() if file.is_file() else ""
-    if not caption:
-        raise ValueError(f"{path} has no caption: expected {file} to say in a line what it shows.")
-    return " ".join(caption.split())
+def _captions(clips: Iterable[Path]) -> list[str]:
+    """What the text file beside each clip says."""
+    texts: dict[Path, dict[str, Path]] = {}  # by folder and stem
+    captions = []
+    for path in clips:
+        if path.parent not in texts:
+            files = (file for file in path.parent.iterdir() if file.suffix.lower() == ".txt")
+            texts[path.parent] = {file.stem: file for file in files}
+        name = path.name if path.is_dir() else path.stem  # a folder's name may hold a dot
+        file = texts[path.parent].get(name, path.with_name(name + ".txt"))
+        caption = " ".join(read_text(file).split()) if file.is_file() else ""
+        if not caption:
+            raise ValueError(
+                f"{path} has no caption: expected {file} to say in a line what it shows."
+            )
+        captions.append(caption)
+    return captions

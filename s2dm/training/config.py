@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..files import read_text
+
 C = TypeVar("C")
 
 
@@ -151,14 +153,18 @@ def read_settings(cls: type[C], path: str | Path | None, overrides: list[str] = 
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise TrainingConfigError(f"there is no training config at {path}.")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        return json.loads(text)
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
-    return tomllib.loads(text)
+    text = read_text(path)
+    try:
+        values = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TrainingConfigError(f"{path}: {error}.") from error
+    if not isinstance(values, dict):
+        raise TrainingConfigError(f"{path}: settings must be an object, got {values!r}.")
+    return values
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
