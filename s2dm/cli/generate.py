@@ -36,7 +36,10 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     motion = parser.add_mutually_exclusive_group()
     motion.add_argument("--clip", type=Path, help="video or folder of images to take motion from")
     motion.add_argument(
-        "--flow", type=Path, help="flow to follow: .npz, or a folder of numbered .flo files"
+        "--flow",
+        type=Path,
+        help="flow to follow: .npz of --save-flow, or a folder of numbered .flo files, each with "
+        "the flow from its frame back to frame 1 (so the first is all zeros)",
     )
     parser.add_argument(
         "-o",

@@ -52,8 +52,9 @@ class FlowField:
             raise FlowError(f"occlusion must lie in [0, 1], got [{low.item():g}, {high.item():g}]")
         if self.displacement[0].any() or self.occlusion[0].any():
             raise FlowError(
-                "frame 1 must be all zeros, because flow is measured from it; "
-                "put the reference frame first or set its flow and occlusion to zero"
+                "frame 1 must be all zeros, because displacement says where the pixels of each "
+                "frame were in frame 1: put the reference frame first; flow from each frame to "
+                "the next is something else"
             )
 
     @classmethod

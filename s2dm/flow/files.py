@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from ..files import in_order, replacing, replacing_folder
 from .field import FlowError, FlowField
+
+logger = logging.getLogger(__name__)
 
 _FLO_MAGIC = b"PIEH"
 _FLO_UNKNOWN = 1e9  # Middlebury writes longer displacements than this where flow is not known
@@ -51,18 +54,32 @@ def save_flow(
 
 
 def load_flow(path: str | Path) -> FlowField:
-    """Read what `save_flow` writes, or .flo files from elsewhere.
+    """Read what `save_flow` writes, or .flo files from elsewhere that mean the same.
 
-    From .flo, occlusion is 0, and 1 where the file says that the flow is unknown. Raises
-    FlowError, with the name of the file, for anything that isn't a whole and finite flow field.
-    Pickled arrays are refused.
+    They have to hold backward flow to frame 1: the pixel p of frame i was at p + flow(p) in frame
+    1. Most tools write the flow from each frame to the next one instead, one file fewer than
+    frames, and no .flo file says what it is: a folder whose first file isn't all zeros, as the
+    flow of frame 1 is, is refused, and what is read is logged. From .flo, occlusion is 0, and 1
+    where the file says that the flow is unknown.
+
+    Raises FlowError, with the name of the file, for anything that isn't a whole and finite flow
+    field. Pickled arrays are refused.
     """
     path = Path(path)
     if path.is_dir():
-        files = in_order(path.glob("*.flo"))
+        files = in_order(file for file in path.iterdir() if file.suffix.lower() == ".flo")
         if not files:
             raise FlowError(f"{path}: this folder holds no .flo files")
-        return _field_from_flo(path, [_read_flo(file) for file in files])
+        flows = [_read_flo(file) for file in files]
+        if flows[0].any():
+            raise FlowError(
+                f"{files[0]}: expected zeros, as the first file belongs to frame 1 and every file "
+                "says where the pixels of its frame were in frame 1; got flow of up to "
+                f"{np.abs(flows[0]).max():.3g} pixels. If this is flow from each frame to the "
+                "next, a file of zeros before it doesn't help: estimate the flow from the frames "
+                "themselves (estimate_flow, s2dm generate --clip)"
+            )
+        return _field_from_flo(path, flows)
     if not path.is_file():
         raise FlowError(f"{path}: there is no such file or folder")
     if path.suffix.lower() == ".npz":
@@ -101,7 +118,7 @@ def _load_npz(path: Path) -> FlowField:
 def _save_folder(folder: Path, field: FlowField) -> None:
     if folder.is_file():
         raise FlowError(f"{folder}: the name must end in .npz or .flo, or be that of a folder")
-    if folder.is_dir() and any(entry.suffix != ".flo" for entry in folder.iterdir()):
+    if folder.is_dir() and any(entry.suffix.lower() != ".flo" for entry in folder.iterdir()):
         raise FlowError(
             f"{folder}: this folder holds other files than .flo, and a clip replaces its folder; "
             "give a new name"
@@ -145,6 +162,7 @@ def _field_from_flo(path: Path, flows: list[np.ndarray]) -> FlowField:
     if len(sizes) > 1:
         listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
         raise FlowError(f"{path}: all frames of a clip have one size, got {listed}")
+    logger.info("%s: read as flow from each frame back to frame 1, not to the next frame", path)
     displacement = torch.from_numpy(np.stack(flows))
     unknown = (displacement.abs() > _FLO_UNKNOWN).any(dim=1, keepdim=True)
     return _built(path, displacement.masked_fill(unknown, 0.0), unknown.float())
