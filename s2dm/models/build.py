@@ -30,8 +30,6 @@ from .tokenizer import write_tokenizer
 
 State = Mapping[str, Tensor]
 
-CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
-
 
 def build_unet(config: UNetConfig, state: State | None = None) -> UNet2DConditionModel:
     """Build the U-Net, with random weights if there is no state."""
@@ -98,18 +96,13 @@ def build_text_encoder(config: TextEncoderConfig, state: State | None = None) ->
 
 
 def build_tokenizer(config: S2DMConfig) -> CLIPTokenizer:
-    """Build the tokenizer of a checkpoint.
-
-    CLIP's own is not embedded in files: it comes from the local Hugging Face cache, or is
-    downloaded to it.
+    """Build the tokenizer of a checkpoint. Nothing is fetched: CLIP's own is in the package.
 
     Raises:
         ValueError: if the checkpoint has no tokenizer.
     """
     if config.tokenizer is None or config.text_encoder is None:
         raise ValueError("tokenizer: expected a checkpoint with a text encoder, got one without.")
-    if config.tokenizer["kind"] == "clip":
-        return CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(config.tokenizer, folder)
         return CLIPTokenizer.from_pretrained(

@@ -1,14 +1,18 @@
-"""A small tokenizer of CLIP's kind, trained on captions and carried inside the checkpoint.
+"""Tokenizers of CLIP's kind: small ones, trained on captions and carried inside the checkpoint,
+and CLIP's own, whose merges lie in the package, so that nothing has to be fetched.
 
 Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over the bytes of each lower-case word,
 with CLIP's conventions: the last symbol of a word ends in ``</w>``, and the vocabulary is the
 256 bytes, the 256 bytes that end a word, the merges in order, and the two special tokens. So
-the list of merges is the whole specification, and no text is out of vocabulary.
+the list of merges is the whole specification, and no text is out of vocabulary. A specification is
+``{"kind": "bpe", "merges": ["a b", ...]}``, or ``{"kind": "clip"}`` for CLIP's 48,894 merges.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import gzip
 import itertools
 import json
 import re
@@ -17,11 +21,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import read_text
 from .config import S2DMConfig
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 _END = "</w>"
+_CLIP_MERGES = Path(__file__).resolve().parent.parent / "assets" / "clip_merges.txt.gz"
 _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
 
 
@@ -67,7 +73,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 1000) -> dict[str
 
 
 def vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
-    """Return token to id of a ``"bpe"`` specification; the last two are start and end.
+    """Return token to id of a specification; the last two are start and end.
 
     Raises:
         ValueError: if the specification is of another kind or malformed.
@@ -95,21 +101,69 @@ def write_tokenizer(spec: Mapping[str, Any], folder: str | Path) -> None:
     """Write the files that transformers' ``CLIPTokenizer`` (and so ComfyUI) reads.
 
     Args:
-        spec: a ``"bpe"`` specification.
+        spec: a specification.
         folder: created if it is not there.
 
     Raises:
         ValueError: if the specification is of another kind or malformed.
     """
     vocab = vocabulary(spec)
+    merges = [" ".join(pair) for pair in _merges(spec)]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
     settings = {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, **special}
     _write(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
-    _write(folder / "merges.txt", "\n".join(["#version: 0.2", *spec["merges"], ""]))
+    _write(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
     _write(folder / "tokenizer_config.json", json.dumps(settings, indent=2))
     _write(folder / "special_tokens_map.json", json.dumps(special, indent=2))
+
+
+def read_tokenizer(folder: str | Path) -> dict[str, Any]:
+    """Return the specification of a tokenizer that transformers' ``CLIPTokenizer`` wrote.
+
+    Args:
+        folder: holds ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
+
+    Raises:
+        ValueError: if it is none of CLIP's kind, or its ids are others than its merges make.
+        OSError: if a file is missing or can't be read.
+    """
+    folder = Path(folder)
+    whole = folder / "tokenizer.json"
+    try:
+        if whole.is_file():
+            model = json.loads(read_text(whole))["model"]
+            vocab, merges = model["vocab"], model["merges"]
+        else:
+            vocab = json.loads(read_text(folder / "vocab.json"))
+            merges = read_text(folder / "merges.txt").splitlines()
+            merges = [line for line in merges if line and not line.startswith("#version")]
+        # Newer files have a merge as a list of two.
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        spec = {"kind": "bpe", "merges": merges}
+        same = vocabulary(spec) == vocab
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder}: expected a tokenizer of CLIP's kind, got {error!r}."
+        ) from error
+    if not same:
+        raise ValueError(
+            f"{folder}: expected a tokenizer of CLIP's kind, whose vocabulary is made by its "
+            "merges, got one with other tokens or ids."
+        )
+    return {"kind": "clip"} if merges == _clip_merges() else spec
+
+
+@functools.cache
+def _clip_merges() -> list[str]:
+    try:
+        return gzip.decompress(_CLIP_MERGES.read_bytes()).decode("utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(
+            f"tokenizer: expected CLIP's merges at {_CLIP_MERGES}, which can't be read ({error}). "
+            "Get the complete package."
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -117,9 +171,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _merges(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if spec.get("kind") != "bpe":
-        raise ValueError(f"tokenizer: expected kind 'bpe', got {spec.get('kind')!r}.")
-    merges = spec.get("merges")
+    if spec.get("kind") not in ("bpe", "clip"):
+        raise ValueError(f"tokenizer: expected kind 'bpe' or 'clip', got {spec.get('kind')!r}.")
+    merges = _clip_merges() if spec["kind"] == "clip" else spec.get("merges")
     if not isinstance(merges, (list, tuple)):
         raise ValueError(f"tokenizer: expected a list of merges, got {type(merges).__name__}.")
     pairs = []
