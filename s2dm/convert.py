@@ -21,6 +21,7 @@ from .models.checkpoint import METADATA_KEY
 from .models.lfdm import PREFIX as LFDM_PREFIX
 from .models.lfdm import from_lfdm, lfdm_config
 from .models.presets import SD15
+from .models.tokenizer import read_tokenizer
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 # What unpickling raises, depending on where the bytes stop making sense.
@@ -218,10 +219,26 @@ def _add_adapter(
         torch.manual_seed(0)
         states["flow_adapter"] = FlowAdapter(SD15.flow_adapter).state_dict()
     config = dataclasses.replace(
-        SD15, data=f"Stable Diffusion from {source.name}, new flow adapter"
+        SD15,
+        tokenizer=_tokenizer_of(source),
+        data=f"Stable Diffusion from {source.name}, new flow adapter",
     )
     dtype = torch.float16 if half else None
     save_checkpoint(target, config.recommending(recommend or {}), states, dtype)
+
+
+def _tokenizer_of(source: Path) -> dict[str, Any]:
+    """The tokenizer of a diffusers folder; CLIP's where there is none, as in a single file."""
+    folder = source / "tokenizer"
+    if not folder.is_dir():
+        return SD15.tokenizer
+    try:
+        return read_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            f"{error} Put Stable Diffusion's own files there, or delete the folder: CLIP's "
+            "tokenizer is taken then."
+        ) from error
 
 
 def _not_sd15(source: Path, expected: str) -> ConversionError:
