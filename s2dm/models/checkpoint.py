@@ -5,6 +5,9 @@ full-size file opens as plain Stable Diffusion anywhere; our own parts have pref
 own. The metadata entry ``s2dm`` is the JSON of an ``S2DMConfig``. An adapter alone is the
 same file without the Stable Diffusion parts.
 
+Programs that save weights keep tensors and drop metadata that they don't know. So the JSON may
+also ride as a tensor of bytes, ``s2dm.config``; what else such a file holds is left alone.
+
 Reading checks format version, keys, shapes and types from the file's header before a weight
 is read, and that all weights are finite before anything is built from them.
 """
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from ..files import replacing
 from .config import FORMAT_VERSION, ConfigError, S2DMConfig
+from .impostors import impostor, is_pickle
 from .keys import (
     Key,
     Shape,
@@ -35,6 +39,8 @@ from .keys import (
 from .tokenizer import vocabulary
 
 METADATA_KEY = "s2dm"
+CONFIG_TENSOR = "s2dm.config"
+"""Name of a uint8 tensor with the JSON of the config, read where the metadata are missing."""
 
 
 class CheckpointError(ValueError):
@@ -61,6 +67,11 @@ PARTS: dict[str, Part] = {
 _IGNORED = {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
 _FLOATS = {"F16", "BF16", "F32", "F64"}
 _HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own limit
+_CONFIG_LIMIT = 10_000_000  # bytes; a tokenizer of CLIP's size takes about one
+# What a text or a nest of lists that is no JSON of ours ends in.
+_NO_JSON = (ValueError, RecursionError)
+
+_DAMAGED = "The metadata are damaged or of another version of S2DM: use the original, or update."
 
 State = dict[str, Tensor]
 
@@ -84,7 +95,7 @@ def load_checkpoint(
     """
     path = Path(path)
     config = read_config(path)
-    there = _parts_of(config)
+    there = parts_of(config)
     wanted = there if parts is None else list(parts)
     lacking = [part for part in wanted if part not in there]
     if lacking:
@@ -117,15 +128,19 @@ def read_config(path: str | Path) -> S2DMConfig:
             are not finite.
     """
     path = Path(path)
-    header = _read_header(path)
+    header, start = _read_header(path)
     metadata = header.pop("__metadata__", None) or {}
-    config = _parse_config(path.name, metadata, header)
+    foreign = METADATA_KEY not in metadata
+    text = _config_tensor(path, header, start) if foreign else metadata[METADATA_KEY]
+    config = _parse_config(path.name, text, header)
     expected = {
         PARTS[part].prefix + name: shape
-        for part in _parts_of(config)
+        for part in parts_of(config)
         for name, shape in _shapes(config, part).items()
     }
     got = {name: tuple(entry["shape"]) for name, entry in header.items() if name not in _IGNORED}
+    if foreign:
+        got = {name: shape for name, shape in got.items() if name in expected}
     _check_keys(path.name, expected, got)
     for name in expected:
         kind = header[name]["dtype"]
@@ -155,7 +170,7 @@ def save_checkpoint(
         CheckpointError: if the states are not those that the config describes.
     """
     path = Path(path)
-    there = _parts_of(config)
+    there = parts_of(config)
     if set(states) != set(there):
         raise CheckpointError(
             f"{path.name}: expected weights for {_listed(there)}, as the config says, "
@@ -179,7 +194,8 @@ def save_checkpoint(
         save_file(tensors, temporary, metadata=metadata)
 
 
-def _parts_of(config: S2DMConfig) -> list[str]:
+def parts_of(config: S2DMConfig) -> list[str]:
+    """Names among ``PARTS`` that a config describes."""
     return [part for part in PARTS if getattr(config, part) is not None]
 
 
@@ -187,8 +203,12 @@ def _shapes(config: S2DMConfig, part: str) -> dict[str, Shape]:
     return {key.ldm: key.ldm_shape for key in PARTS[part].keys(getattr(config, part))}
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """Read the JSON header of a safetensors file, and tell what else the file may be."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Read the JSON header of a safetensors file, and tell what else the file may be.
+
+    Returns:
+        The header, and where in the file the weights begin.
+    """
     again = "Download or copy it again."
     try:
         size = path.stat().st_size
@@ -196,7 +216,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             start = file.read(9)
             length = int.from_bytes(start[:8], "little")
             if start[8:] != b"{" or length > _HEADER_LIMIT:
-                raise _not_safetensors(path.name, start)
+                raise _not_safetensors(path, start)
             if 8 + length > size:
                 raise CheckpointError(
                     f"{path.name}: truncated: expected at least {8 + length} bytes, got {size}. "
@@ -209,42 +229,74 @@ def _read_header(path: Path) -> dict[str, Any]:
         ) from error
     try:
         header = json.loads(text)
-        end = max(
-            (e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0
-        )
-        well_formed = all(
-            isinstance(entry["shape"], list) and isinstance(entry["dtype"], str)
-            for name, entry in header.items()
-            if name != "__metadata__"
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        well_formed = False
-    if not well_formed:
+    except _NO_JSON:
+        header = None
+    if not _well_formed(header):
         raise CheckpointError(
             f"{path.name}: expected a safetensors header, got one that is damaged. {again}"
         )
+    end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
     if 8 + length + end > size:
         raise CheckpointError(
             f"{path.name}: truncated: expected {8 + length + end} bytes, got {size}. {again}"
         )
-    return header
+    return header, 8 + length
 
 
-def _not_safetensors(name: str, start: bytes) -> CheckpointError:
-    # Files of torch.save are zip archives, older ones pickles of protocol 2 and up.
-    if start[:2] == b"PK" or (start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"):
+def _well_formed(header: Any) -> bool:
+    """Whether this is a header as the safetensors format has it."""
+    if not isinstance(header, dict):
+        return False
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        return False
+    entries = [entry for name, entry in header.items() if name != "__metadata__"]
+    return all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("dtype"), str)
+        and _are_counts(entry.get("shape"))
+        and _are_counts(entry.get("data_offsets"))
+        and len(entry["data_offsets"]) == 2
+        for entry in entries
+    )
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _not_safetensors(path: Path, start: bytes) -> CheckpointError:
+    if found := impostor(path):
+        return CheckpointError(f"{path.name}: expected a safetensors file, got {found}")
+    if is_pickle(start):
         return CheckpointError(
-            f"{name}: expected a safetensors file, got a pickle, which can run code when it is "
-            "opened and is never loaded. Convert it first: s2dm convert."
+            f"{path.name}: expected a safetensors file, got a pickle, which can run code when it "
+            "is opened and is never loaded. Convert it first: s2dm convert."
         )
     return CheckpointError(
-        f"{name}: expected a safetensors file, got something else. "
+        f"{path.name}: expected a safetensors file, got something else. "
         "Choose an S2DM checkpoint, or download it again."
     )
 
 
-def _parse_config(name: str, metadata: Mapping[str, str], header: Iterable[str]) -> S2DMConfig:
-    if METADATA_KEY not in metadata:
+def _config_tensor(path: Path, header: Mapping[str, Any], start: int) -> str | None:
+    """The config that rides as a tensor, if there is one."""
+    entry = header.get(CONFIG_TENSOR)
+    if entry is None:
+        return None
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] != "U8" or entry["shape"] != [end - begin] or end - begin > _CONFIG_LIMIT:
+        raise CheckpointError(
+            f"{path.name}: expected a JSON text in '{CONFIG_TENSOR}', got {entry['dtype']} of "
+            f"shape {tuple(entry['shape'])}. {_DAMAGED}"
+        )
+    with path.open("rb") as file:
+        file.seek(start + begin)
+        return file.read(end - begin).decode("utf-8", "replace")
+
+
+def _parse_config(name: str, text: str | None, header: Iterable[str]) -> S2DMConfig:
+    if text is None:
         if any(key.startswith(PARTS["unet"].prefix) for key in header):
             raise CheckpointError(
                 f"{name}: expected an S2DM checkpoint, got a Stable Diffusion one without S2DM "
@@ -255,14 +307,13 @@ def _parse_config(name: str, metadata: Mapping[str, str], header: Iterable[str])
             f"{name}: expected S2DM metadata in the file, got none. It is no S2DM checkpoint, or "
             "a tool has dropped the metadata: use the original file."
         )
-    remedy = "The metadata are damaged or of another version of S2DM: use the original, or update."
     try:
-        values = json.loads(metadata[METADATA_KEY])
-    except ValueError as error:
-        raise CheckpointError(f"{name}: expected JSON metadata, got {error}. {remedy}") from error
+        values = json.loads(text)
+    except _NO_JSON as error:
+        raise CheckpointError(f"{name}: expected JSON metadata, got {error}. {_DAMAGED}") from error
     version = values.get("format_version") if isinstance(values, dict) else None
     if not isinstance(version, int) or version < 1:
-        raise CheckpointError(f"{name}: expected a format version, got {version!r}. {remedy}")
+        raise CheckpointError(f"{name}: expected a format version, got {version!r}. {_DAMAGED}")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{name}: expected format version {FORMAT_VERSION} or older, got {version}. "
@@ -271,10 +322,12 @@ def _parse_config(name: str, metadata: Mapping[str, str], header: Iterable[str])
     try:
         config = S2DMConfig.from_dict(values)
         _check_tokenizer(config)
-    except ValueError as error:
-        raise CheckpointError(f"{name}: {error} {remedy}") from error
-    if not _parts_of(config):
-        raise CheckpointError(f"{name}: expected at least one of {list(PARTS)}, got none. {remedy}")
+    except _NO_JSON as error:
+        raise CheckpointError(f"{name}: {error} {_DAMAGED}") from error
+    if not parts_of(config):
+        raise CheckpointError(
+            f"{name}: expected at least one of {list(PARTS)}, got none. {_DAMAGED}"
+        )
     return config
 
 

@@ -8,7 +8,7 @@ names and values so that a broken file is refused in plain words.
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -24,12 +24,24 @@ NULL_LABELS = ("learned", "zero")
 UPSAMPLINGS = ("nearest", "transposed")
 NORM_GROUPS = 32  # GroupNorm groups in every block of Stable Diffusion
 
+# Far above any real model. A damaged file may claim any number, and what follows from it must
+# neither overflow nor take long to list; the weights' shapes are compared after that.
+_MOST = 2**16
+_MOST_LEVELS = 8
+_MOST_BLOCKS = 16
+_MOST_LAYERS = 512
+_MOST_TOKENS = 2**20
+_MOST_PIXELS = 2**14  # along a side
+_MOST_STEPS = 10**5
+_HUGE = 1e30
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be built."""
 
 
 _C = TypeVar("_C", bound="_Config")
+_LAYER = re.compile(r"(input|middle|output)_[0-9]{1,3}_[0-9]{1,3}")
 
 
 class _Config:
@@ -71,27 +83,40 @@ class _Config:
             got = getattr(self, name)
             raise ConfigError(f"{type(self).__name__}.{name}: expected {expected}, got {got!r}.")
 
-    def _expect_positive(self, *names: str) -> None:
+    def _expect_positive(self, *names: str, most: int = _MOST) -> None:
         for name in names:
-            self._expect(_is_count(getattr(self, name)), name, "a whole number of at least 1")
+            good = _is_count(getattr(self, name), most)
+            self._expect(good, name, f"a whole number from 1 to {most}")
 
-    def _expect_multipliers(self, name: str) -> None:
+    def _expect_multipliers(self, name: str, most: int = _MOST) -> None:
         value = getattr(self, name)
-        good = isinstance(value, tuple) and len(value) > 0 and all(map(_is_count, value))
-        self._expect(good, name, "a list of whole numbers of at least 1")
+        good = (
+            isinstance(value, tuple)
+            and 1 <= len(value) <= _MOST_LEVELS
+            and all(_is_count(item, most) for item in value)
+        )
+        expected = f"a list of 1 to {_MOST_LEVELS} whole numbers from 1 to {most}"
+        self._expect(good, name, expected)
+
+    def _expect_widths(self) -> None:
+        """Multipliers of the levels, and what follows from them."""
+        self._expect_multipliers("channel_mult")
+        good = max(self.widths) <= _MOST
+        self._expect(good, "channel_mult", f"levels of at most {_MOST} channels")
 
     def _expect_levels(self) -> None:
-        self._expect_multipliers("channel_mult")
+        self._expect_widths()
         # ldm and diffusers agree on the width of the first convolution only then.
         self._expect(self.channel_mult[0] == 1, "channel_mult", "a list that starts with 1")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _is_count(value: Any, most: int = _MOST, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -_HUGE < value < _HUGE
 
 
 def _plain(value: Any) -> Any:
@@ -121,9 +146,8 @@ class UNetConfig(_Config):
     context_dim: int = 768
 
     def __post_init__(self) -> None:
-        self._expect_positive(
-            "in_channels", "model_channels", "num_res_blocks", "num_heads", "context_dim"
-        )
+        self._expect_positive("in_channels", "model_channels", "num_heads", "context_dim")
+        self._expect_positive("num_res_blocks", most=_MOST_BLOCKS)
         self._expect_levels()
         levels = self.attention_levels
         self._expect(
@@ -190,9 +214,9 @@ class VAEConfig(_Config):
         # Without blocks nothing in the encoder can change the width from level to level.
         bare = self.num_res_blocks == 0 and set(self.channel_mult) == {1}
         self._expect(
-            bare or _is_count(self.num_res_blocks),
+            bare or _is_count(self.num_res_blocks, _MOST_BLOCKS),
             "num_res_blocks",
-            "a whole number of at least 1, or 0 where all multipliers are 1",
+            f"a whole number from 1 to {_MOST_BLOCKS}, or 0 where all multipliers are 1",
         )
         self._expect(self.channels % NORM_GROUPS == 0, "channels", f"a multiple of {NORM_GROUPS}")
         good = _is_number(self.scaling_factor) and self.scaling_factor > 0
@@ -223,15 +247,15 @@ class TextEncoderConfig(_Config):
     eos_token_id: int = 49407
 
     def __post_init__(self) -> None:
-        self._expect_positive(
-            "hidden_size", "layers", "heads", "intermediate_size", "vocab_size", "max_length"
-        )
+        self._expect_positive("hidden_size", "heads", "intermediate_size", "max_length")
+        self._expect_positive("layers", most=_MOST_LAYERS)
+        self._expect_positive("vocab_size", most=_MOST_TOKENS)
         self._expect(
             self.hidden_size % self.heads == 0, "heads", f"a divisor of {self.hidden_size}"
         )
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            good = isinstance(value, int) and 0 <= value < self.vocab_size
+            good = _is_count(value, self.vocab_size - 1, least=0)
             self._expect(good, name, f"an id below {self.vocab_size}")
 
 
@@ -253,21 +277,20 @@ class FlowAdapterConfig(_Config):
             self._expect(
                 getattr(self, name) % NORM_GROUPS == 0, name, f"a multiple of {NORM_GROUPS}"
             )
-        self._expect(
-            isinstance(self.frequencies, int) and self.frequencies >= 0,
-            "frequencies",
-            "a whole number of at least 0",
-        )
+        good = _is_count(self.frequencies, _MOST_BLOCKS, least=0)
+        self._expect(good, "frequencies", f"a whole number from 0 to {_MOST_BLOCKS}")
         self._expect_multipliers("grid")
         self._expect(len(self.grid) == 2, "grid", "two numbers, rows and columns")
         good = isinstance(self.layers, tuple) and all(
             isinstance(layer, tuple)
             and len(layer) == 2
             and isinstance(layer[0], str)
+            and _LAYER.fullmatch(layer[0]) is not None
             and _is_count(layer[1])
             for layer in self.layers
         )
-        self._expect(good, "layers", "a list of (name, width) pairs")
+        self._expect(good, "layers", "a list of (name, width) pairs, the names like input_1_0")
+        self._expect(len(self.layers) <= _MOST_LAYERS, "layers", f"at most {_MOST_LAYERS}")
         names = [name for name, _ in self.layers]
         self._expect(len(set(names)) == len(names), "layers", "each name once")
 
@@ -296,7 +319,7 @@ class ScheduleConfig(_Config):
     prediction_type: str = "epsilon"
 
     def __post_init__(self) -> None:
-        self._expect_positive("steps")
+        self._expect_positive("steps", most=_MOST_STEPS)
         for name in ("beta_start", "beta_end"):
             value = getattr(self, name)
             self._expect(_is_number(value) and 0 < value < 1, name, "a number between 0 and 1")
@@ -323,13 +346,13 @@ class SamplingConfig(_Config):
     flow_start: float = 0.0
 
     def __post_init__(self) -> None:
-        self._expect_positive("steps")
+        self._expect_positive("steps", most=_MOST_STEPS)
         good = _is_number(self.flow_start) and 0 <= self.flow_start <= 1
         self._expect(good, "flow_start", "a number from 0 to 1")
         for name in ("guidance_scale", "flow_guidance_scale"):
             value = getattr(self, name)
             none = value is None and name == "flow_guidance_scale"
-            good = none or (_is_number(value) and 0 <= value < math.inf)
+            good = none or (_is_number(value) and value >= 0)
             self._expect(good, name, "a number from 0")
 
 
@@ -381,10 +404,11 @@ class FlowGeneratorConfig(_Config):
             "num_heads",
             "head_dim",
             "norm_groups",
-            "patch",
             "frames",
         )
-        self._expect_multipliers("size")
+        self._expect_positive("patch", most=_MOST_BLOCKS)
+        self._expect_widths()
+        self._expect_multipliers("size", _MOST_PIXELS)
         good = len(self.size) == 2 and not any(side % self.factor for side in self.size)
         self._expect(good, "size", f"height and width, multiples of {self.factor}")
         good = _is_number(self.displacement_scale) and self.displacement_scale > 0
@@ -393,7 +417,6 @@ class FlowGeneratorConfig(_Config):
         good = _is_number(self.threshold) and 0 <= self.threshold < 1
         self._expect(good, "threshold", "a percentile from 0 to below 1")
         self._expect(isinstance(self.schedule, ScheduleConfig), "schedule", "a schedule")
-        self._expect_multipliers("channel_mult")
         # Time is embedded in pairs of sine and cosine, and rotary positions turn pairs.
         self._expect(
             self.model_channels % 2 == 0 and self.model_channels >= 4,
@@ -461,12 +484,14 @@ class S2DMConfig(_Config):
         self._expect(isinstance(self.schedule, ScheduleConfig), "schedule", "a schedule")
         self._expect(isinstance(self.sampling, SamplingConfig), "sampling", "steps and guidance")
         self._expect_positive("frames")
-        self._expect_multipliers("resolution")
+        self._expect_multipliers("resolution", _MOST_PIXELS)
         self._expect(len(self.resolution) == 2, "resolution", "height and width")
         sharing = self.noise_sharing
         self._expect(sharing in NOISE_SHARING, "noise_sharing", f"one of {NOISE_SHARING}")
         good = _is_number(self.noise_share) and 0 <= self.noise_share <= 1
         self._expect(good, "noise_share", "a number from 0 to 1")
+        for name in ("data", "licence"):
+            self._expect(isinstance(getattr(self, name), str), name, "text")
         if self.tokenizer is not None:
             self._expect(isinstance(self.tokenizer, Mapping), "tokenizer", "a dictionary")
         if self.unet is not None and self.flow_adapter is not None:

@@ -148,11 +148,29 @@ def test_truncated(saved, share):
     assert "truncated: expected" in refused(saved)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"<!DOCTYPE html><html></html>", b"\0" * 99])
-def test_not_safetensors(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "meaning"),
+    [
+        (b"", "an empty file"),
+        (b"hello", "a short text"),
+        (b"\xef\xbb\xbf \n<!DOCTYPE html><html></html>" + b" " * 2000, "a web page"),
+        (b"<html><body>Sign in</body></html>", "a web page"),
+        (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "an XML document"),
+        (b'{"error": "Repository not found"}', "a JSON text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "a git-lfs pointer"),
+        (b"\0" * 99, "nothing but zeros"),
+        (b"7z\xbc\xaf\x27\x1c" + b"\1" * 99, "a 7-Zip archive"),
+        (b"PK\3\4" + b"\1" * 99, "first 103 bytes of a longer file: it is truncated"),
+        (b"GGUF" + b"\1" * 99, "a GGUF file"),
+        (bytes(range(128, 256)), "something else"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_told_for_what_it_is(tmp_path, content, meaning):
     path = tmp_path / "page.safetensors"
     path.write_bytes(content)
-    assert "expected a safetensors file, got something else" in refused(path)
+    assert f"expected a safetensors file, got {meaning}" in refused(path).replace(
+        "the first", "first"
+    )
 
 
 def test_damaged_header(saved):
@@ -160,6 +178,28 @@ def test_damaged_header(saved):
     content[9:12] = b"\xff\xff\xff"
     saved.write_bytes(content)
     assert "header, got one that is damaged" in refused(saved)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"__metadata__": "s2dm"},
+        {"__metadata__": {"s2dm": 3}},
+        {"a": 3},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4]}},
+        '{"a":' + "[" * 100_000,
+        '{"a": ' + "9" * 5000 + "}",
+    ],
+)
+def test_a_header_that_is_no_header(tmp_path, header):
+    path = tmp_path / "odd.safetensors"
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    assert "header, got one that is damaged" in refused(path)
 
 
 class Trap:
@@ -202,6 +242,37 @@ def test_a_foreign_file(tmp_path):
     assert "expected S2DM metadata" in refused(path)
 
 
+def as_tensor(values):
+    """A config as programs keep it that drop metadata."""
+    return torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def test_the_config_may_ride_as_a_tensor(saved, states):
+    extra = {"s2dm.config": as_tensor(CONFIG.to_dict()), "v_pred": torch.tensor([])}
+    rewrite(saved, lambda tensors: tensors.update(extra), metadata={"prompt": "{}"})
+    config, loaded = load_checkpoint(saved)
+    assert config == CONFIG
+    for part, state in states.items():
+        assert loaded[part].keys() == state.keys()
+        assert all(torch.equal(loaded[part][name], state[name]) for name in state)
+    rewrite(saved, lambda tensors: tensors.pop(ADAPTER_KEY), metadata={})
+    assert f"missing '{ADAPTER_KEY}'" in refused(saved)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.zeros(3, 4, dtype=torch.uint8), "expected a JSON text in 's2dm.config', got U8"),
+        (torch.zeros(12), "expected a JSON text in 's2dm.config', got F32"),
+        (torch.full((12,), 200, dtype=torch.uint8), "expected JSON metadata"),
+        (as_tensor([1]), "expected a format version"),
+    ],
+)
+def test_a_damaged_config_tensor(saved, tensor, expected):
+    rewrite(saved, lambda tensors: tensors.update({"s2dm.config": tensor}), metadata={})
+    assert expected in refused(saved)
+
+
 def test_future_format_version(saved):
     rewrite(saved, change_config=lambda values: values.update(format_version=7, sound="stereo"))
     message = refused(saved)
@@ -216,6 +287,28 @@ def test_future_format_version(saved):
         (lambda v: v.update(sound="stereo"), "got ['sound']"),
         (lambda v: v["unet"].update(num_heads=0), "UNetConfig.num_heads: expected a whole number"),
         (lambda v: v["unet"].update(channel_mult="wide"), "UNetConfig.channel_mult: expected"),
+        (lambda v: v["unet"].update(channel_mult=[1, 2**40]), "UNetConfig.channel_mult: expected"),
+        (lambda v: v["unet"].update(channel_mult=[1] * 99), "UNetConfig.channel_mult: expected"),
+        (lambda v: v["unet"].update(num_res_blocks=10**9), "UNetConfig.num_res_blocks: expected"),
+        (lambda v: v["vae"].update(channels=2**62), "VAEConfig.channels: expected a whole number"),
+        (lambda v: v["vae"].update(scaling_factor=1e999), "VAEConfig.scaling_factor: expected"),
+        (lambda v: v["text_encoder"].update(layers=10**9), "TextEncoderConfig.layers: expected"),
+        (lambda v: v["flow_adapter"].update(width=2**62), "FlowAdapterConfig.width: expected"),
+        (lambda v: v["flow_adapter"].update(grid=[2**40, 2**40]), "FlowAdapterConfig.grid: expec"),
+        (lambda v: v["flow_adapter"].update(layers=[["a.b", 8]]), "FlowAdapterConfig.layers: exp"),
+        (lambda v: v["flow_adapter"].update(frequencies=10**6), "FlowAdapterConfig.frequencies:"),
+        (
+            lambda v: v["flow_generator"].update(model_channels=2**62),
+            "FlowGeneratorConfig.model_channels: expected",
+        ),
+        (
+            lambda v: v["flow_generator"].update(num_heads=2**16, head_dim=2**16),
+            "expected shape",
+        ),
+        (lambda v: v.update(frames=10**12), "S2DMConfig.frames: expected a whole number from 1"),
+        (lambda v: v.update(resolution=[2**40, 8]), "S2DMConfig.resolution: expected"),
+        (lambda v: v["schedule"].update(steps=10**12), "ScheduleConfig.steps: expected"),
+        (lambda v: v.update(data=[]), "S2DMConfig.data: expected text"),
         (lambda v: v["vae"].update(scaling_factor="big"), "VAEConfig.scaling_factor: expected"),
         (lambda v: v["schedule"].update(beta_start="low"), "ScheduleConfig.beta_start: expected"),
         (lambda v: v.update(noise_sharing="some"), "noise_sharing: expected one of"),
