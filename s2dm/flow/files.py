@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
+import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -15,6 +18,26 @@ from ..files import in_order, replacing, replacing_folder
 from .field import FlowError, FlowField
 
 logger = logging.getLogger(__name__)
+_ARRAYS = ("displacement", "occlusion")
+_ENCRYPTED = 1  # a bit of a zip member's flags
+_DEFLATES_TO = 1032  # bytes at most that one byte of deflate's becomes
+# What reading a zip archive and NumPy's format ends in, depending on where it is damaged.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 _FLO_MAGIC = b"PIEH"
 _FLO_UNKNOWN = 1e9  # Middlebury writes longer displacements than this where flow is not known
@@ -95,24 +118,54 @@ def load_flow(path: str | Path) -> FlowField:
 
 def _load_npz(path: Path) -> FlowField:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = set(archive.files)
-            missing = {"displacement", "occlusion"} - names
+        with zipfile.ZipFile(path) as archive:
+            members = {member.filename.removesuffix(".npy"): member for member in archive.filelist}
+            missing = set(_ARRAYS) - set(members)
             if missing:
                 raise FlowError(
                     f"{path}: no flow field, expected the arrays displacement and occlusion, "
-                    f"got {', '.join(sorted(names)) or 'none'}"
+                    f"got {', '.join(sorted(members)) or 'none'}"
                 )
-            arrays = [archive["displacement"], archive["occlusion"]]
+            arrays = [_read_array(archive, members[name], f"{path}: {name}") for name in _ARRAYS]
     except FlowError:
         raise
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise FlowError(f"{path}: truncated, or no .npz file of plain arrays ({error})") from error
-    for name, array in zip(("displacement", "occlusion"), arrays, strict=True):
-        if array.dtype.kind != "f":
-            raise FlowError(f"{path}: {name} must be floating point, got {array.dtype}")
-    tensors = [torch.from_numpy(array.astype(np.float32)) for array in arrays]
-    return _built(path, *tensors)
+    return _built(path, *(torch.from_numpy(array.astype(np.float32)) for array in arrays))
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, name: str) -> np.ndarray:
+    """One array of an .npz file, whose size is checked before there is memory for it."""
+    if member.flag_bits & _ENCRYPTED:
+        raise FlowError(f"{name} is encrypted, expected a plain .npz file: save it again")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise FlowError(
+            f"{name} is compressed by method {member.compress_type}, expected one that NumPy "
+            "writes: save it again with numpy.savez_compressed"
+        )
+    with archive.open(member) as file:
+        shape, dtype = _read_npy_header(file)
+        if dtype.kind != "f":
+            raise FlowError(f"{name} must be floating point, got {dtype}")
+        # A broken header may claim terabytes, and NumPy would ask for them at once.
+        claimed = math.prod(shape) * dtype.itemsize
+        if claimed >= member.file_size or claimed > _DEFLATES_TO * (member.compress_size + 1):
+            raise FlowError(
+                f"{name}: an array of shape {shape} has {claimed} bytes, which the file can't "
+                "hold: it is damaged"
+            )
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of an array, from the version of the header that it has."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_2_0
+    if version == (1, 0):
+        read = np.lib.format.read_array_header_1_0
+    shape, _, dtype = read(file)
+    return shape, dtype
 
 
 def _save_folder(folder: Path, field: FlowField) -> None:
