@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from itertools import cycle
 from typing import Any
 from uuid import UUID, uuid5
 
 import comfy.conds
-import comfy.context_windows
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -119,7 +120,7 @@ class _Wrappers:
         """Before anything is loaded: move the flow labels to where core batches conditions."""
         guider = executor.class_obj
         attach_labels(guider.conds, noise.shape[0])
-        _check_context_windows(guider.model_options, noise)
+        _check_context_windows(guider, noise)
         return executor(noise, *args, **kwargs)
 
     def prepare_sampling(
@@ -270,34 +271,43 @@ def _tokens_now(
     return table.to(t.device)[torch.where(inside, row[:, 0], 0)], mask
 
 
-def _check_context_windows(model_options: dict[str, Any], noise: Tensor) -> None:
-    """Refuse context windows over frames where core doesn't cut conditions to the window.
+def _check_context_windows(guider: Any, noise: Tensor) -> None:
+    """Refuse context windows over frames that don't show each frame its own flow.
 
-    Older versions of core fail on them, or would give each window the flow of the first one.
+    Told by trying: the handler is given the frames' numbers as latents and as their condition.
     """
-    handler = model_options.get("context_handler")
+    handler = guider.model_options.get("context_handler")
     if handler is None or getattr(handler, "dim", None) != 0:
         return
-    if noise.shape[0] <= handler.context_length:
+    frames = noise.shape[0]
+    if frames <= handler.context_length:
         return
-    probe = [{"model_conds": {ROW: comfy.conds.CONDRegular(torch.zeros(3, 1))}}]
-    window = _probe_window()
+    numbers = torch.arange(frames, dtype=torch.float32)
+    wrong = []
+
+    def call(model: Any, conds: Any, x: Tensor, timestep: Tensor, options: Any) -> list[Tensor]:
+        rows = conds[0][0]["model_conds"][ROW].cond.flatten().tolist()
+        # As core fits conditions to the latents: cut short or repeated.
+        for frame, row in zip(x.flatten().tolist(), cycle(rows), strict=False):
+            if frame != row:
+                wrong.append(f"frame {frame + 1:g} would see the flow of frame {row + 1:g}")
+        return [x]
+
     try:
-        cut = handler.get_resized_cond(probe, torch.zeros(3, 4, 1, 1), window)
-        works = cut[0]["model_conds"][ROW].cond.shape[0] == 2
-    except (AttributeError, TypeError, RuntimeError, IndexError):
-        works = False
-    if not works:
-        raise AdapterError(
-            "S2DM: this version of ComfyUI doesn't cut the flow of each frame to its context "
-            "windows. Frames of S2DM don't need windows, they are sampled in chunks of any "
-            "length: remove the Context Windows node, or update ComfyUI."
+        # A copy, because core keeps the model and the step on its handler.
+        copy(handler).execute(
+            call,
+            guider.model_patcher.model,
+            [[{"model_conds": {ROW: comfy.conds.CONDRegular(numbers[:, None])}}]],
+            numbers.view(-1, 1, 1, 1),
+            torch.ones(frames),
+            {"transformer_options": {"sample_sigmas": torch.ones(1)}},
         )
-
-
-def _probe_window() -> comfy.context_windows.IndexListContextWindow:
-    kind = comfy.context_windows.IndexListContextWindow
-    try:
-        return kind([0, 1], dim=0, total_frames=3)
-    except TypeError:  # before windows knew the number of frames
-        return kind([0, 1], dim=0)
+    except (AttributeError, TypeError, RuntimeError, IndexError) as error:
+        wrong.append(f"ComfyUI fails on them ({type(error).__name__}: {error})")
+    if wrong:
+        raise AdapterError(
+            f"S2DM: these context windows don't show each frame its own flow: {wrong[0]}. Frames "
+            "of S2DM don't need windows, they are sampled in chunks of any length: remove the "
+            "Context Windows node, or empty its retain lists and update ComfyUI."
+        )

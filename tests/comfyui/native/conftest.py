@@ -155,6 +155,14 @@ def comfy() -> Path:
 
 
 @pytest.fixture(scope="session")
+def comfy_version(comfy: Path) -> tuple[int, ...]:
+    """Which ComfyUI this is, for what only some versions can do."""
+    import comfyui_version
+
+    return tuple(int(part) for part in comfyui_version.__version__.split(".")[:3])
+
+
+@pytest.fixture(scope="session")
 def pack(comfy: Path) -> ModuleType:
     """The pack, imported from its folder under another name, as ComfyUI does."""
     spec = importlib.util.spec_from_file_location(

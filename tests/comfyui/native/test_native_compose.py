@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
@@ -231,34 +229,6 @@ def test_freeu_before_and_after_the_adapter(rig, encoded, usual):
     before = rig.sample(encoded, rig.run_adapter(with_freeu(plain))[0])
     assert relative(after, usual) > 1e-4
     assert relative(before, after) < 1e-6
-
-
-def test_context_windows_or_a_clear_message(rig):
-    """Frames are independent, so windows change nothing. Versions that can't cut to them say so."""
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
-    encoded = rig.encode(rig.flow(7))
-    settings = {
-        "context_length": 4,
-        "context_overlap": 2,
-        "context_schedule": "standard_static",
-        "context_stride": 1,
-        "closed_loop": False,
-        "fuse_method": "flat",
-        "dim": 0,
-    }
-    if "freenoise" in inspect.signature(ContextWindowsManualNode.execute).parameters:
-        settings["freenoise"] = False
-    windowed = ContextWindowsManualNode.execute(rig.loaded.model, **settings).args[0]
-    try:
-        clip = rig.sample(encoded, windowed)
-    except ValueError as error:
-        assert "remove the Context Windows node, or update ComfyUI" in str(error)
-    else:
-        assert relative(clip, rig.sample(encoded)) < 1e-4
-    # Windows longer than the clip are none, in any version.
-    short = rig.encode(rig.flow(3))
-    assert relative(rig.sample(short, windowed), rig.sample(short)) < 1e-5
 
 
 def test_cancel_leaves_the_model_as_it_was(rig, encoded, usual):
