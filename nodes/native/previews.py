@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import comfy.latent_formats
 import comfy.sd
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from ...s2dm.flow.geometry import resample
 from ...s2dm.models import VAEConfig
 
-_SHADES = (0.1, 0.5, 0.9)
-_SIZE = 32
+_PICTURES, _SIZE = 4, 64
+_CONTRAST = 0.15
+"""Standard deviation of the colours at each scale."""
 
 
 def fit_preview(
     latent_format: comfy.latent_formats.LatentFormat, config: VAEConfig, vae: comfy.sd.VAE
 ) -> None:
-    """Find how latents map to colours, from flat pictures that the VAE encodes.
+    """Find how latents map to colours, from random pictures that the VAE encodes.
 
     Core shows latents during sampling as a linear map of their channels to red, green and blue,
     which it knows for Stable Diffusion. A VAE of Stable Diffusion's sizes is taken for one.
+
+    The pictures need detail: flat ones hardly move some of the channels, and what is fitted there
+    runs wild on real frames (mean error 0.24 of the bundled checkpoint on a clip; 0.03 with
+    detail, 0.016 if fitted on the clip itself).
 
     Args:
         latent_format: of the loaded model; changed in place.
@@ -29,17 +36,30 @@ def fit_preview(
     """
     if _sizes(config) == _sizes(VAEConfig()):
         return
-    colours = torch.tensor(list(itertools.product(_SHADES, repeat=3)))
-    pictures = colours[:, None, None].expand(-1, _SIZE, _SIZE, -1)
+    pictures = _pictures()
     with torch.no_grad():
-        latents = latent_format.process_in(vae.encode(pictures)).cpu()
-    flat = latents.mean(dim=(2, 3))
-    one = torch.ones(len(flat), 1)
+        latents = latent_format.process_in(vae.encode(pictures.movedim(1, -1))).cpu().float()
+    seen = latents.movedim(1, -1).flatten(0, 2)
+    colours = resample(pictures, *latents.shape[-2:]).movedim(1, -1).flatten(0, 2)
+    one = torch.ones(len(seen), 1)
     # Previews are in [-1, 1], as the VAE's output is.
-    solution = torch.linalg.lstsq(torch.cat([flat, one], dim=1), 2 * colours - 1).solution
+    solution = torch.linalg.lstsq(torch.cat([seen, one], dim=1), 2 * colours - 1).solution
     latent_format.latent_rgb_factors = solution[:-1].tolist()
     latent_format.latent_rgb_factors_bias = solution[-1].tolist()
     latent_format.taesd_decoder_name = None
+
+
+def _pictures() -> Tensor:
+    """Clouds of colour, (N,3,H,W) in [0,1], with as much contrast at each scale, as photographs
+    have about."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.full((_PICTURES, 3, _SIZE, _SIZE), 0.5)
+    side = 2
+    while side <= _SIZE:
+        clouds = torch.randn(_PICTURES, 3, side, side, generator=generator)
+        pictures += _CONTRAST * F.interpolate(clouds, size=_SIZE, mode="bilinear")
+        side *= 2
+    return pictures.clamp(0, 1)
 
 
 def _sizes(config: VAEConfig) -> tuple[Any, ...]:
