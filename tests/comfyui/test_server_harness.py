@@ -75,9 +75,41 @@ def test_a_ui_workflow_becomes_the_prompt_it_shows(server: ComfyServer, tmp_path
     prompt = to_prompt(workflow, server.object_info())
     assert prompt["1"]["inputs"] == {"width": 32, "height": 16, "batch_size": 2, "color": 255}
     assert prompt["3"]["inputs"] == {"images": ["1", 0], "filename_prefix": "ui"}
-    assert prompt["6"]["inputs"] == {"seed": 9, "steps": 20, "cfg": 7.5, "sampler_name": "ddim"}
+    sampler = {"seed": 9, "steps": 20, "cfg": 7.5, "sampler_name": "ddim"}
+    assert prompt["6"]["inputs"].items() >= sampler.items()
+    assert prompt["6"]["inputs"]["denoise"] == 1  # not in the file: the widget's default
     assert set(prompt) == {"1", "3", "6"}
     assert server.run({"1": prompt["1"], "3": prompt["3"]})
+
+
+def test_choices_that_bring_widgets_of_their_own_are_kept(server: ComfyServer) -> None:
+    """Save Video: a file of an older ComfyUI opens in newer ones, where the codec hangs on the
+    format, as the interface opens it."""
+    workflow = {
+        "nodes": [
+            {"id": 1, "type": "EmptyImage", "widgets_values": [32, 16, 2, 255]},
+            {
+                "id": 2,
+                "type": "CreateVideo",
+                "inputs": [{"name": "images", "type": "IMAGE", "link": 1}],
+                "widgets_values": [8],
+            },
+            {
+                "id": 3,
+                "type": "SaveVideo",
+                "inputs": [{"name": "video", "type": "VIDEO", "link": 2}],
+                "widgets_values": ["choices", "mp4", "h264"],
+            },
+        ],
+        "links": [[1, 1, 0, 2, 0, "IMAGE"], [2, 2, 0, 3, 0, "VIDEO"]],
+    }
+    schemas = server.object_info()
+    dynamic = schemas["SaveVideo"]["input"]["required"]["format"][0] == "COMFY_DYNAMICCOMBO_V3"
+    prompt = to_prompt(workflow, schemas)
+    saved = prompt["3"]["inputs"]
+    assert (saved["format"], saved["format.codec" if dynamic else "codec"]) == ("mp4", "h264")
+    (file,) = server.files(server.run(prompt))
+    assert file.name.startswith("choices") and file.suffix == ".mp4"
 
 
 def test_a_workflow_with_an_unknown_node_is_refused() -> None:

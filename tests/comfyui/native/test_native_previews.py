@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from comfyui_install import PACK
 
 from s2dm.cli import DEFAULT_CHECKPOINT
