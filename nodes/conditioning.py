@@ -11,22 +11,23 @@ from comfy_api.latest import io
 
 from ..s2dm.flow import FlowField
 from .native.labels import LABEL, FlowLabel
+from .native.recommended import AUTO
 from .schema import advanced, flow_strength, named_errors, schema
 from .types import Flow
 
 _STEP = 8
 """Pixels along each side of one latent."""
+_GUIDE_FLOW = ("auto", "on", "off")
 
 
-def _percent(name: str, default: float, tooltip: str) -> io.Input:
+def _percent(name: str, default: float, least: float, tooltip: str) -> io.Input:
     return advanced(
-        io.Float.Input, name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip
+        io.Float.Input, name, default=default, min=least, max=1.0, step=0.01, tooltip=tooltip
     )
 
 
 def _side(name: str) -> io.Input:
-    return advanced(
-        io.Int.Input,
+    return io.Int.Input(
         name,
         default=0,
         min=0,
@@ -74,21 +75,23 @@ class EncodeFlow(io.ComfyNode):
                 ),
                 _percent(
                     "start_percent",
-                    0.0,
+                    -1.0,
+                    -1.0,
                     "From which part of the noise schedule on the flow acts. Before it all frames "
-                    "with shared noise are the same; 0.15 for the bundled checkpoint.",
+                    "with shared noise are the same. -1: as the checkpoint recommends.",
                 ),
                 _percent(
-                    "end_percent", 1.0, "Up to which part of the noise schedule the flow acts."
+                    "end_percent", 1.0, 0.0, "Up to which part of the noise schedule the flow acts."
                 ),
                 advanced(
-                    io.Boolean.Input,
+                    io.Combo.Input,
                     "guide_flow",
-                    default=True,
+                    options=list(_GUIDE_FLOW),
+                    default="auto",
                     tooltip=(
-                        "On: guidance (cfg) strengthens prompt and flow, as in the paper. Off: "
-                        "the negative prompt sees the flow too, so guidance strengthens the "
-                        "prompt alone."
+                        "auto: as the checkpoint recommends. on: guidance (cfg) strengthens "
+                        "prompt and flow, as in the paper. off: the negative prompt sees the flow "
+                        "too, so guidance strengthens the prompt alone."
                     ),
                 ),
                 _side("width"),
@@ -112,7 +115,7 @@ class EncodeFlow(io.ComfyNode):
                 io.Conditioning.Output(
                     "negative_with_flow",
                     display_name="negative",
-                    tooltip="The negative prompt, without flow unless guide_flow is off.",
+                    tooltip="The negative prompt, with the flow as guide_flow says.",
                 ),
                 io.Latent.Output(
                     "latent",
@@ -129,9 +132,9 @@ class EncodeFlow(io.ComfyNode):
         negative: Any,
         flow: FlowField | None = None,
         strength: float = 1.0,
-        start_percent: float = 0.0,
+        start_percent: float = -1.0,
         end_percent: float = 1.0,
-        guide_flow: bool = True,
+        guide_flow: str = "auto",
         width: int = 0,
         height: int = 0,
         mask: torch.Tensor | None = None,
@@ -139,14 +142,16 @@ class EncodeFlow(io.ComfyNode):
         with named_errors(cls):
             flow = _still_frame(width, height) if flow is None else flow
             _check(flow, start_percent, end_percent, mask)
-        label = FlowLabel(flow, strength, start_percent, end_percent, mask)
+        start = None if start_percent < 0 else start_percent
+        label = FlowLabel(flow, strength, start, end_percent, mask)
+        of_negative = {LABEL: None if guide_flow == "on" else label, AUTO: guide_flow == "auto"}
         size = (_latents(height or flow.height), _latents(width or flow.width))
         samples = torch.zeros(
             flow.frames, 4, *size, device=comfy.model_management.intermediate_device()
         )
         return io.NodeOutput(
             node_helpers.conditioning_set_values(positive, {LABEL: label}),
-            node_helpers.conditioning_set_values(negative, {LABEL: None if guide_flow else label}),
+            node_helpers.conditioning_set_values(negative, of_negative),
             {"samples": samples},
         )
 

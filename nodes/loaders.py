@@ -52,9 +52,9 @@ class CheckpointLoader(io.ComfyNode):
             display_name="Load Checkpoint (S2DM)",
             category="s2dm/loaders",
             description=(
-                "Loads an S2DM checkpoint. The MODEL follows flow already; MODEL, CLIP and VAE "
-                "work with every other node. The bundled checkpoint wants cfg 1.75 in the "
-                "sampler, and start_percent 0.15 and guide_flow off in Encode Flow."
+                "Loads an S2DM checkpoint. The MODEL follows flow already, and tells the nodes "
+                "of S2DM how the checkpoint wants to be sampled. MODEL, CLIP and VAE work with "
+                "every other node."
             ),
             search_aliases=["s2dm", "load model", "flow to video", "sector-shaped diffusion"],
             inputs=[
@@ -103,8 +103,9 @@ class ApplyFlowAdapter(io.ComfyNode):
             display_name="Apply Flow Adapter (S2DM)",
             category="s2dm/loaders",
             description=(
-                "Lets a MODEL with the U-Net of Stable Diffusion 1.x follow flow. LoRA, "
-                "ControlNet and the like go on working, before it and after it."
+                "Lets a MODEL with the U-Net of Stable Diffusion 1.x follow flow, sampled as the "
+                "adapter recommends. LoRA, ControlNet and the like go on working, before it and "
+                "after it."
             ),
             search_aliases=["s2dm", "motion adapter", "optical flow adapter", "flow lora"],
             inputs=[
@@ -139,5 +140,7 @@ class ApplyFlowAdapter(io.ComfyNode):
         with named_errors(cls):
             config, state = load_adapter(find_file(adapter))
             return io.NodeOutput(
-                apply_adapter(model, config.flow_adapter, state, strength, frames_at_once)
+                apply_adapter(
+                    model, config.flow_adapter, state, strength, frames_at_once, config.sampling
+                )
             )

@@ -12,7 +12,8 @@ from comfy_api.latest import io
 
 from ..s2dm.sector import NOISE_SHARING
 from .native import noise as native
-from .schema import advanced, cfg_input, named_errors, schema, seed_input, steps_input
+from .native.recommended import recommended
+from .schema import advanced, cfg_input, named_errors, schema, seed_input
 
 _SEED = "Seed of all noise. One frame with the same seed and size starts as the clip."
 
@@ -57,11 +58,20 @@ class SharedNoiseKSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model, with a flow adapter to follow flow."),
                 seed_input(_SEED),
-                steps_input(10000, "Steps of the sampler (20 in the paper)."),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    tooltip=(
+                        "Steps of the sampler. 0: as many as the checkpoint recommends, or 20 as "
+                        "in the paper for any other model."
+                    ),
+                ),
                 cfg_input(
-                    7.5,
-                    "Guidance scale: how closely to keep to prompt and flow. 7.5 in the paper, "
-                    "1.75 with guide_flow off for the bundled checkpoint.",
+                    0.0,
+                    "Guidance scale: how closely to keep to the prompt. 0: as the checkpoint "
+                    "recommends, or 7.5 as in the paper for any other model; 1: no guidance.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
@@ -111,6 +121,9 @@ class SharedNoiseKSampler(io.ComfyNode):
         noise_sharing: str = "shared",
         share: float = 0.5,
     ) -> io.NodeOutput:
+        recommendation = recommended(model)
+        steps = steps or recommendation.steps
+        cfg = cfg or recommendation.guidance_scale
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         out = {**latent_image, "samples": samples}
         with named_errors(cls):

@@ -63,7 +63,7 @@ def steps_input(most: int, tooltip: str) -> io.Input:
 def cfg_input(default: float, tooltip: str) -> io.Input:
     """A guidance scale, in the range of core's KSampler."""
     return io.Float.Input(
-        "cfg", default=default, min=0.0, max=100.0, step=0.1, round=0.01, tooltip=tooltip
+        "cfg", default=default, min=0.0, max=100.0, step=0.05, round=0.01, tooltip=tooltip
     )
 
 

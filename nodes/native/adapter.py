@@ -16,10 +16,11 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...s2dm.models import FlowAdapter, FlowAdapterConfig
+from ...s2dm.models import FlowAdapter, FlowAdapterConfig, SamplingConfig
 from .attention import cross_attention_layers, with_flow
 from .chunks import LEAST_FRAMES, ChunkSizes, in_chunks
 from .labels import MASK, ROW, TABLES, WINDOW, attach_labels, encode_labels, remove_labels
+from .recommended import recommend, recommended, resolve_labels
 
 KEY = "s2dm_flow_adapter"
 """Under this key a patched MODEL holds the adapter's weights and our wrappers."""
@@ -37,6 +38,7 @@ def apply_adapter(
     state: dict[str, Tensor],
     strength: float = 1.0,
     frames: int = 0,
+    sampling: SamplingConfig | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of a MODEL that follows flow. The model itself stays as it is.
 
@@ -46,6 +48,7 @@ def apply_adapter(
         config, state: the adapter, as `load_checkpoint` gives it.
         strength: multiplies the flow's keys and values; 0 is the model without flow.
         frames: frames that the U-Net sees at a time; 0 chooses from free memory.
+        sampling: how the adapter's checkpoint recommends to sample; the paper's settings if None.
 
     Raises:
         AdapterError: the model isn't built as the adapter needs it.
@@ -59,6 +62,7 @@ def apply_adapter(
     # Newer versions of core make copies for further GPUs in this way.
     weights.cached_patcher_init = (_weights, place)
     patched.set_additional_models(KEY, [weights])
+    recommend(patched, sampling or SamplingConfig())
     wrappers = _Wrappers(strength, frames)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, wrappers.outer_sample),
@@ -119,6 +123,8 @@ class _Wrappers:
     def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Before anything is loaded: move the flow labels to where core batches conditions."""
         guider = executor.class_obj
+        sampling = recommended(guider.model_patcher)
+        resolve_labels(guider.conds, sampling, getattr(guider, "cfg", None))
         attach_labels(guider.conds, noise.shape[0])
         _check_context_windows(guider, noise)
         return executor(noise, *args, **kwargs)

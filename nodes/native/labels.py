@@ -44,13 +44,13 @@ class FlowLabel:
     flow: of N frames and any size; it is resized to the latents.
     strength: 0 is the null label, 1 the flow as it is; tokens = null + strength * (flow - null).
     start, end: part of the noise schedule, 0 (all noise) to 1 (none), that sees the flow; the
-        null label elsewhere.
+        null label elsewhere. A start of None is the checkpoint's, resolved as a run begins.
     mask: (1 or N, H, W) in [0, 1], where the picture sees the flow; None for everywhere.
     """
 
     flow: FlowField
     strength: float = 1.0
-    start: float = 0.0
+    start: float | None = 0.0
     end: float = 1.0
     mask: Tensor | None = None
 

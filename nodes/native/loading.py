@@ -70,7 +70,9 @@ def load_all(path: str, frames: int = 0) -> Checkpoint:
     model.cached_patcher_init = (_reload_model, (path,))
     vae = load_vae(config.vae, state["vae"])
     fit_preview(model.model.latent_format, config.vae, vae)
-    model = apply_adapter(model, config.flow_adapter, state["flow_adapter"], frames=frames)
+    model = apply_adapter(
+        model, config.flow_adapter, state["flow_adapter"], frames=frames, sampling=config.sampling
+    )
     clip = load_clip(config.text_encoder, config.tokenizer, state["text_encoder"])
     return Checkpoint(config, model, clip, vae, _stage1(config, state, clip, vae))
 

@@ -52,7 +52,7 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
         flow,
         prompt,
         negative=rig.prompt(negative),
-        guide_flow=guide_flow,
+        guide_flow="on" if guide_flow else "off",
         start_percent=flow_start,
         height=height,
         width=width,
@@ -90,7 +90,7 @@ def test_the_engines_agree(exact):
 @pytest.mark.parametrize("start", [0.2, 0.5, 1.0])
 @pytest.mark.parametrize("guide_flow", [True, False])
 def test_a_later_start_of_the_flow_agrees(exact, start, guide_flow):
-    options = dict(steps=10, guide_flow=guide_flow)
+    options = dict(steps=10, guide_flow="on" if guide_flow else "off")
     comfy, diffusers = both(exact, exact.flow(3), flow_start=start, **options)
     assert relative(comfy, diffusers) <= TOLERANCE
     assert relative(both(exact, exact.flow(3), **options)[1], diffusers) > 10 * TOLERANCE

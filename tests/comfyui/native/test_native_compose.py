@@ -173,7 +173,7 @@ def test_a_guider_with_two_models(rig, guide_flow):
     """The same model twice is one model; a second one follows its own adapter, or no flow."""
     import comfy.samplers
 
-    positive, negative, latent = rig.encode(rig.flow(4), guide_flow=guide_flow)
+    positive, negative, latent = rig.encode(rig.flow(4), guide_flow="on" if guide_flow else "off")
     model = rig.loaded.model
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 2)

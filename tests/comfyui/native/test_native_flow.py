@@ -102,7 +102,7 @@ def test_strength_goes_from_the_null_label_to_the_flow(rig):
 def test_guide_flow_gives_the_negative_the_null_label(rig):
     label = rig.module("nodes.native.labels").LABEL
     flow = rig.flow(3)
-    guided, unguided = rig.encode(flow), rig.encode(flow, guide_flow=False)
+    guided, unguided = (rig.encode(flow, guide_flow=guide) for guide in ("on", "off"))
     assert guided[0][0][1][label].flow is flow and guided[1][0][1][label] is None
     assert unguided[1][0][1][label].flow is flow
     assert relative(rig.sample(guided), rig.sample(unguided)) > 1e-3
@@ -112,7 +112,7 @@ def test_only_the_positive_or_only_the_negative_has_flow(rig):
     made = []
     for flow in (rig.flow(3), rig.equal_flow(3)):
         positive, _, latent = rig.encode(flow)
-        _, negative, _ = rig.encode(flow, guide_flow=False)
+        _, negative, _ = rig.encode(flow, guide_flow="off")
         for conditioning in ((positive, rig.prompt("")), (rig.prompt(), negative)):
             made.append(rig.sample((*conditioning, latent)))
             assert torch.isfinite(made[-1]).all() and made[-1].shape[0] == 3
