@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .clip import FitClip
 from .conditioning import EncodeFlow
 from .example import place_example_clip
 from .flow import EstimateFlow, GenerateFlow, VisualizeFlow
@@ -12,6 +13,7 @@ from .sampling import SharedNoise, SharedNoiseKSampler, SharedNoiseSampler
 NODES: list[type[io.ComfyNode]] = [
     CheckpointLoader,
     ApplyFlowAdapter,
+    FitClip,
     EstimateFlow,
     GenerateFlow,
     EncodeFlow,

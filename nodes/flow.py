@@ -9,7 +9,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..s2dm.flow import FlowField, estimate_flow, flow_to_image
 from ..s2dm.flow.estimate import METHODS, FlowModel
@@ -209,6 +209,7 @@ class VisualizeFlow(io.ComfyNode):
                 "motion. One scale holds for the whole clip, so the video doesn't flicker."
             ),
             search_aliases=["optical flow", "colour wheel", "color wheel", "preview flow"],
+            is_output_node=True,
             inputs=[
                 Flow.Input("flow", tooltip="The flow to look at."),
                 io.Float.Input(
@@ -240,8 +241,8 @@ class VisualizeFlow(io.ComfyNode):
     @classmethod
     def execute(cls, flow: FlowField, full_colour_at: float = 0.0) -> io.NodeOutput:
         with named_errors(cls):
-            image = flow_to_image(flow, full_colour_at or None)
-            return io.NodeOutput(image.movedim(1, -1).contiguous(), flow.occlusion[:, 0].clone())
+            image = flow_to_image(flow, full_colour_at or None).movedim(1, -1).contiguous()
+            return io.NodeOutput(image, flow.occlusion[:, 0].clone(), ui=ui.PreviewImage(image))
 
 
 def _progress(total: int) -> Callable[[int, int], None]:

@@ -139,7 +139,7 @@ class Rig:
 
 
 @pytest.fixture(scope="session")
-def comfy() -> Path:
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ComfyUI, importable, on the CPU."""
     named = os.environ.get("COMFYUI_PATH") or os.environ.get("S2DM_COMFYUI")
     if not named:
@@ -151,6 +151,10 @@ def comfy() -> Path:
 
     args.cpu = True
     torch.set_num_threads(1)
+    import folder_paths
+
+    # Previews go there; ComfyUI's own folder stays as it is.
+    folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))
     return folder
 
 

@@ -21,6 +21,7 @@ SOCKETS = {
         "MODEL CLIP VAE S2DM_FLOW_GENERATOR",
     ),
     "S2DMApplyFlowAdapter": ("model adapter strength frames_at_once", "MODEL"),
+    "S2DMFitClip": ("video frames first_frame width height", "IMAGE FLOAT"),
     "S2DMEstimateFlow": ("frames method optical_flow", "S2DM_FLOW"),
     "S2DMGenerateFlow": (
         "flow_generator reference prompt frames steps cfg seed motion_strength sampler_name",
@@ -103,6 +104,17 @@ def texts(node_classes):
     return found
 
 
+def test_every_category_and_type_has_a_name(node_classes):
+    main = json.loads((ROOT / "locales" / "en" / "main.json").read_text(encoding="utf-8"))
+    schemas = [node.GET_SCHEMA() for node in node_classes.values()]
+    parts = {part for schema in schemas for part in schema.category.split("/")}
+    assert set(main["nodeCategories"]) == parts
+    types = {
+        socket.get_io_type() for schema in schemas for socket in [*schema.inputs, *schema.outputs]
+    }
+    assert set(main["dataTypes"]) == {kind for kind in types if kind.startswith("S2DM_")}
+
+
 def shape(value):
     return {key: shape(item) for key, item in value.items()} if isinstance(value, dict) else str
 
@@ -112,7 +124,14 @@ def test_the_english_file_says_what_the_nodes_say(node_classes):
     assert json.loads(path.read_text(encoding="utf-8")) == texts(node_classes)
 
 
-@pytest.mark.parametrize("language", ["zh", "de"])
+LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir() if path.name != "en")
+
+
+def test_the_languages():
+    assert LANGUAGES == ["de", "ja", "ko", "zh"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("file", ["nodeDefs.json", "main.json"])
 def test_translations_are_complete(language, file):
     english, other = (

@@ -7,7 +7,6 @@ import torch
 from random_checkpoint import tiny_config, write_random_checkpoint
 
 from s2dm.flow import FlowField
-from s2dm.models import SamplingConfig
 from s2dm.pipelines import FlowToVideoPipeline
 
 pytestmark = pytest.mark.comfyui

@@ -1,0 +1,97 @@
+"""The node that brings a video to the frames and the size that a model knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.utils
+from comfy_api.latest import io
+
+from .schema import named_errors, schema
+
+
+def _side(name: str) -> io.Input:
+    return io.Int.Input(
+        name,
+        default=128,
+        min=8,
+        max=8192,
+        step=8,
+        tooltip=(
+            f"{name.capitalize()} of the frames in pixels. 128 for the bundled checkpoint, 512 "
+            "for most models of Stable Diffusion 1.5."
+        ),
+    )
+
+
+class FitClip(io.ComfyNode):
+    """Frames of a video, as many and as large as a model knows."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMFitClip",
+            display_name="Fit Clip (S2DM)",
+            category="s2dm/video",
+            description=(
+                "Takes frames out of a video, cropped at the centre and resized to the size of "
+                "the clip to make."
+            ),
+            search_aliases=["s2dm", "video to frames", "crop video", "resize video", "trim"],
+            inputs=[
+                io.Video.Input("video", tooltip="From Load Video."),
+                io.Int.Input(
+                    "frames",
+                    default=16,
+                    min=1,
+                    max=4096,
+                    tooltip="How many frames to take; a shorter video gives what it has.",
+                ),
+                io.Int.Input(
+                    "first_frame",
+                    default=1,
+                    min=1,
+                    max=1_000_000,
+                    tooltip=(
+                        "The frame to begin with, counted from 1. All motion is measured from "
+                        "it, so take one that shows the person well."
+                    ),
+                ),
+                _side("width"),
+                _side("height"),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "images",
+                    display_name="frames",
+                    tooltip="The frames, for Estimate Flow.",
+                ),
+                io.Float.Output(
+                    "fps",
+                    display_name="fps",
+                    tooltip="Frames per second of the video, for Create Video.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        video: Any,
+        frames: int = 16,
+        first_frame: int = 1,
+        width: int = 128,
+        height: int = 128,
+    ) -> io.NodeOutput:
+        clip = video.get_components()
+        images = clip.images[first_frame - 1 :][:frames]
+        with named_errors(cls):
+            if not len(images):
+                raise ValueError(
+                    f"expected a first_frame of at most {len(clip.images)}, the last frame of "
+                    f"the video, got {first_frame}. Begin earlier."
+                )
+        fitted = comfy.utils.common_upscale(
+            images[..., :3].movedim(-1, 1), width, height, "lanczos", "center"
+        )
+        return io.NodeOutput(fitted.movedim(1, -1).contiguous(), float(clip.frame_rate))

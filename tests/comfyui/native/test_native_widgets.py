@@ -1,0 +1,90 @@
+"""Every number that a widget shows can be typed into it and comes out as it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from comfyui_graph import widget_values
+
+from s2dm.cli import DEFAULT_CHECKPOINT
+from s2dm.models import read_config
+
+pytestmark = pytest.mark.comfyui
+
+ROOT = Path(__file__).resolve().parents[3]
+NUMBERS = {"INT", "FLOAT"}
+
+
+def numbers(node):
+    """The numeric inputs of a node by name."""
+    inputs = node.GET_SCHEMA().inputs
+    return {socket.id: socket for socket in inputs if socket.get_io_type() in NUMBERS}
+
+
+def reachable(socket, value):
+    """Whether the arrows of a widget, and its rounding on Enter, come to a value.
+
+    The interface counts steps from the least value, and shows as many decimals as the step has.
+    """
+    if socket.id in ("seed", "noise_seed"):
+        return True
+    steps = (value - socket.min) / (socket.step or 1)
+    return socket.min <= value <= socket.max and math.isclose(steps, round(steps), abs_tol=1e-6)
+
+
+def test_defaults_are_reached_by_steps(node_classes):
+    seen = 0
+    for node in node_classes.values():
+        for name, socket in numbers(node).items():
+            assert reachable(socket, socket.default), f"{node.__name__}.{name}"
+            # Otherwise the step is the interface's, which has changed.
+            assert socket.get_io_type() == "INT" or socket.step, f"{node.__name__}.{name}"
+            seen += 1
+    assert seen > 20
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem
+)
+def test_values_of_the_templates_are_reached_by_steps(node_classes, path):
+    for entry in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+        if entry["type"] not in node_classes:
+            continue
+        node = node_classes[entry["type"]]
+        values = dict(widget_values(entry, node.GET_NODE_INFO_V1()["input"]))
+        for name, socket in numbers(node).items():
+            if name in values:
+                assert reachable(socket, values[name]), f"{entry['type']}.{name}: {values[name]}"
+
+
+def test_what_the_bundled_checkpoint_recommends_can_be_typed_in(node_classes):
+    advice = read_config(DEFAULT_CHECKPOINT).sampling
+    sampler = numbers(node_classes["S2DMSharedNoiseKSampler"])
+    encode = numbers(node_classes["S2DMEncodeFlow"])
+    assert reachable(sampler["cfg"], advice.guidance_scale)
+    assert reachable(sampler["steps"], advice.steps)
+    assert reachable(encode["start_percent"], advice.flow_start)
+
+
+def test_what_a_template_explains_is_not_folded_away(node_classes):
+    """Only what few change is advanced, in versions that fold it."""
+    folded = {
+        (node.GET_SCHEMA().node_id, socket.id)
+        for node in node_classes.values()
+        for socket in node.GET_SCHEMA().inputs
+        if getattr(socket, "advanced", None)
+    }
+    assert not folded or folded == {
+        ("S2DMCheckpointLoader", "frames_at_once"),
+        ("S2DMApplyFlowAdapter", "frames_at_once"),
+        ("S2DMGenerateFlow", "sampler_name"),
+        ("S2DMEncodeFlow", "start_percent"),
+        ("S2DMEncodeFlow", "end_percent"),
+        ("S2DMEncodeFlow", "guide_flow"),
+        ("S2DMSharedNoiseKSampler", "share"),
+        ("S2DMSharedNoise", "share"),
+        ("S2DMSharedNoiseSampler", "share"),
+    }
