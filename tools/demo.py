@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 sys.path.append(str(PACK))
 
-from s2dm.video import read_clip, write_contact_sheet
+from s2dm.video import read_clip, read_image, write_contact_sheet
 
-WORKFLOW = PACK / "workflows" / "flow_to_video.json"
-RESULT, COMPARISON = "flow_to_video", "side_by_side"  # file name prefixes in the workflow
+WORKFLOW = PACK / "workflows" / "s2dm_flow_to_video.json"
+CLIP = PACK / "workflows" / "s2dm_example.mp4"
+RESULT = "flow_to_video"  # file name prefix in the workflow
 PANELS = ("given clip", "its motion", "new video")
 
 
@@ -78,10 +79,16 @@ def pick(files: list[Path], prefix: str) -> Path:
     return found
 
 
-def contact_sheet(comparison: Path, path: Path) -> Path:
-    """Cut the panels of a side-by-side video apart and lay them out, one row each."""
-    frames, _ = read_clip(comparison)
-    write_contact_sheet(path, frames.chunk(len(PANELS), dim=-1), PANELS, columns=8)
+def shown(files: list[Path]) -> torch.Tensor:
+    """The pictures that nodes showed without saving them, in their order, (N, 3, H, W)."""
+    return torch.stack([read_image(file) for file in files if file.parent.name == "temp"])
+
+
+def contact_sheet(files: list[Path], path: Path) -> Path:
+    """Lay out the given clip, its motion and the new video of a run, one row each."""
+    video, _ = read_clip(pick(files, RESULT))
+    given, _ = read_clip(CLIP)
+    write_contact_sheet(path, [given[: len(video)], shown(files), video], PANELS, columns=8)
     return path
 
 
@@ -105,7 +112,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="s2dm-demo-", ignore_cleanup_errors=True) as folder:
         files = run(arguments.comfyui, WORKFLOW, Path(folder))
         video = Path(shutil.copy(pick(files, RESULT), arguments.output / "video.mp4"))
-        sheet = contact_sheet(pick(files, COMPARISON), arguments.output / "contact_sheet.png")
+        sheet = contact_sheet(files, arguments.output / "contact_sheet.png")
     print(f"\nDone in {time.monotonic() - started:.0f} s.")
     print(f"Video:         {video.resolve()}")
     print(f"Contact sheet: {sheet.resolve()}")

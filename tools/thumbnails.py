@@ -1,6 +1,8 @@
 """Make the pictures that the template browser shows, from what the workflows really produce.
 
 python tools/thumbnails.py COMFYUI
+
+Every frame of a clip is shown, so that nothing that goes wrong in one of them is left out.
 """
 
 import argparse
@@ -8,40 +10,53 @@ import tempfile
 from pathlib import Path
 
 import torch
-from demo import PACK, pick, run
+from demo import CLIP, PACK, pick, run, shown
 from PIL import Image
 
 from s2dm.video import read_clip, to_uint8  # demo has put the pack on the path
 
-# For each workflow the video that shows most, and how many pictures stand side by side in it.
-VIDEOS = {
-    "flow_to_video": ("side_by_side", 3),
-    "shared_vs_independent_noise": ("shared_vs_independent_noise", 3),
-    "text_to_video": ("flow_and_video", 2),
-    "animate_reference": ("flow_and_animation", 2),
+# What stands at the left of each workflow's video: the given clip, the flow, or nothing, where
+# the video shows two clips itself.
+BESIDE = {
+    "flow_to_video": "clip",
+    "shared_vs_independent_noise": None,
+    "text_to_video": "flow",
+    "animate_reference": "flow",
 }
-MOMENTS = 4
+COLUMNS = 4  # of the frames of one clip
+GAP = 4
 SIZE = 768  # pixels of the wider side
 
 
-def thumbnail(video: Path, pictures: int) -> Image.Image:
-    """A few moments from left to right, the pictures of the video one below the other."""
-    frames, _ = read_clip(video, frames=MOMENTS)
-    rows = [torch.cat(list(panel), dim=-1) for panel in frames.chunk(pictures, dim=-1)]
-    picture = Image.fromarray(to_uint8(torch.cat(rows, dim=-2)))
+def thumbnail(clips: list[torch.Tensor]) -> Image.Image:
+    """All frames of two clips, (N, 3, H, W) each, as two blocks side by side."""
+    blocks = []
+    for frames in clips:
+        lines = [torch.cat(list(line), dim=-1) for line in frames.split(COLUMNS)]
+        blocks.append(torch.nn.functional.pad(torch.cat(lines, dim=-2), (GAP,) * 4, value=1.0))
+    picture = Image.fromarray(to_uint8(torch.cat(blocks, dim=-1)))
     return picture.resize((SIZE, SIZE * picture.height // picture.width), Image.Resampling.LANCZOS)
+
+
+def clips(name: str, files: list[Path]) -> list[torch.Tensor]:
+    """The two clips of a workflow's thumbnail, from the files of its run."""
+    video, _ = read_clip(pick(files, name))
+    if BESIDE[name] is None:
+        return list(video.chunk(2, dim=-1))
+    given = shown(files) if BESIDE[name] == "flow" else read_clip(CLIP)[0][: len(video)]
+    return [given, video]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("comfyui", type=Path, help="folder of ComfyUI")
     arguments = parser.parse_args()
-    for name, (prefix, pictures) in VIDEOS.items():
-        workflow = PACK / "workflows" / f"{name}.json"
+    for name in BESIDE:
+        workflow = PACK / "workflows" / f"s2dm_{name}.json"
         with tempfile.TemporaryDirectory(prefix="s2dm-", ignore_cleanup_errors=True) as folder:
             files = run(arguments.comfyui, workflow, Path(folder))
             path = workflow.with_suffix(".jpg")
-            thumbnail(pick(files, prefix), pictures).save(path, quality=90)
+            thumbnail(clips(name, files)).save(path, quality=90)
             print(path)
 
 

@@ -10,19 +10,20 @@ from comfyui_install import PACK, PACK_NAME
 from comfyui_server import ComfyServer
 from safetensors.torch import load_file
 
-from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.models import read_config
 from s2dm.video import read_clip
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 FRAMES, SIZE = 16, 128
-# The videos that each workflow writes, with how many pictures stand side by side in them.
+# The one video that each workflow writes, with how many pictures stand side by side in it.
 VIDEOS = {
-    "flow_to_video": {"flow_to_video": 1, "side_by_side": 3},
-    "shared_vs_independent_noise": {"shared_vs_independent_noise": 3},
-    "text_to_video": {"text_to_video": 1, "flow_and_video": 2},
-    "animate_reference": {"animate_reference": 1, "flow_and_animation": 2},
+    "s2dm_flow_to_video": 1,
+    "s2dm_shared_vs_independent_noise": 2,
+    "s2dm_text_to_video": 1,
+    "s2dm_animate_reference": 1,
 }
+MOST_NODES = 16  # with the note
+ENCODING = ("strength", "start_percent", "end_percent", "guide_flow")
 
 BUNDLED = sorted((PACK / "s2dm" / "assets").glob("*.safetensors"))
 each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -41,12 +42,16 @@ def skip_without_stage_1(path: Path) -> None:
 
 def test_every_workflow_is_accounted_for() -> None:
     assert {path.stem for path in WORKFLOWS} == set(VIDEOS)
+    # A search for the pack's name in the template browser finds them.
+    assert all(path.stem.startswith("s2dm_") for path in WORKFLOWS)
 
 
 @each_workflow
 def test_a_template_has_a_thumbnail_a_note_and_fixed_seeds(path: Path) -> None:
     nodes = read(path)["nodes"]
-    assert any(node["type"] == "MarkdownNote" for node in nodes)
+    (note,) = (node for node in nodes if node["type"] == "MarkdownNote")
+    assert "`" not in note["widgets_values"][0], "Nodes 2.0 shows code in a note unreadably"
+    assert len(nodes) <= MOST_NODES
     assert any(node["type"] == "S2DMSharedNoiseKSampler" for node in nodes)
     changing = {"randomize", "increment", "decrement"}
     assert not [node for node in nodes if changing & set(map(str, node.get("widgets_values", ())))]
@@ -91,17 +96,40 @@ def of_type(prompt: dict[str, Any], kind: str) -> list[str]:
 @pytest.mark.comfyui
 @each_workflow
 def test_a_template_samples_as_the_checkpoint_recommends(server: ComfyServer, path: Path) -> None:
-    prompt = to_prompt(read(path), server.object_info())
-    advice = read_config(DEFAULT_CHECKPOINT).sampling
-    for node in of_type(prompt, "S2DMSharedNoiseKSampler"):
-        settings = prompt[node]["inputs"]
-        assert (settings["steps"], settings["cfg"]) == (advice.steps, advice.guidance_scale)
-    for node in of_type(prompt, "S2DMEncodeFlow"):
-        settings = prompt[node]["inputs"]
-        assert settings["start_percent"] == advice.flow_start
-        # On guides both together; off is a flow scale of 1.
-        assert settings["guide_flow"] == (advice.flow_guidance_scale is None)
-        assert advice.flow_guidance_scale in (None, 1)
+    """Nobody has typed a setting into it that the checkpoint recommends."""
+    schemas = server.object_info()
+    prompt = to_prompt(read(path), schemas)
+    left_alone = {"S2DMSharedNoiseKSampler": ("steps", "cfg"), "S2DMEncodeFlow": ENCODING}
+    for kind, names in left_alone.items():
+        inputs = schemas[kind]["input"]
+        defaults = {
+            name: specification[1].get("default")
+            for group in inputs.values()
+            for name, specification in group.items()
+            if isinstance(specification, list) and len(specification) > 1
+        }
+        for node in of_type(prompt, kind):
+            for name in names:
+                assert prompt[node]["inputs"][name] == defaults[name], (kind, name)
+
+
+@pytest.mark.comfyui
+@each_workflow
+def test_sizes_of_a_template_are_even_by_construction(server: ComfyServer, path: Path) -> None:
+    """H.264 refuses odd sides at the very end of a run: the sides that a user sets step by 8."""
+    schemas = server.object_info()
+    nodes = {node["type"] for node in read(path)["nodes"]}
+    sides = [
+        schemas[kind]["input"][group][side][1]
+        for kind in nodes
+        for group in ("required", "optional")
+        for side in ("width", "height")
+        if side in schemas.get(kind, {}).get("input", {}).get(group, {})
+    ]
+    assert sides and all(side["step"] == 8 and side["min"] % 8 == 0 for side in sides)
+    # Frames of a video reach the model through the node that fits them alone.
+    assert ("LoadVideo" in nodes) == ("S2DMFitClip" in nodes)
+    assert "GetVideoComponents" not in nodes
 
 
 @pytest.mark.slow
@@ -110,18 +138,20 @@ def test_a_template_samples_as_the_checkpoint_recommends(server: ComfyServer, pa
 def test_the_workflow_runs_as_bundled(server: ComfyServer, checkpoint: str, path: Path) -> None:
     prompt = prompt_of(path, server, checkpoint)
     files = server.files(server.run(prompt, timeout=900))
-    videos = {file.name.rsplit("_", 2)[0]: file for file in files if file.suffix == ".mp4"}
-    assert set(videos) == set(VIDEOS[path.stem])
-    for name, pictures in VIDEOS[path.stem].items():
-        frames, _ = read_clip(videos[name])
-        assert tuple(frames.shape) == (FRAMES, 3, SIZE, SIZE * pictures)
-        panels = frames.chunk(pictures, dim=-1)
-        assert all(panel.std() > 0.01 for panel in panels), "a picture is blank"
+    (video,) = (file for file in files if file.suffix == ".mp4")
+    assert video.name.startswith(path.stem.removeprefix("s2dm_"))
+    pictures = VIDEOS[path.stem]
+    frames, _ = read_clip(video)
+    assert tuple(frames.shape) == (FRAMES, 3, SIZE, SIZE * pictures)
+    panels = frames.chunk(pictures, dim=-1)
+    assert all(panel.std() > 0.01 for panel in panels), "a picture is blank"
+    flow = [file for file in files if file.parent.name == "temp"]
+    assert len(flow) == (FRAMES if of_type(prompt, "S2DMVisualizeFlow") else 0)
 
 
 @pytest.mark.slow
 @pytest.mark.comfyui
-@pytest.mark.parametrize("name", ["text_to_video", "animate_reference"])
+@pytest.mark.parametrize("name", ["s2dm_text_to_video", "s2dm_animate_reference"])
 def test_the_clip_starts_with_its_reference_frame(
     server: ComfyServer, checkpoint: str, name: str
 ) -> None:
@@ -129,8 +159,9 @@ def test_the_clip_starts_with_its_reference_frame(
     prompt = prompt_of(PACK / "workflows" / f"{name}.json", server, checkpoint)
     samplers = of_type(prompt, "S2DMSharedNoiseKSampler")
     assert len(samplers) == 2
-    for node in [*of_type(prompt, "SaveVideo"), *of_type(prompt, "SaveImage")]:
-        del prompt[node]
+    for kind in ("SaveVideo", "SaveImage", "S2DMVisualizeFlow"):
+        for node in of_type(prompt, kind):
+            del prompt[node]
     for node in samplers:
         prompt[f"latent of {node}"] = {
             "class_type": "SaveLatent",

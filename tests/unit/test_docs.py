@@ -66,23 +66,31 @@ def test_the_results_page_is_what_the_report_writes():
     assert made.stdout == page.read_text("utf-8")
 
 
-@pytest.mark.parametrize(
-    ("name", "where"),
-    [
-        ("S2DMCheckpointLoader", "description"),
-        ("S2DMSharedNoiseKSampler", "cfg"),
-        ("S2DMEncodeFlow", "start_percent"),
-    ],
-)
-def test_nodes_name_what_the_bundled_checkpoint_recommends(name, where):
-    """In the texts of every language, and in the help pages."""
+def test_nobody_is_told_to_type_in_what_the_checkpoint_recommends():
+    """Nodes and templates name no number of the bundled checkpoint; its help page does."""
     advice = read_config(DEFAULT_CHECKPOINT).sampling
-    assert advice.flow_guidance_scale == 1  # "guide_flow off"
-    numbers = {"cfg": advice.guidance_scale, "start_percent": advice.flow_start}
-    wanted = {f"{number:g}" for key, number in numbers.items() if where in ("description", key)}
-    for file in ROOT.glob("locales/*/nodeDefs.json"):
-        node = json.loads(file.read_text("utf-8"))[name]
-        text = node["description"] if where == "description" else node["inputs"][where]["tooltip"]
-        assert all(number in text.replace(",", ".") for number in wanted), file
-    page = (ROOT / "web" / "docs" / f"{name}.md").read_text("utf-8")
-    assert all(f"{number:g}" in page for number in numbers.values())
+    numbers = (f"{advice.guidance_scale:g}", f"{advice.flow_start:g}")
+    texts = [*ROOT.glob("locales/*/nodeDefs.json"), *ROOT.glob("workflows/*.json")]
+    assert len(texts) >= 9
+    for file in texts:
+        text = json.dumps(json.loads(file.read_text("utf-8")), ensure_ascii=False)
+        text = re.sub(r"(\d),(\d)", r"\1.\2", text)
+        assert not [number for number in numbers if re.search(rf"(?<![\d.]){number}(?!\d)", text)]
+    page = (ROOT / "web" / "docs" / "S2DMCheckpointLoader.md").read_text("utf-8")
+    assert all(number in page for number in numbers)
+    assert advice.flow_guidance_scale == 1  # "guide_flow off", says the page
+    assert "*guide_flow* off" in page
+
+
+def test_help_in_other_languages_has_every_page_and_heading():
+    pages = {page.stem: page for page in ROOT.glob("web/docs/*.md")}
+    for name, page in pages.items():
+        headings = re.findall(r"^#+ ", page.read_text("utf-8"), re.M)
+        for language in ("zh", "ja", "ko"):
+            other = ROOT / "web" / "docs" / name / f"{language}.md"
+            text = other.read_text("utf-8")
+            assert re.findall(r"^#+ ", text, re.M) == headings, other
+            # The names that a graph shows in English, as the English page has them.
+            names = set(re.findall(r"\*\*([a-z_]+)\*\*", page.read_text("utf-8")))
+            known = set(re.findall(r"[a-z]+(?:_[a-z]+)*", text))
+            assert names <= known, (other, names - known)
