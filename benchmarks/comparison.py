@@ -388,4 +388,4 @@ def write_sheet(
         for name, folder in found.folders.items():
             pictures.append(stored_frames(folder, index, options.seeds[0]))
             labels.append(titles.get(name, name))
-    write_contact_sheet(path, pictures, labels, columns=8)
+    write_contact_sheet(path, pictures, labels)

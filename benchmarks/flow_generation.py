@@ -225,7 +225,7 @@ def _write_sheet(path: Path, clips: list[Any], made: Tensor) -> None:
             flow_to_image(FlowField.from_condition(condition, height, width), scale),
         ]
         labels += [clip.caption, "true flow", "generated from prompt and first frame"]
-    write_contact_sheet(path, rows, labels, columns=8)
+    write_contact_sheet(path, rows, labels)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def _write_sheet(path: Path, prompts: list[str], made: list[dict[str, Any]]) -> 
     for seed, (prompt, clip) in enumerate(zip(prompts, made, strict=True)):
         rows += [clip["frames"], flow_to_image(clip["flow"])]
         labels += [f"{seed}: {prompt}", "flow of stage 1"]
-    write_contact_sheet(path, rows, labels, columns=8)
+    write_contact_sheet(path, rows, labels)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ class VideoDiffusionTrainingConfig(TrainingConfig):
     clips: int = 8
     text_null: float = 0.1
     validation_clips: int = 4
-    sample_frames: int = 8
     sample_steps: int = 20
     guidance_scale: float = 2.0
 
@@ -143,7 +142,7 @@ class VideoDiffusionTask:
             generated = (decoded.cpu() / 2 + 0.5).clamp(0, 1)
             rows += [clip["frames"], generated]
             changes.append([frames.diff(dim=0).abs().mean() for frames in rows[-2:]])
-        write_contact_sheet(path, rows, columns=config.sample_frames)
+        write_contact_sheet(path, rows)
         true, generated = torch.tensor(changes).sum(0)
         return {"change_ratio": float(generated / true)}
 

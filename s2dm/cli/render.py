@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
             rows.append(clip.frames)
             labels.append(clip.caption)
     if options.sheet is not None:
-        print(write_contact_sheet(options.sheet, rows, labels, columns=8))
+        print(write_contact_sheet(options.sheet, rows, labels))
 
 
 def _puppets(options: argparse.Namespace) -> list[tuple[int, int]]:

@@ -407,7 +407,7 @@ class _Run:
                     rows.append(_frames(self.path(self.tasks(variant, [index])[0])))
                     labels.append(variant.title)
         if rows:
-            write_contact_sheet(path, rows, labels, columns=8)
+            write_contact_sheet(path, rows, labels)
 
     # ------------------------------------------------------------------------------ sharing
 

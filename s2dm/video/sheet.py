@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
+from math import ceil
 from pathlib import Path
 
 from torch import Tensor
 
 from ..files import replacing
-from .frames import spread, to_uint8
+from .frames import to_uint8
+
+COLUMNS = 16  # the bundled model's clips in one line
 
 
 def contact_sheet(
     rows: Sequence[Tensor],
     labels: Sequence[str] | None = None,
-    columns: int | None = None,
+    columns: int = COLUMNS,
     gap: int = 2,
 ):
     """Lay clips out as a grid: one row a clip, time from left to right.
+
+    Every frame is there: a fault of a single frame must not fall between those that are shown.
 
     Args:
         rows: clips of (N, 3, H, W) in [0, 1]; frames may differ in number and size, a cell is as
             large as the largest.
         labels: a short text for each row, written at its left.
-        columns: show at most this many frames of each clip, spread evenly over it.
+        columns: frames side by side; a longer clip goes on in the next line.
         gap: pixels between the cells.
 
     Returns:
         A `PIL.Image.Image` in RGB.
 
     Raises:
-        ValueError: no rows, a row that is not (N, 3, H, W) with N >= 1, or a wrong number of
-            labels.
+        ValueError: no rows, a row that is not (N, 3, H, W) with N >= 1, a wrong number of labels,
+            or no column.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -45,24 +51,30 @@ def contact_sheet(
             )
     if labels is not None and len(labels) != len(rows):
         raise ValueError(f"Expected {len(rows)} labels, one for each row, got {len(labels)}.")
-    picked = [row[spread(len(row), min(columns or len(row), len(row)))] for row in rows]
-    cell_height = max(row.shape[-2] for row in picked) + gap
-    cell_width = max(row.shape[-1] for row in picked) + gap
+    if columns < 1:
+        raise ValueError(f"Expected at least one column, got {columns}.")
+    lines = [line for row in rows for line in row.split(columns)]
+    titles = [""] * len(lines)
+    if labels is not None:
+        starts = accumulate((ceil(len(row) / columns) for row in rows[:-1]), initial=0)
+        for start, label in zip(starts, labels, strict=True):
+            titles[start] = label
+    cell_height = max(row.shape[-2] for row in rows) + gap
+    cell_width = max(row.shape[-1] for row in rows) + gap
     font = ImageFont.load_default()
     margin = 0
     if labels is not None:
         margin = 8 + int(max(font.getbbox(line)[2] for text in labels for line in _lines(text)))
     size = (
-        margin + max(len(row) for row in picked) * cell_width + gap,
-        len(picked) * cell_height + gap,
+        margin + max(len(line) for line in lines) * cell_width + gap,
+        len(lines) * cell_height + gap,
     )
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for y, row in enumerate(picked):
+    for y, (line, title) in enumerate(zip(lines, titles, strict=True)):
         top = gap + y * cell_height
-        if labels is not None:
-            draw.multiline_text((4, top + 2), "\n".join(_lines(labels[y])), "black", font=font)
-        for x, frame in enumerate(row):
+        draw.multiline_text((4, top + 2), "\n".join(_lines(title)), "black", font=font)
+        for x, frame in enumerate(line):
             sheet.paste(Image.fromarray(to_uint8(frame)), (margin + gap + x * cell_width, top))
     return sheet
 
@@ -71,7 +83,7 @@ def write_contact_sheet(
     path: str | os.PathLike[str],
     rows: Sequence[Tensor],
     labels: Sequence[str] | None = None,
-    columns: int | None = None,
+    columns: int = COLUMNS,
 ) -> Path:
     """Write `contact_sheet` to an image file (PNG, JPEG or what Pillow knows by the ending)."""
     path = Path(path)

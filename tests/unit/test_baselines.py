@@ -77,7 +77,6 @@ def values(folder: Path, checkpoint: Path, **settings) -> dict:
         "learning_rate": 1e-3,
         "log_every": 1,
         "validation_clips": 2,
-        "sample_frames": 2,
         "sample_steps": 2,
         **settings,
     }

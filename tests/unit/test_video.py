@@ -287,12 +287,31 @@ def test_uint8_rounds_to_the_nearest():
     assert video.to_uint8(frame)[0, :, 0].tolist() == [0, 0, 1, 255, 255, 0]
 
 
-def test_contact_sheet_shows_every_cell(tmp_path, clip):
-    sheet = np.array(video.contact_sheet([clip, clip[:4] * 0], columns=6))
-    assert sheet.shape == (2 * 50 + 2, 6 * 66 + 2, 3)
-    assert np.abs(sheet[2:50, 2:66].astype(int) - video.to_uint8(clip[0])).max() == 0
+def test_contact_sheet_shows_every_frame(clip):
+    sheet = np.array(video.contact_sheet([clip, clip[:4] * 0]))
+    assert sheet.shape == (2 * 50 + 2, len(clip) * 66 + 2, 3)
+    for number, frame in enumerate(clip):
+        left = 2 + number * 66
+        assert np.abs(sheet[2:50, left : left + 64].astype(int) - video.to_uint8(frame)).max() == 0
     assert sheet[52:100, 2 + 3 * 66 : 66 + 3 * 66].max() == 0
     assert sheet[52:100, 2 + 4 * 66 :].min() == 255  # the second clip has only four frames
+
+
+def test_contact_sheet_breaks_a_long_clip_into_lines(clip):
+    """Left out were the very frames in which a bundled workflow lost an eye."""
+    columns = len(clip) - 2
+    sheet = np.array(video.contact_sheet([clip, clip[:1]], ["long", "short"], columns))
+    margin = sheet.shape[1] - columns * 66 - 2
+    assert sheet.shape[0] == 3 * 50 + 2
+    for number, frame in enumerate(clip):
+        line, column = divmod(number, columns)
+        top, left = 2 + line * 50, margin + 2 + column * 66
+        cell = sheet[top : top + 48, left : left + 64].astype(int)
+        assert np.abs(cell - video.to_uint8(frame)).max() == 0
+    titles = [sheet[2 + line * 50 : 50 + line * 50, :margin].min() < 128 for line in range(3)]
+    assert titles == [True, False, True]  # a title stands where its clip begins
+    with pytest.raises(ValueError, match="at least one column"):
+        video.contact_sheet([clip], columns=0)
 
 
 def test_contact_sheet_labels_and_errors(tmp_path, clip):
