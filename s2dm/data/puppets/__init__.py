@@ -3,9 +3,10 @@
 from .actions import ACTIONS
 from .captions import caption
 from .dataset import PuppetClips, split
-from .persons import PERSONS
+from .persons import PERSONS, Person
 from .render import Clip, Garment, render_clip
 
 __all__ = [
-    "ACTIONS", "PERSONS", "Clip", "Garment", "PuppetClips", "caption", "render_clip", "split",
+    "ACTIONS", "PERSONS", "Clip", "Garment", "Person", "PuppetClips", "caption", "render_clip",
+    "split",
 ]  # fmt: skip

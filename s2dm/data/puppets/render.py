@@ -69,6 +69,7 @@ def render_clip(
     size: int = 128,
     frames: int = 16,
     amplitude: float = 1.0,
+    who: Person | None = None,
 ) -> Clip:
     """Render a person doing an action.
 
@@ -80,6 +81,7 @@ def render_clip(
         size: height and width in pixels.
         frames: number of frames, 1 or more.
         amplitude: how much larger than usual the movement is, 0 for none; frame 1 stays the same.
+        who: somebody who is not of the cast, in the place of `person`.
 
     Raises:
         ValueError: an index or a number is out of range.
@@ -95,7 +97,7 @@ def render_clip(
             f"{size}, {frames}, {take} and {amplitude:g}."
         )
     rng = np.random.default_rng((2403, person, action, take))
-    who, what = PERSONS[person], ACTIONS[action]
+    who, what = who or PERSONS[person], ACTIONS[action]
     # The camera never moves, as in MHAD: frame 1 has no flow that could say where a person
     # stands, so a place that varied would be another one in frame 1 than the flow of the rest
     # starts from.
@@ -117,7 +119,7 @@ def render_clip(
     ]
     room = paint_room(rng, size, (view.x, view.y), scale if what.bench else None)
     worn = [_GARMENTS.get(name.rpartition("_")[2], "") for name in placements]
-    return _Renderer(pieces, room, size, frames).clip(caption(person, action), who, worn)
+    return _Renderer(pieces, room, size, frames).clip(caption(who, action), who, worn)
 
 
 class _Piece:
