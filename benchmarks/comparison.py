@@ -20,8 +20,9 @@ import torch
 from common import RUNS, TAKE
 from torch import Tensor
 
+from s2dm.cli.options import sampling_entries
 from s2dm.evaluation.distances import bootstrap, frechet_distance, interval
-from s2dm.evaluation.modes import Sampling, Variant
+from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.run import (
     EvaluationConfig,
     evaluate,
@@ -229,10 +230,10 @@ def _config(
         clips=options.clips,
         variants=tuple(variants),
         seeds=tuple(options.seeds),
-        sampling=_sampling(options),
+        sampling=sampling_entries(options),
         method=None,  # how well flow is followed is another benchmark's, and would take as long
         i3d=options.i3d,
-        chunk=options.chunk,
+        chunk_size=options.chunk,
         half=options.half,
         cpu=options.cpu,
     )
@@ -245,15 +246,6 @@ def _data(checkpoint: Path, options: argparse.Namespace) -> DataConfig:
         frames=trained.frames,
         takes=options.takes,
         options={"first_take": TAKE},
-    )
-
-
-def _sampling(options: argparse.Namespace) -> Sampling:
-    return Sampling(
-        steps=options.steps,
-        guidance=options.guidance,
-        flow_guidance=options.flow_guidance,
-        flow_start=options.flow_start,
     )
 
 
@@ -337,9 +329,8 @@ def check_trainings(first: Path, second: Path, setting: str, values: tuple[str, 
         ValueError: a setting is not what it has to be, or something else differs.
     """
     names = f"{first} and {second}"
-    (one, weights), (other, other_weights) = (
-        load_checkpoint(path, ["vae", "text_encoder"]) for path in (first, second)
-    )
+    one, other = (read_config(path) for path in (first, second))
+    parts = [load_checkpoint(path, ["vae", "text_encoder"]) for path in (first, second)]
     for path, config, value in zip((first, second), (one, other), values, strict=True):
         found = config.flow_adapter.fusion if setting == "fusion" else config.noise_sharing
         if found != value:
@@ -352,7 +343,7 @@ def check_trainings(first: Path, second: Path, setting: str, values: tuple[str, 
     if one != other:
         raise ValueError(f"{names} differ in more of their configuration than {setting}.")
     for part in ("vae", "text_encoder"):
-        a, b = weights[part], other_weights[part]
+        a, b = (checkpoint[part].state for checkpoint in parts)
         if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
             raise ValueError(f"{names} have different weights in their {part.replace('_', ' ')}.")
     runs = [training_of(path) for path in (first, second)]

@@ -21,7 +21,8 @@ from pathlib import Path
 from common import RESULTS, RUNS, TAKE
 
 from s2dm.cli import DEFAULT_CHECKPOINT
-from s2dm.evaluation.modes import Sampling, Variant
+from s2dm.cli.options import sampling_entries
+from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.run import EvaluationConfig, evaluate
 from s2dm.evaluation.tables import markdown_table
 from s2dm.files import write_json
@@ -56,12 +57,7 @@ def main() -> None:
             data=DataConfig(options={"first_take": TAKE}),
             clips=options.clips,
             variants=VARIANTS,
-            sampling=Sampling(
-                steps=options.steps,
-                guidance=options.guidance,
-                flow_guidance=options.flow_guidance,
-                flow_start=options.flow_start,
-            ),
+            sampling=sampling_entries(options),
             i3d=options.i3d,
             cpu=options.cpu,
         )

@@ -88,13 +88,14 @@ def _measure(options: argparse.Namespace, frames: int, chunk: int) -> dict[str, 
     pipeline.set_progress_bar_config(disable=True)
     flow = FlowField.zeros(frames, options.size, options.size)
     run = {"seed": 0, "chunk_size": chunk, "output_type": "latent"}
-    run |= {"guidance_scale": 7.5, "flow_guidance_scale": 7.5}
     # The first call loads code and kernels, which belongs to no number of frames.
-    pipeline("A man", FlowField.zeros(1, options.size, options.size), num_inference_steps=1, **run)
+    guidance = {"guidance_scale": 7.5, "flow_guidance_scale": 7.5}
+    still = FlowField.zeros(1, options.size, options.size)
+    pipeline("A man", still, sampling=guidance | {"steps": 1}, **run)
     with PeakMemory() as memory:
         start = time.perf_counter()
         with torch.inference_mode():
-            pipeline("A man", flow, num_inference_steps=options.steps, **run)
+            pipeline("A man", flow, sampling=guidance | {"steps": options.steps}, **run)
         seconds = time.perf_counter() - start
     return {
         "frames": frames,

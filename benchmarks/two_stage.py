@@ -23,14 +23,14 @@ from common import RESULTS, RUNS, show
 from tqdm import tqdm
 
 from s2dm.cli import DEFAULT_CHECKPOINT
+from s2dm.cli.options import sampling_entries
 from s2dm.data.puppets import caption, split
 from s2dm.evaluation.clip_metrics import STILL, flicker, pooled_figure, still_region
 from s2dm.evaluation.distances import bootstrap_interval
-from s2dm.evaluation.modes import Sampling
 from s2dm.evaluation.protocol import ProtocolCard, file_hash
 from s2dm.files import write_json
 from s2dm.flow import FlowField, flow_to_image
-from s2dm.models import read_config
+from s2dm.models import FlowSampling, read_config
 from s2dm.pipelines import TextToVideoPipeline
 from s2dm.video import write_contact_sheet
 
@@ -54,14 +54,9 @@ def main() -> None:
     options = parser.parse_args()
 
     trained = read_config(options.checkpoint)
-    sampling = Sampling(
-        steps=options.steps,
-        guidance=options.guidance,
-        flow_guidance=options.flow_guidance,
-        flow_start=options.flow_start,
-        flow_steps=options.flow_steps,
-        flow_text_guidance=options.flow_text_guidance,
-    ).filled(trained.sampling)
+    sampling = trained.sampling.replacing(sampling_entries(options))
+    flow_sampling = FlowSampling(options.flow_steps, options.flow_text_guidance)
+    settings = {"sampling": sampling, "flow_sampling": flow_sampling}
     prompts = [caption(*random.Random(seed).choice(split("test"))) for seed in range(PROMPTS)]
     weights = file_hash(options.checkpoint)
     card = ProtocolCard(
@@ -73,8 +68,8 @@ def main() -> None:
         size=trained.resolution,
         seeds=list(range(PROMPTS)),
         notes={
-            "sampling": f"stage 2 {sampling}; stage 1 DPM-Solver++ 2M, {sampling.flow_steps} "
-            f"steps, guidance {sampling.flow_text_guidance:g}; float32",
+            "sampling": f"stage 2 {sampling}; stage 1 DPM-Solver++ 2M, {flow_sampling.steps} "
+            f"steps, guidance {flow_sampling.guidance_scale:g}; float32",
             "still": f"standard deviation over time, of 255, of pixels that the generated flow "
             f"moves by less than {STILL:g} pixels in every frame, 8 pixels away "
             "from all others",
@@ -82,12 +77,12 @@ def main() -> None:
         },
     )
     show("Text to video in two stages", card)
-    key = json.dumps([weights, dataclasses.asdict(sampling), card.code])
+    key = json.dumps([weights, *map(dataclasses.asdict, settings.values()), card.code])
     store = RUNS / "two_stage" / hashlib.sha256(key.encode()).hexdigest()[:12]
     pipeline = TextToVideoPipeline.from_single_file(options.checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     made = [
-        _clip(pipeline, prompt, seed, sampling, store)
+        _clip(pipeline, prompt, seed, settings, store)
         for seed, prompt in enumerate(tqdm(prompts, unit="clip"))
     ]
     totals = [flicker(clip["frames"], still_region(clip["flow"])) for clip in made]
@@ -95,7 +90,7 @@ def main() -> None:
         "still": pooled_figure(totals),
         "still_95": bootstrap_interval(pooled_figure, totals, samples=1000),
         "equal": max(_first_frame_difference(clip) for clip in made),
-        "seconds": _timing(pipeline, prompts[0], sampling, options.repeats),
+        "seconds": _timing(pipeline, prompts[0], settings, options.repeats),
     }
     sheet = options.output.with_suffix(".jpg")
     result = {"protocol": card.to_dict(), "table": table, "sheet": sheet.name}
@@ -105,28 +100,17 @@ def main() -> None:
     print(f"\n{options.output}\n{sheet}")
 
 
-def _arguments(sampling: Sampling) -> dict[str, Any]:
-    return {
-        "num_inference_steps": sampling.steps,
-        "guidance_scale": sampling.guidance,
-        "flow_guidance_scale": sampling.flow_guidance,
-        "flow_start": sampling.flow_start,
-        "flow_steps": sampling.flow_steps,
-        "flow_text_guidance_scale": sampling.flow_text_guidance,
-    }
-
-
 def _clip(
     pipeline: TextToVideoPipeline,
     prompt: str,
     seed: int,
-    sampling: Sampling,
+    settings: dict[str, Any],
     store: Path,
 ) -> dict[str, Any]:
     """Frames (N,3,H,W), flow and reference frame of one prompt, kept in the run's folder."""
     path = store / f"{seed:02d}.pt"
     if not path.exists():
-        made = pipeline(prompt, seed=seed, **_arguments(sampling))
+        made = pipeline(prompt, seed=seed, **settings)
         path.parent.mkdir(parents=True, exist_ok=True)
         flow = (made.flow.displacement, made.flow.occlusion)
         torch.save({"frames": made.frames, "flow": flow, "reference": made.reference}, path)
@@ -139,7 +123,7 @@ def _first_frame_difference(clip: dict[str, Any]) -> float:
 
 
 def _timing(
-    pipeline: TextToVideoPipeline, prompt: str, sampling: Sampling, repeats: int
+    pipeline: TextToVideoPipeline, prompt: str, settings: dict[str, Any], repeats: int
 ) -> dict[str, float]:
     """Median seconds of stage 1 and of the whole, at the settings of the clips."""
     runs = []
@@ -149,11 +133,12 @@ def _timing(
             prompt,
             seed=0,
             callback_on_step_end=lambda step, state, marks=marks: marks.append(time.perf_counter()),
-            **_arguments(sampling),
+            **settings,
         )
         end = time.perf_counter()
         # The callbacks come after each step of the reference frame, then of the flow.
-        first, last = sampling.steps, sampling.steps + sampling.flow_steps
+        first = settings["sampling"].steps
+        last = first + settings["flow_sampling"].steps
         runs.append((marks[last] - marks[first], end - marks[0]))
     stage1, whole = (statistics.median(column) for column in zip(*runs[1:], strict=True))
     return {"stage_1": stage1, "whole": whole}

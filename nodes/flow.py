@@ -13,7 +13,8 @@ from comfy_api.latest import io, ui
 
 from ..s2dm.flow import FlowField, estimate_flow, flow_to_image
 from ..s2dm.flow.estimate import METHODS, FlowModel
-from .native.flow_generator import FLOW_SAMPLERS, MAX_FRAMES, MIN_FRAMES, Stage1, generate_flow
+from ..s2dm.models import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling
+from .native.flow_generator import MIN_FRAMES, Stage1, generate_flow
 from .schema import advanced, cfg_input, named_errors, schema, seed_input, steps_input
 from .types import Flow, FlowGenerator, OpticalFlowModel
 
@@ -185,11 +186,8 @@ class GenerateFlow(io.ComfyNode):
                     reference,
                     prompt,
                     frames,
-                    steps,
-                    cfg,
+                    FlowSampling(steps, cfg, sampler_name, motion_strength or None),
                     seed,
-                    motion_strength,
-                    sampler_name,
                     lambda step, denoised, noisy, total: progress(step + 1, total),
                 )
             )

@@ -10,7 +10,7 @@ import comfy.utils
 import latent_preview
 from comfy_api.latest import io
 
-from ..s2dm.sector import NOISE_SHARING
+from ..s2dm.sector import NOISE_SHARING, NoiseSharing
 from .native import noise as native
 from .native.recommended import recommended
 from .schema import advanced, cfg_input, named_errors, schema, seed_input
@@ -127,9 +127,10 @@ class SharedNoiseKSampler(io.ComfyNode):
         samples = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
         out = {**latent_image, "samples": samples}
         with named_errors(cls):
-            noise = native.SharedNoise(seed, noise_sharing, share).generate_noise(out)
+            sharing = NoiseSharing(noise_sharing, share)
+            noise = native.SharedNoise(seed, sharing).generate_noise(out)
             sampler = native.SharedNoiseSampler(
-                comfy.samplers.sampler_object(sampler_name), noise_sharing, share
+                comfy.samplers.sampler_object(sampler_name), sharing
             )
             # Core's own, so that the sigmas are those of its KSampler for each name.
             sigmas = comfy.samplers.KSampler(
@@ -175,7 +176,7 @@ class SharedNoise(io.ComfyNode):
     @classmethod
     def execute(cls, seed: int, noise_sharing: str = "shared", share: float = 0.5) -> io.NodeOutput:
         with named_errors(cls):
-            return io.NodeOutput(native.SharedNoise(seed, noise_sharing, share))
+            return io.NodeOutput(native.SharedNoise(seed, NoiseSharing(noise_sharing, share)))
 
 
 class SharedNoiseSampler(io.ComfyNode):
@@ -212,4 +213,5 @@ class SharedNoiseSampler(io.ComfyNode):
         cls, sampler: Any, noise_sharing: str = "shared", share: float = 0.5
     ) -> io.NodeOutput:
         with named_errors(cls):
-            return io.NodeOutput(native.SharedNoiseSampler(sampler, noise_sharing, share))
+            sharing = NoiseSharing(noise_sharing, share)
+            return io.NodeOutput(native.SharedNoiseSampler(sampler, sharing))

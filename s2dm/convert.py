@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .files import replacing
-from .models import PARTS, FlowAdapter, S2DMConfig, load_checkpoint, read_config, save_checkpoint
+from .models import PARTS, Checkpoint, FlowAdapter, S2DMConfig, load_checkpoint, save_checkpoint
 from .models.checkpoint import METADATA_KEY
 from .models.lfdm import PREFIX as LFDM_PREFIX
 from .models.lfdm import from_lfdm, lfdm_config
@@ -103,8 +103,9 @@ def convert(
         _add_adapter(read(source), source, target, half, recommend)
         return
     if source.is_file() and to_file:
-        config, states = load_checkpoint(source)
-        save_checkpoint(target, config.recommending(recommend or {}), states, dtype)
+        found = load_checkpoint(source)
+        config = found.config.recommending(recommend or {})
+        save_checkpoint(target, Checkpoint(config, found.states), dtype)
         return
     pipeline = _load(source)
     if recommend:
@@ -120,19 +121,12 @@ def convert(
 
 def _load(source: Path) -> Any:
     """The pipeline of a folder or file, of both stages if it holds both."""
-    from .pipelines import FlowToVideoPipeline, TextToVideoPipeline
+    from .pipelines import open_pipeline
 
     if source.is_file():
-        both = read_config(source).flow_generator is not None
-        kind = TextToVideoPipeline if both else FlowToVideoPipeline
-        return kind.from_single_file(source, torch_dtype=_stored_type([source]))
-    index = source / "model_index.json"
-    if not index.is_file():
-        raise ConversionError(f"{source} is no diffusers folder: it has no model_index.json.")
-    both = "flow_generator" in json.loads(index.read_text("utf-8"))
-    kind = TextToVideoPipeline if both else FlowToVideoPipeline
+        return open_pipeline(source, _stored_type([source]))
     variant, files = _stored(source.glob("*/*"))
-    return kind.from_pretrained(source, variant=variant, torch_dtype=_stored_type(files))
+    return open_pipeline(source, _stored_type(files), variant=variant)
 
 
 def _stored(files: Iterable[Path]) -> tuple[str | None, list[Path]]:
@@ -176,7 +170,7 @@ def _read_folder(source: Path) -> dict[str, Tensor]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from .models.build import text_encoder_state, unet_state, vae_state
+    from .pipelines.modules import text_encoder_state, unet_state, vae_state
 
     parts = {
         "unet": (UNet2DConditionModel, unet_state),
@@ -224,7 +218,7 @@ def _add_adapter(
         data=f"Stable Diffusion from {source.name}, new flow adapter",
     )
     dtype = torch.float16 if half else None
-    save_checkpoint(target, config.recommending(recommend or {}), states, dtype)
+    save_checkpoint(target, Checkpoint(config.recommending(recommend or {}), states), dtype)
 
 
 def _tokenizer_of(source: Path) -> dict[str, Any]:
@@ -294,7 +288,7 @@ def _convert_lfdm(diffusion: dict[str, Tensor], source: Path, target: Path, half
         data=f"LFDM's weights (arXiv 2303.13744) from {source.name}",
     )
     states = {"flow_generator": weights}
-    save_checkpoint(target, config, states, torch.float16 if half else None)
+    save_checkpoint(target, Checkpoint(config, states), torch.float16 if half else None)
 
 
 def _read_pickle(source: Path) -> Any:

@@ -27,8 +27,8 @@ from s2dm import cli
 from s2dm.evaluation.modes import MODES, Generator, Made, Make, Mode, Variant
 from s2dm.evaluation.protocol import file_hash
 from s2dm.models import load_checkpoint
-from s2dm.models.build import build_text_encoder, build_vae
 from s2dm.pipelines import embed_prompts
+from s2dm.pipelines.modules import build
 from s2dm.training.loop import training_of
 
 
@@ -49,10 +49,10 @@ def video_diffusion(network: VideoDiffusion, guidance: float | None) -> Make:
             text,
             (clip.flow.frames, config.latent_channels, *cells),
             sampling.steps,
-            sampling.guidance if guidance is None else guidance,
+            sampling.guidance_scale if guidance is None else guidance,
             torch.Generator().manual_seed(seed),
         )
-        frames = pipeline.decode_latents(latents, generator.chunk)[..., :height, :width]
+        frames = pipeline.decode_latents(latents, generator.chunk_size)[..., :height, :width]
         return Made(frames, flow=None, still=None)
 
     return make
@@ -95,11 +95,9 @@ def _training(path: Path) -> str:
 
 def _check(path: Path, network: VideoDiffusion, trained_on: str, checkpoint: Path) -> None:
     parts = ["vae", "text_encoder"] if network.config.text_dim else ["vae"]
-    config, states = load_checkpoint(checkpoint, parts)
-    encoder = None
-    if "text_encoder" in parts:
-        encoder = build_text_encoder(config.text_encoder, states["text_encoder"])
-    if input_hash(build_vae(config.vae, states["vae"]), encoder) != trained_on:
+    loaded = load_checkpoint(checkpoint, parts)
+    encoder = build(loaded, "text_encoder") if "text_encoder" in loaded else None
+    if input_hash(build(loaded, "vae"), encoder) != trained_on:
         raise ValueError(
             f"{path.name}: expected a network trained with the {' and '.join(parts)} of "
             f"{checkpoint.name}, got one trained with others. Give the checkpoint of its training, "

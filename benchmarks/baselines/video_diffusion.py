@@ -23,7 +23,7 @@ from s2dm.files import replacing
 from s2dm.models import ScheduleConfig
 from s2dm.models.flow_generator import Head, UNet3D, per_frame
 from s2dm.pipelines.flow_to_video import ddim_scheduler
-from s2dm.sector import draw_noise, guide, sample
+from s2dm.sector import NoiseSharing, guide, sample
 from s2dm.training.cache import weights_hash
 from s2dm.training.config import config_from_dict
 
@@ -128,7 +128,7 @@ def generate_latents(
             return known
         return guide(network(clip, timestep)[0].float(), known, guidance_scale)
 
-    noise = draw_noise(shape[0], shape[1:], generator, "independent").to(weights.device)
+    noise = NoiseSharing("independent").draw(shape[0], shape[1:], generator).to(weights.device)
     return sample(denoise, ddim_scheduler(network.config.schedule), noise, steps)
 
 

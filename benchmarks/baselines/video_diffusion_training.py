@@ -21,12 +21,12 @@ from video_diffusion import (
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.models import load_checkpoint
-from s2dm.models.build import build_text_encoder, build_tokenizer
+from s2dm.pipelines.modules import build, build_tokenizer
 from s2dm.sector import add_noise, training_target
 from s2dm.training.cache import clip_latents, training_clips
 from s2dm.training.config import TrainingConfig
 from s2dm.training.datasets import held_out_clips, pixels
-from s2dm.training.loop import Progress, run_training, sheet_generator
+from s2dm.training.loop import Progress, run_training, sheet_seed
 from s2dm.training.models import frozen_vae
 from s2dm.training.schedule import alpha_bars, draw_timesteps
 from s2dm.training.stage1 import embed_captions
@@ -136,7 +136,7 @@ class VideoDiffusionTask:
                 (len(clip["frames"]), *self.latents.shape[2:]),
                 config.sample_steps,
                 config.guidance_scale,
-                sheet_generator(number),
+                torch.Generator().manual_seed(sheet_seed(number)),
             )
             decoded = self.vae.decode(latents / self.vae.config.scaling_factor).sample
             generated = (decoded.cpu() / 2 + 0.5).clamp(0, 1)
@@ -159,8 +159,9 @@ def build_task(config: VideoDiffusionTrainingConfig, device: torch.device) -> Vi
     """
     clips = training_clips(config)
     parts = ["vae", "text_encoder"] if config.text else ["vae"]
-    model_config, states = load_checkpoint(config.checkpoint, parts)
-    vae = frozen_vae(model_config.vae, states["vae"], device)
+    checkpoint = load_checkpoint(config.checkpoint, parts)
+    model_config = checkpoint.config
+    vae = frozen_vae(*checkpoint["vae"], device)
     half = config.mixed_precision == "bf16"
     latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
     held_out = [
@@ -169,7 +170,7 @@ def build_task(config: VideoDiffusionTrainingConfig, device: torch.device) -> Vi
     ]
     encoder = texts = None
     if config.text:
-        encoder = build_text_encoder(model_config.text_encoder, states["text_encoder"])
+        encoder = build(checkpoint, "text_encoder")
         tokenizer = build_tokenizer(model_config)
         texts = embed_captions(encoder.to(device).eval(), tokenizer, clips.captions)
         for clip in held_out:

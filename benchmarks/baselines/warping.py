@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from s2dm.evaluation.clip_metrics import still_region
-from s2dm.evaluation.modes import Generator, Made, Sampling, Variant
+from s2dm.evaluation.modes import Generator, Made, Variant
 from s2dm.flow import FlowField
-from s2dm.models import decode_flow
+from s2dm.models import FlowSampling, decode_flow
 from s2dm.pipelines import TextToVideoPipeline, embed_prompts, flow_scheduler, generate_flow
 from s2dm.sector import seed_of_flow
 
@@ -28,7 +28,7 @@ def warp_latents(reference: Tensor, flow: FlowField) -> Tensor:
 
 
 def imagine_flow(
-    pipeline: TextToVideoPipeline, prompt: str, reference: Tensor, sampling: Sampling, seed: int
+    pipeline: TextToVideoPipeline, prompt: str, reference: Tensor, sampling: FlowSampling, seed: int
 ) -> FlowField:
     """The flow that the two-stage pipeline makes for a seed, of the size that the VAE decodes to.
 
@@ -40,8 +40,8 @@ def imagine_flow(
         flow_scheduler(network.config.schedule),
         embed_prompts(pipeline.text_encoder, pipeline.tokenizer, [prompt]),
         reference,
-        sampling.flow_steps,
-        sampling.flow_text_guidance,
+        sampling.steps,
+        sampling.guidance_scale,
         torch.Generator().manual_seed(seed_of_flow(seed)),
     )
     height, width = (side * pipeline.vae_factor for side in reference.shape[2:])
@@ -54,8 +54,8 @@ def warping(generator: Generator, clip: Any, variant: Variant, seed: int) -> Mad
     pipeline, caption = generator.pipeline, clip.caption
     still = FlowField.zeros(1, height, width)
     reference = generator.follow(caption, still, variant, seed, output_type="latent")
-    flow = imagine_flow(pipeline, caption, reference, generator.sampling, seed).retime(count)
-    frames = pipeline.decode_latents(warp_latents(reference, flow), generator.chunk)
+    flow = imagine_flow(pipeline, caption, reference, generator.flow_sampling, seed).retime(count)
+    frames = pipeline.decode_latents(warp_latents(reference, flow), generator.chunk_size)
     # Sizes that are no whole number of latent cells are made a little larger.
     flow = flow.crop(height, width)
     return Made(frames[..., :height, :width], flow, still_region(flow))

@@ -21,17 +21,22 @@ from torch import Tensor, nn
 
 from ...s2dm.flow import FlowField
 from ...s2dm.flow.geometry import resample
-from ...s2dm.models import FlowGenerator, FlowGeneratorConfig, S2DMConfig, constrain, decode_flow
+from ...s2dm.models import (
+    FlowGenerator,
+    FlowGeneratorConfig,
+    FlowSampling,
+    S2DMConfig,
+    constrain,
+    decode_flow,
+)
 from ...s2dm.models.flow_generator import FLOW_CHANNELS
 from ...s2dm.sector import betas, seed_of_flow
 
 MODEL_TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
-MIN_FRAMES, MAX_FRAMES = 2, 64
+MIN_FRAMES = 2
 
 # DDIM without noise of its own is Euler's method, and core's ddim is its euler.
 _SAMPLERS = {"dpmpp_2m": "dpmpp_2m", "ddim": "euler"}
-FLOW_SAMPLERS = tuple(_SAMPLERS)
-"""Those that the diffusers pipeline has too, so that a flow can be made again outside ComfyUI."""
 
 _CONDITIONS = "s2dm_flow_generator"
 """Key of the network's conditions in a conditioning entry."""
@@ -73,12 +78,9 @@ def generate_flow(
     stage1: Stage1,
     reference: Tensor,
     prompt: str,
-    frames: int,
-    steps: int,
-    cfg: float,
+    num_frames: int,
+    sampling: FlowSampling,
     seed: int,
-    motion_strength: float = 0.0,
-    sampler: str = FLOW_SAMPLERS[0],
     on_step: Callable[..., None] | None = None,
 ) -> FlowField:
     """A flow that fits a prompt and a reference frame.
@@ -89,29 +91,32 @@ def generate_flow(
             network sees it stretched to the checkpoint's resolution, because every pixel of the
             frame needs flow and half-frames don't depend on its shape.
         prompt: what happens; the null label if it is blank.
-        frames: of the result, from 2 to 64. The network makes as many as it was trained on, and
+        num_frames: of the result, 2 or more. The network makes as many as it was trained on, and
             the flow is retimed.
-        steps: of the sampler, at most as many as the schedule has.
-        cfg: how far to go from the null label to the prompt; 1 for no guidance.
+        sampling: steps, guidance, sampler and motion strength.
         seed: of the noise. It may be that of the clip: stage 1 makes another one of it.
-        motion_strength: mean motion as a multiple of the training clips' mean; 0 leaves it open.
-        sampler: one of `FLOW_SAMPLERS`.
         on_step: core's sampling callback.
 
     Returns:
-        A field of `frames` frames in the size of the reference.
+        A field of `num_frames` frames in the size of the reference.
 
     Raises:
         ValueError: an argument is out of its range, or the network lacks what it asks for.
     """
     config = stage1.config.flow_generator
-    _check(config, frames, steps, sampler)
+    if num_frames < MIN_FRAMES:
+        raise ValueError(
+            f"expected at least {MIN_FRAMES} frames, got {num_frames}. A single frame has no "
+            "motion: sample it from Encode Flow (S2DM) without a flow."
+        )
+    sampling.check(config, num_frames)
     known = {
         "reference": _features(stage1, reference),
         "text": torch.zeros(1, config.text_dim),
         "keep_text": torch.tensor([False]),
-        **_motion(motion_strength, config),
     }
+    if (motion := sampling.motion(config)) is not None:
+        known["motion"] = motion
     unknown = dict(known)
     if prompt.strip():
         known |= {"text": _embed(stage1.clip, prompt), "keep_text": torch.tensor([True])}
@@ -122,9 +127,9 @@ def generate_flow(
     sample = comfy.sample.sample_custom(
         stage1.network,
         noise,
-        cfg,
-        comfy.samplers.ksampler(_SAMPLERS[sampler]),
-        _sigmas(stage1.network.get_model_object("model_sampling"), steps),
+        sampling.guidance_scale,
+        comfy.samplers.ksampler(_SAMPLERS[sampling.sampler]),
+        _sigmas(stage1.network.get_model_object("model_sampling"), sampling.steps),
         [[None, {_CONDITIONS: known}]],
         [[None, {_CONDITIONS: unknown}]],
         torch.zeros_like(noise),
@@ -133,24 +138,7 @@ def generate_flow(
         seed=seed,
     )
     height, width = reference.shape[1:3]
-    return decode_flow(sample[0].transpose(0, 1).cpu(), config, height, width).retime(frames)
-
-
-def _check(config: FlowGeneratorConfig, frames: int, steps: int, sampler: str) -> None:
-    if not MIN_FRAMES <= frames <= MAX_FRAMES:
-        remedy = (
-            "A single frame has no motion: sample it from Encode Flow (S2DM) without a flow."
-            if frames < MIN_FRAMES
-            else "The motion between the frames that are generated is linear, and would show."
-        )
-        raise ValueError(f"expected {MIN_FRAMES} to {MAX_FRAMES} frames, got {frames}. {remedy}")
-    if not 1 <= steps <= config.schedule.steps:
-        raise ValueError(
-            f"expected 1 to {config.schedule.steps} steps, as many as the flow generator's noise "
-            f"schedule has, got {steps}."
-        )
-    if sampler not in FLOW_SAMPLERS:
-        raise ValueError(f"expected a sampler among {', '.join(FLOW_SAMPLERS)}, got {sampler!r}.")
+    return decode_flow(sample[0].transpose(0, 1).cpu(), config, height, width).retime(num_frames)
 
 
 def _features(stage1: Stage1, image: Tensor) -> Tensor:
@@ -169,17 +157,6 @@ def _embed(clip: comfy.sd.CLIP, prompt: str) -> Tensor:
     """CLIP's state at the end of the prompt, (1, text_dim)."""
     _, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled="unprojected")
     return pooled
-
-
-def _motion(strength: float, config: FlowGeneratorConfig) -> dict[str, Tensor]:
-    if strength == 0:
-        return {}
-    if not config.motion_strength or config.motion == 0:
-        raise ValueError(
-            f"expected motion_strength 0, got {strength:g}: the flow generator of this checkpoint "
-            "was trained without it. Set it to 0."
-        )
-    return {"motion": torch.tensor([strength * config.motion])}
 
 
 def _sigmas(sampling: comfy.model_sampling.ModelSamplingDiscrete, steps: int) -> Tensor:

@@ -55,7 +55,8 @@ def load_all(path: str, frames: int = 0) -> Checkpoint:
         CheckpointError: the file is broken, or a part is missing or not for ComfyUI.
     """
     stage_1 = () if read_config(path).flow_generator is None else ("flow_generator",)
-    config, state = load_checkpoint(path, parts=(*_PARTS, *stage_1))
+    checkpoint = load_checkpoint(path, parts=(*_PARTS, *stage_1))
+    config, state = checkpoint.config, checkpoint.states
     if config.vae.factor != _LATENT_FACTOR or config.vae.latent_channels != config.unet.in_channels:
         raise CheckpointError(
             f"vae: expected {config.unet.in_channels} latent channels of {_LATENT_FACTOR} pixels "
@@ -94,8 +95,8 @@ def _stage1(
 
 def load_adapter(path: str) -> tuple[S2DMConfig, State]:
     """The config and the weights of a flow adapter, from any S2DM file that holds one."""
-    config, state = load_checkpoint(path, parts=("flow_adapter",))
-    return config, state["flow_adapter"]
+    adapter = load_checkpoint(path, parts=("flow_adapter",))
+    return adapter.config, adapter["flow_adapter"].state
 
 
 def load_model(
@@ -137,8 +138,8 @@ def load_model(
 
 
 def _reload_model(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    config, state = load_checkpoint(path, parts=("unet", "vae"))
-    return load_model(config, state["unet"], disable_dynamic)
+    checkpoint = load_checkpoint(path, parts=("unet", "vae"))
+    return load_model(checkpoint.config, checkpoint["unet"].state, disable_dynamic)
 
 
 class _ModelConfig(comfy.supported_models.SD15):

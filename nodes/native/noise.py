@@ -16,27 +16,23 @@ from comfy.k_diffusion.sampling import BrownianTreeNoiseSampler
 from comfy.samplers import KSAMPLER, Sampler
 from torch import Tensor
 
-from ...s2dm.sector import StepNoise, draw_noise
-from ...s2dm.sector.noise import check_sharing
+from ...s2dm.sector import SHARED, NoiseSharing, StepNoise, next_seed
+from ...s2dm.sector.noise import BrownianPath
 
-_SEEDS = 2**64
-_INDEPENDENT = "independent"
-_OWN_SEED = 0x5ED
-"""What separates the seed of the frames' own noise from that of the common one in "mixed"."""
+_BROWNIAN = {f"sample_dpmpp_{name}" for name in ("sde", "2m_sde", "2m_sde_heun", "3m_sde")}
+"""Core's samplers that ask for noise of overlapping intervals. "_gpu" ones draw on the GPU."""
 
 
 class SharedNoise:
-    """NOISE whose frames agree; `draw_noise` explains the sharing and the share.
+    """NOISE whose frames agree as far as the sharing says.
 
     The noise of N frames in shared mode is the noise of one frame with the same seed and size.
     Core's RandomNoise gives that frame too, so a still and its clip can start alike.
     """
 
-    def __init__(self, seed: int, sharing: str = "shared", share: float = 0.5) -> None:
-        check_sharing(sharing, share)
+    def __init__(self, seed: int, sharing: NoiseSharing = SHARED) -> None:
         self.seed = seed
         self.sharing = sharing
-        self.share = share
 
     def generate_noise(self, input_latent: dict[str, Any]) -> Tensor:
         """Noise for a LATENT, (N, C, h, w) on the CPU.
@@ -48,9 +44,7 @@ class SharedNoise:
         frames = input_latent.get("batch_index") or list(range(latent.shape[0]))
         # As core's noise does: samplers that draw on their own start from here.
         generator = torch.manual_seed(self.seed)
-        noise = draw_noise(
-            max(frames) + 1, tuple(latent.shape[1:]), generator, self.sharing, self.share
-        )
+        noise = self.sharing.draw(max(frames) + 1, tuple(latent.shape[1:]), generator)
         return noise[frames].to(latent.dtype)
 
 
@@ -62,8 +56,7 @@ class SharedNoiseSampler(KSAMPLER):
     samplers of other packs): there the draws themselves are answered, see `StepNoise`.
     """
 
-    def __init__(self, inner: Sampler, sharing: str = "shared", share: float = 0.5) -> None:
-        check_sharing(sharing, share)
+    def __init__(self, inner: Sampler, sharing: NoiseSharing = SHARED) -> None:
         if isinstance(inner, SharedNoiseSampler):
             inner = inner.inner
         # Other nodes look at these of any KSAMPLER.
@@ -74,7 +67,6 @@ class SharedNoiseSampler(KSAMPLER):
         )
         self.inner = inner
         self.sharing = sharing
-        self.share = share
 
     def sample(
         self,
@@ -90,10 +82,9 @@ class SharedNoiseSampler(KSAMPLER):
         """Run the sampler. Arguments and result are those of core's KSAMPLER."""
         rest = (noise, latent_image, denoise_mask, disable_pbar)
         inner = self.inner
-        if self.sharing == _INDEPENDENT:
+        if self.sharing.mode == "independent":
             return inner.sample(model_wrap, sigmas, extra_args, callback, *rest)
-        # One more than the seed, because the initial noise was drawn with the seed itself.
-        seed = ((extra_args.get("seed") or 0) + 1) % _SEEDS
+        seed = next_seed(extra_args.get("seed") or 0)
         if isinstance(inner, KSAMPLER):
             options = dict(inner.extra_options)
             if takes_noise_sampler(inner.sampler_function):
@@ -108,38 +99,28 @@ class SharedNoiseSampler(KSAMPLER):
         if not draws:
             return inner.sample(model_wrap, sigmas, extra_args, callback, *rest)
         generator = torch.Generator().manual_seed(seed)
-        with StepNoise(noise.shape[0], generator, self.sharing, self.share):
+        with StepNoise(noise.shape[0], generator, self.sharing):
             return inner.sample(model_wrap, sigmas, extra_args, callback, *rest)
 
-    def _noise_sampler(self, noise: Tensor, sigmas: Tensor, seed: int) -> Callable[..., Tensor]:
+    def _noise_sampler(self, noise: Tensor, sigmas: Tensor, seed: int) -> BrownianPath:
         positive = sigmas[sigmas > 0]
-        if not is_sde(self.sampler_function) or len(positive) == 0:
+        name = getattr(self.sampler_function, "__name__", "")
+        if name.removesuffix("_gpu") not in _BROWNIAN or len(positive) == 0:
             generator = torch.Generator().manual_seed(seed)
-            return lambda sigma, sigma_next: (
-                draw_noise(
-                    noise.shape[0], tuple(noise.shape[1:]), generator, self.sharing, self.share
-                )
-                .to(noise)
-                .contiguous()
+
+            def draw(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+                drawn = self.sharing.draw(len(noise), tuple(noise.shape[1:]), generator)
+                return drawn.to(noise).contiguous()
+
+            return draw
+
+        def path(like: Tensor, seed: int) -> BrownianPath:
+            cpu = not name.endswith("_gpu")
+            return BrownianTreeNoiseSampler(
+                like, positive.min(), positive.max(), seed=seed, cpu=cpu
             )
-        span = (noise, positive.min(), positive.max())
-        cpu = not self.sampler_function.__name__.endswith("_gpu")
-        common = _tree(noise[:1], *span[1:], seed, cpu)
-        own = None
-        if self.sharing == "mixed":
-            own = _tree(noise, *span[1:], (seed + _OWN_SEED) % _SEEDS, cpu)
 
-        def shared_tree(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-            one = common(sigma, sigma_next)
-            if own is None:
-                return one.expand_as(noise).contiguous()
-            return self.share**0.5 * one + (1 - self.share) ** 0.5 * own(sigma, sigma_next)
-
-        return shared_tree
-
-
-def _tree(like: Tensor, low: Tensor, high: Tensor, seed: int, cpu: bool) -> Callable[..., Tensor]:
-    return BrownianTreeNoiseSampler(like, low, high, seed=seed, cpu=cpu)
+        return self.sharing.brownian(path, noise, seed)
 
 
 def takes_noise_sampler(function: Callable[..., Any]) -> bool:
@@ -150,22 +131,12 @@ def takes_noise_sampler(function: Callable[..., Any]) -> bool:
     return "noise_sampler" in inspect.signature(function).parameters
 
 
-def is_sde(function: Callable[..., Any]) -> bool:
-    """Whether a sampler asks for noise of intervals that overlap, which takes a Brownian tree."""
-    name = getattr(function, "__name__", "")
-    return name.startswith("sample_dpmpp") and "sde" in name
-
-
 def draws_on_its_own(function: Callable[..., Any], options: dict[str, Any]) -> bool:
     """Whether a sampler may draw noise past the `noise_sampler` in its options.
 
-    Core's functions are known by their code. Others are believed when they take a noise
-    sampler; without one, nothing is known of them.
+    One that takes a noise sampler is believed to draw from it alone. Of core's others those with
+    "churn" draw; of other packs' others nothing is known.
     """
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    if code is None or not function.__module__.startswith("comfy."):
-        return "noise_sampler" not in options
-    if not {"randn", "randn_like"} & set(code.co_names):
+    if "noise_sampler" in options:
         return False
-    churns = "s_churn" in inspect.signature(function).parameters
-    return not churns or options.get("s_churn", 0.0) > 0
+    return not function.__module__.startswith("comfy.") or options.get("s_churn", 0.0) > 0

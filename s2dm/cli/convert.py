@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import number, positive
+from .options import number, positive, sampling_entries
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -42,12 +42,5 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..convert import convert
 
-    given = {
-        "steps": options.steps,
-        "guidance_scale": options.guidance,
-        "flow_guidance_scale": options.flow_guidance,
-        "flow_start": options.flow_start,
-    }
-    recommend = {name: value for name, value in given.items() if value is not None}
-    convert(options.input, options.output, options.half, recommend)
+    convert(options.input, options.output, options.half, sampling_entries(options))
     print(options.output)

@@ -12,6 +12,7 @@ from .options import (
     check_exists,
     number,
     positive,
+    sampling_entries,
 )
 
 
@@ -86,10 +87,10 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..evaluation.modes import Sampling, Variant
+    from ..evaluation.modes import Variant
     from ..evaluation.run import EvaluationConfig, evaluate
     from ..evaluation.tables import markdown_table
-    from ..models import read_config
+    from ..models import FlowSampling, read_config
     from ..training.config import DataConfig, read_settings
 
     check_exists(options.checkpoint)
@@ -113,17 +114,11 @@ def run(options: argparse.Namespace) -> None:
         clips=options.clips or 0,
         variants=variants,
         seeds=tuple(options.seeds),
-        sampling=Sampling(
-            steps=options.steps,
-            guidance=options.guidance,
-            flow_guidance=options.flow_guidance,
-            flow_start=options.flow_start,
-            flow_steps=options.flow_steps,
-            flow_text_guidance=options.flow_text_guidance,
-        ),
+        sampling=sampling_entries(options),
+        flow_sampling=FlowSampling(options.flow_steps, options.flow_text_guidance),
         method=None if options.method == "none" else options.method,
         i3d=options.i3d,
-        chunk=options.chunk,
+        chunk_size=options.chunk,
         half=options.half,
         sheet_clips=options.sheet_clips,
         cpu=options.cpu,

@@ -14,6 +14,7 @@ from .options import (
     number,
     positive,
     rate,
+    sampling_entries,
     size,
 )
 
@@ -104,6 +105,8 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..models import FlowSampling
+    from ..sector import NoiseSharing
     from ..video import DEFAULT_FPS, check_clip_path, read_image, write_clip
 
     check_clip_path(options.output)
@@ -126,13 +129,9 @@ def run(options: argparse.Namespace) -> None:
     pipeline = _load_pipeline(options, from_prompt)
     settings = {
         "negative_prompt": options.negative,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance,
-        "flow_guidance_scale": options.flow_guidance,
-        "flow_start": options.flow_start,
+        "sampling": sampling_entries(options),
         "seed": options.seed,
-        "noise_sharing": options.sharing,
-        "noise_share": options.share,
+        "noise_sharing": NoiseSharing(options.sharing, options.share),
         "chunk_size": options.chunk,
     }
     if from_prompt:
@@ -142,8 +141,9 @@ def run(options: argparse.Namespace) -> None:
             options.frames,
             height=height,
             width=width,
-            flow_steps=options.flow_steps or 20,
-            motion_strength=options.motion_strength,
+            flow_sampling=FlowSampling(
+                options.flow_steps or FlowSampling.steps, motion_strength=options.motion_strength
+            ),
             reference=None if options.reference is None else read_image(options.reference),
             **settings,
         )

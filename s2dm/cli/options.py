@@ -45,6 +45,17 @@ def add_sampling(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def sampling_entries(options: argparse.Namespace) -> dict[str, float]:
+    """What was given of the options of `add_sampling`, as entries of `SamplingConfig`."""
+    entries = {
+        "steps": options.steps,
+        "guidance_scale": options.guidance,
+        "flow_guidance_scale": options.flow_guidance,
+        "flow_start": options.flow_start,
+    }
+    return {name: value for name, value in entries.items() if value is not None}
+
+
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")

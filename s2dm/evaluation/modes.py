@@ -5,7 +5,6 @@ A new way to generate is one more entry in `MODES`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,41 +15,13 @@ import torch
 from torch import Tensor
 
 from ..flow import FlowField
-from ..models import SamplingConfig, read_config
-from ..sector.noise import check_sharing
+from ..models import FlowSampling, SamplingConfig
+from ..sector import SHARED, NoiseSharing
 from ..training.datasets import pixels
 from .clip_metrics import still_region
 
 if TYPE_CHECKING:
     from ..pipelines import FlowToVideoPipeline
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How clips are sampled; None is what the checkpoint recommends (see `SamplingConfig`)."""
-
-    steps: int | None = None
-    guidance: float | None = None
-    flow_guidance: float | None = None
-    flow_start: float | None = None
-    flow_steps: int = 20
-    flow_text_guidance: float = 1.0
-
-    def filled(self, recommended: SamplingConfig) -> Sampling:
-        """With what a checkpoint recommends in place of None."""
-        given = {
-            "steps": recommended.steps,
-            "guidance": recommended.guidance_scale,
-            "flow_guidance": recommended.flow_guidance_scale,
-            "flow_start": recommended.flow_start,
-        }
-        missing = {name: value for name, value in given.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing)
-
-    def __str__(self) -> str:
-        flow = "" if self.flow_guidance is None else f" (flow {self.flow_guidance:g})"
-        start = f", flow from {self.flow_start:g}" if self.flow_start else ""
-        return f"DDIM, {self.steps} steps, guidance {self.guidance:g}{flow}{start}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +45,8 @@ class Generator:
 
     Args:
         checkpoint: a `.safetensors` file.
-        sampling: how.
-        chunk: frames computed at a time.
+        sampling, flow_sampling: how, in stage 2 and in stage 1.
+        chunk_size: frames computed at a time.
         device: to compute on.
         dtype: of the weights.
     """
@@ -83,22 +54,22 @@ class Generator:
     def __init__(
         self,
         checkpoint: Path,
-        sampling: Sampling,
-        chunk: int = 8,
+        sampling: SamplingConfig,
+        flow_sampling: FlowSampling = FlowSampling(),  # noqa: B008 (frozen)
+        chunk_size: int = 8,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.checkpoint, self.sampling, self.chunk = checkpoint, sampling, chunk
+        self.checkpoint, self.chunk_size = checkpoint, chunk_size
+        self.sampling, self.flow_sampling = sampling, flow_sampling
         self.device, self.dtype = device, dtype
 
     @cached_property
     def pipeline(self) -> FlowToVideoPipeline:
         """Of both stages where the checkpoint has them."""
-        from ..pipelines import FlowToVideoPipeline, TextToVideoPipeline
+        from ..pipelines import open_pipeline
 
-        both = read_config(self.checkpoint).flow_generator is not None
-        kind = TextToVideoPipeline if both else FlowToVideoPipeline
-        pipeline = kind.from_single_file(self.checkpoint, torch_dtype=self.dtype)
+        pipeline = open_pipeline(self.checkpoint, self.dtype)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 
@@ -124,22 +95,17 @@ class Generator:
             frames,
             height=height,
             width=width,
-            flow_steps=self.sampling.flow_steps,
-            flow_text_guidance_scale=self.sampling.flow_text_guidance,
+            flow_sampling=self.flow_sampling,
             **self._arguments(variant, seed),
         )
         return result.frames, result.flow
 
     def _arguments(self, variant: Variant, seed: int) -> dict[str, Any]:
         return {
-            "num_inference_steps": self.sampling.steps,
-            "guidance_scale": self.sampling.guidance,
-            "flow_guidance_scale": self.sampling.flow_guidance,
-            "flow_start": self.sampling.flow_start,
+            "sampling": self.sampling,
             "seed": seed,
             "noise_sharing": variant.sharing,
-            "noise_share": variant.share,
-            "chunk_size": self.chunk,
+            "chunk_size": self.chunk_size,
         }
 
 
@@ -179,7 +145,7 @@ def _given_flow(generator: Generator, clip: Any, variant: Variant, seed: int) ->
 
 def _zero_flow(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
     # Equal conditions and shared noise make equal frames: one is enough.
-    count = 1 if variant.sharing == "shared" else clip.flow.frames
+    count = 1 if variant.sharing.mode == "shared" else clip.flow.frames
     flow = FlowField.zeros(count, clip.flow.height, clip.flow.width)
     frames = generator.follow(clip.caption, flow, variant, seed)
     return _beside(clip, frames.expand(clip.flow.frames, -1, -1, -1))
@@ -194,7 +160,7 @@ def _two_stage(generator: Generator, clip: Any, variant: Variant, seed: int) -> 
 def _autoencoder(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
     from ..training.vae import reconstruct
 
-    frames = reconstruct(generator.pipeline.vae, pixels(clip.frames), generator.chunk)
+    frames = reconstruct(generator.pipeline.vae, pixels(clip.frames), generator.chunk_size)
     return _beside(clip, frames)
 
 
@@ -220,15 +186,13 @@ class Variant:
     """
 
     mode: str
-    sharing: str = "shared"
-    share: float = 0.5
+    sharing: NoiseSharing = SHARED
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"Expected one of {', '.join(MODES)}, got {self.mode!r}.")
-        check_sharing(self.sharing, self.share)
-        if self.sharing != "shared" and not self._has_sharing:
-            raise ValueError(f"{self.mode} has no noise to share: leave out {self.sharing!r}.")
+        if self.sharing.mode != "shared" and not self._has_sharing:
+            raise ValueError(f"{self.mode} has no noise to share: leave out {self.sharing.mode!r}.")
 
     @classmethod
     def parse(cls, text: str) -> Variant:
@@ -237,18 +201,18 @@ class Variant:
         if len(rest) > 2 or (len(rest) == 2 and rest[0] != "mixed"):
             raise ValueError(f"Expected MODE, MODE:SHARING or MODE:mixed:SHARE, got {text!r}.")
         if len(rest) < 2:
-            return cls(mode, *rest)
+            return cls(mode, NoiseSharing(*rest))
         try:
             share = float(rest[1])
         except ValueError:
             raise ValueError(f"Expected a share from 0 to 1, got {rest[1]!r}.") from None
-        return cls(mode, rest[0], share)
+        return cls(mode, NoiseSharing("mixed", share))
 
     def __str__(self) -> str:
         """As `parse` reads it."""
-        if self.sharing == "mixed":
-            return f"{self.mode}:mixed:{self.share:g}"
-        return self.mode if self.sharing == "shared" else f"{self.mode}:{self.sharing}"
+        if self.sharing.mode == "mixed":
+            return f"{self.mode}:mixed:{self.sharing.share:g}"
+        return self.mode if self.sharing.mode == "shared" else f"{self.mode}:{self.sharing.mode}"
 
     @property
     def sampled(self) -> bool:
@@ -271,8 +235,8 @@ class Variant:
         mode = MODES[self.mode]
         if not self._has_sharing:
             return mode.title
-        share = f" ({self.share:g})" if self.sharing == "mixed" else ""
-        return f"{mode.title}, {self.sharing} noise{share}"
+        share = f" ({self.sharing.share:g})" if self.sharing.mode == "mixed" else ""
+        return f"{mode.title}, {self.sharing.mode} noise{share}"
 
     def make(self, generator: Generator, clip: Any, seed: int) -> Made:
         return MODES[self.mode].make(generator, clip, self, seed)

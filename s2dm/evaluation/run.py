@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..files import replacing, write_json, write_text
 from ..flow import FlowField, estimate_flow, flow_to_image
-from ..models import read_config
+from ..models import FlowSampling, read_config
 from ..training.config import DataConfig
 from ..training.datasets import ClipDataset, build_dataset, pixels
 from ..video import write_contact_sheet
@@ -43,7 +43,7 @@ from .clip_metrics import (
 )
 from .distances import sample_size_problem
 from .i3d import LEAST_FRAMES, load_i3d
-from .modes import Generator, Made, Sampling, Variant
+from .modes import Generator, Made, Variant
 from .protocol import ProtocolCard, code_version, file_hash, hardware
 from .tables import markdown_table, save_plots, summarise
 
@@ -60,11 +60,12 @@ class EvaluationConfig:
     clips: how many of its clips, in a shuffled order that never changes; 0 for all.
     variants: modes with their noise sharing, the rows of the table.
     seeds: each clip is generated once with each; clip k starts from noise 100000·seed + k.
-    sampling: steps and guidance.
+    sampling: of stage 2, entries of `SamplingConfig` in place of what the checkpoint recommends.
+    flow_sampling: of stage 1.
     method: flow estimator of the figures; None leaves out those that need one, and the time that
         it takes, which may be as long as sampling.
     i3d: weights for FVD and KVD (`load_i3d`), which are left out without them.
-    chunk: frames computed at a time.
+    chunk_size: frames computed at a time.
     half: weights in half precision: float16, on a CPU bfloat16.
     sheet_clips: clips on the sheet of pictures.
     cpu: don't use an accelerator.
@@ -76,10 +77,11 @@ class EvaluationConfig:
     clips: int = 0
     variants: tuple[Variant, ...] = (Variant("given-flow"),)
     seeds: tuple[int, ...] = (0,)
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    flow_sampling: FlowSampling = FlowSampling()  # noqa: RUF009 (frozen)
     method: str | None = "dis"
     i3d: Path | None = None
-    chunk: int = 8
+    chunk_size: int = 8
     half: bool = False
     sheet_clips: int = 4
     cpu: bool = False
@@ -178,7 +180,7 @@ class _Run:
 
         stages = read_config(config.checkpoint)
         # The numbers that are really used: clips are stored by them, and the protocol has them.
-        config = dataclasses.replace(config, sampling=config.sampling.filled(stages.sampling))
+        self.sampling = stages.sampling.replacing(config.sampling)
         self.config, self.state = config, state
         self.weights = file_hash(config.checkpoint)
         self.data = build_dataset(config.data, config.data.validation_split)
@@ -206,7 +208,12 @@ class _Run:
         half = torch.bfloat16 if state.device.type == "cpu" else torch.float16
         dtype = half if config.half else torch.float32
         self.generator = Generator(
-            config.checkpoint, config.sampling, config.chunk, state.device, dtype
+            config.checkpoint,
+            self.sampling,
+            config.flow_sampling,
+            config.chunk_size,
+            state.device,
+            dtype,
         )
         self.code = code_version()
         # Of the main process, because other machines may differ in a last digit.
@@ -226,7 +233,7 @@ class _Run:
         if variant != _TRUE:  # the truth is every checkpoint's
             made_by += [self.weights, str(self.generator.dtype)]
         if variant.sampled:
-            made_by.append(dataclasses.asdict(config.sampling))
+            made_by += [self.sampling.to_dict(), dataclasses.asdict(config.flow_sampling)]
         if variant.recipe:
             made_by.append(variant.recipe)
         key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:8]
@@ -354,11 +361,11 @@ class _Run:
         config, data = self.config, self.config.data
         options = "".join(f", {name} {value}" for name, value in data.options.items())
         dtype = str(self.generator.dtype).removeprefix("torch.")
-        sampling = f"{config.sampling}, {dtype}"
+        sampling = f"{self.sampling}, {dtype}"
         if any(variant.stage_1 for variant in config.variants):
             sampling += (
-                f"; stage 1 DPM-Solver++ 2M, {config.sampling.flow_steps} steps, guidance "
-                f"{config.sampling.flow_text_guidance:g}"
+                f"; stage 1 DPM-Solver++ 2M, {config.flow_sampling.steps} steps, guidance "
+                f"{config.flow_sampling.guidance_scale:g}"
             )
         flow_error = {}
         if config.method is not None:

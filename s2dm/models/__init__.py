@@ -1,10 +1,14 @@
-"""Flow adapter, configurations, key maps, tokenizer and checkpoint format.
-
-``build`` needs diffusers and transformers and is imported by name.
-"""
+"""Flow adapter, flow generator, configurations, key maps, tokenizer and checkpoint format."""
 
 from .adapter import FlowAdapter, fuse_attention
-from .checkpoint import PARTS, CheckpointError, load_checkpoint, read_config, save_checkpoint
+from .checkpoint import (
+    PARTS,
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+)
 from .config import (
     FORMAT_VERSION,
     FUSIONS,
@@ -20,27 +24,33 @@ from .config import (
 )
 from .flow_codec import constrain, decode_flow, encode_flow, mean_motion
 from .flow_generator import FlowGenerator
+from .flow_sampling import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling, check_reference
 from .presets import PUPPETS, SD15
 from .tokenizer import train_tokenizer, with_tokenizer, write_tokenizer
 
 __all__ = [
+    "FLOW_SAMPLERS",
     "FORMAT_VERSION",
     "FUSIONS",
+    "MAX_FRAMES",
     "PARTS",
     "PUPPETS",
     "SD15",
+    "Checkpoint",
     "CheckpointError",
     "ConfigError",
     "FlowAdapter",
     "FlowAdapterConfig",
     "FlowGenerator",
     "FlowGeneratorConfig",
+    "FlowSampling",
     "S2DMConfig",
     "SamplingConfig",
     "ScheduleConfig",
     "TextEncoderConfig",
     "UNetConfig",
     "VAEConfig",
+    "check_reference",
     "constrain",
     "decode_flow",
     "encode_flow",

@@ -14,8 +14,9 @@ is read, and that all weights are finite before anything is built from them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,20 +48,20 @@ class CheckpointError(ValueError):
     """A file that cannot be used: the message has its name, what was expected and a remedy."""
 
 
-class Part(NamedTuple):
-    """One part of the file: the prefix of its keys, and the table of them for a config."""
+class Layout(NamedTuple):
+    """Where a part lies in the file: the prefix of its keys, and the table of them for a config."""
 
     prefix: str
     keys: Callable[[Any], tuple[Key, ...]]
 
 
 # A part has the name of its entry in S2DMConfig. A new part is one more row.
-PARTS: dict[str, Part] = {
-    "unet": Part("model.diffusion_model.", unet_keys),
-    "text_encoder": Part("cond_stage_model.transformer.", text_encoder_keys),
-    "vae": Part("first_stage_model.", vae_keys),
-    "flow_adapter": Part("s2dm.flow_adapter.", flow_adapter_keys),
-    "flow_generator": Part("s2dm.flow_generator.", flow_generator_keys),
+PARTS: dict[str, Layout] = {
+    "unet": Layout("model.diffusion_model.", unet_keys),
+    "text_encoder": Layout("cond_stage_model.transformer.", text_encoder_keys),
+    "vae": Layout("first_stage_model.", vae_keys),
+    "flow_adapter": Layout("s2dm.flow_adapter.", flow_adapter_keys),
+    "flow_generator": Layout("s2dm.flow_generator.", flow_generator_keys),
 }
 
 # A buffer that older tools save with the text encoder; it holds 0, 1, 2, ...
@@ -73,12 +74,53 @@ _NO_JSON = (ValueError, RecursionError)
 
 _DAMAGED = "The metadata are damaged or of another version of S2DM: use the original, or update."
 
-State = dict[str, Tensor]
+State = Mapping[str, Tensor]
 
 
-def load_checkpoint(
-    path: str | Path, parts: Iterable[str] | None = None
-) -> tuple[S2DMConfig, dict[str, State]]:
+class Part(NamedTuple):
+    """One part of a checkpoint: its entry of the config, and its weights in the file's keys."""
+
+    config: Any
+    state: State
+
+
+class Checkpoint:
+    """Some parts of a model with what else is known of it: ``checkpoint["unet"]`` is a `Part`.
+
+    Args:
+        config: of the model. What ``Checkpoint.config`` keeps of it are these parts alone.
+        states: for each part its weights under the ldm keys, without the part's prefix.
+
+    Raises:
+        CheckpointError: weights of a part that the config doesn't describe.
+    """
+
+    def __init__(self, config: S2DMConfig, states: Mapping[str, State]) -> None:
+        unknown = [part for part in states if getattr(config, part, None) is None]
+        if unknown:
+            raise CheckpointError(
+                f"expected weights for {_listed(parts_of(config))}, as the config says, got "
+                f"{_listed(states)}."
+            )
+        absent = {part: None for part in PARTS if part not in states}
+        self.config = dataclasses.replace(config, **absent)
+        self.states = dict(states)
+
+    def __getitem__(self, part: str) -> Part:
+        if part not in self.states:
+            raise CheckpointError(
+                f"expected a checkpoint with {part}, got one with {_listed(self.states)}."
+            )
+        return Part(getattr(self.config, part), self.states[part])
+
+    def __contains__(self, part: str) -> bool:
+        return part in self.states
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.states)
+
+
+def load_checkpoint(path: str | Path, parts: Iterable[str] | None = None) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
@@ -87,8 +129,7 @@ def load_checkpoint(
             All parts of the file by default.
 
     Returns:
-        The config of the whole file, and for each part its weights as stored, under the ldm
-        keys without the part's prefix.
+        The parts, with their weights as stored.
 
     Raises:
         CheckpointError: if the file cannot be used or lacks one of ``parts``.
@@ -117,7 +158,7 @@ def load_checkpoint(
         ) from error
     for part, state in states.items():
         _check_finite(state, f"{path.name}: expected finite weights", PARTS[part].prefix)
-    return config, states
+    return Checkpoint(config, states)
 
 
 def read_config(path: str | Path) -> S2DMConfig:
@@ -153,35 +194,26 @@ def read_config(path: str | Path) -> S2DMConfig:
 
 
 def save_checkpoint(
-    path: str | Path,
-    config: S2DMConfig,
-    states: Mapping[str, Mapping[str, Tensor]],
-    dtype: torch.dtype | None = None,
+    path: str | Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None
 ) -> None:
     """Write a checkpoint, whole or not at all.
 
     Args:
         path: the file; its folder is created. A file that is there is replaced.
-        config: what the file holds. ``config.adapter_only()`` for a flow adapter alone.
-        states: for each part of the config its weights, as ``load_checkpoint`` returns them.
+        checkpoint: what to write.
         dtype: store the weights as this type, for example ``torch.float16``.
 
     Raises:
-        CheckpointError: if the states are not those that the config describes.
+        CheckpointError: if the weights are not those that the config describes, or not finite.
     """
     path = Path(path)
-    there = parts_of(config)
-    if set(states) != set(there):
-        raise CheckpointError(
-            f"{path.name}: expected weights for {_listed(there)}, as the config says, "
-            f"got {_listed(states)}."
-        )
+    config = checkpoint.config
     try:
         _check_tokenizer(config)
     except ValueError as error:
         raise CheckpointError(f"{path.name}: not saved: {error}") from error
-    tensors: State = {}
-    for part, state in states.items():
+    tensors: dict[str, Tensor] = {}
+    for part, state in checkpoint.states.items():
         prefix = PARTS[part].prefix
         expected = {prefix + name: shape for name, shape in _shapes(config, part).items()}
         got = {prefix + name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -355,6 +355,19 @@ class SamplingConfig(_Config):
             good = none or (_is_number(value) and value >= 0)
             self._expect(good, name, "a number from 0")
 
+    def replacing(self, entries: Mapping[str, Any] | None) -> SamplingConfig:
+        """Return these settings with some entries in place of their own.
+
+        Raises:
+            ConfigError: if one is unknown, or its value out of range.
+        """
+        return SamplingConfig.from_dict({**self.to_dict(), **(entries or {})})
+
+    def __str__(self) -> str:
+        flow = "" if self.flow_guidance_scale is None else f" (flow {self.flow_guidance_scale:g})"
+        start = f", flow from {self.flow_start:g}" if self.flow_start else ""
+        return f"DDIM, {self.steps} steps, guidance {self.guidance_scale:g}{flow}{start}"
+
 
 @dataclass(frozen=True)
 class FlowGeneratorConfig(_Config):
@@ -521,8 +534,7 @@ class S2DMConfig(_Config):
         Raises:
             ConfigError: if one is unknown, or its value out of range.
         """
-        sampling = SamplingConfig.from_dict({**self.sampling.to_dict(), **entries})
-        return dataclasses.replace(self, sampling=sampling)
+        return dataclasses.replace(self, sampling=self.sampling.replacing(entries))
 
     def adapter_only(self) -> S2DMConfig:
         """Return the config of a file that holds the flow adapter alone."""

@@ -9,15 +9,13 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from ..models import FlowGenerator, ScheduleConfig, constrain
-from ..models.build import tokenize
+from ..models import FLOW_SAMPLERS, FlowGenerator, ScheduleConfig, constrain
 from ..models.flow_generator import FLOW_CHANNELS
 from ..sector import betas, guide, implied_prediction, predicted_x0
+from .modules import tokenize
 
-FLOW_SAMPLERS = ("ddim", "dpmpp_2m")
 
-
-def flow_scheduler(schedule: ScheduleConfig, name: str = "dpmpp_2m") -> Any:
+def flow_scheduler(schedule: ScheduleConfig, name: str = FLOW_SAMPLERS[0]) -> Any:
     """A sampler of stage 1: DDIM, or DPM-Solver++ of second order with two steps.
 
     The timesteps end at T, because a flow is mostly low frequencies, which are still there

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +17,20 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..flow import FlowField
 from ..models import (
-    PARTS,
+    Checkpoint,
     S2DMConfig,
     SamplingConfig,
     ScheduleConfig,
     load_checkpoint,
-    read_config,
     save_checkpoint,
 )
-from ..models import build as models
-from ..sector import draw_noise, guide, sample
-from .arguments import check_arguments
+from ..sector import SHARED, NoiseSharing, guide, sample
+from .attention import attach_adapter, is_attached
 from .flow_adapter import FlowAdapterModel
+from .modules import build, build_tokenizer, to_checkpoint
+
+OUTPUT_TYPES = ("pt", "pil", "latent")
+"""The forms that a clip comes in: a tensor, PIL images, latents."""
 
 
 @dataclass
@@ -95,7 +97,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
             flow_adapter=flow_adapter,
         )
         self.register_to_config(s2dm_config=s2dm_config)
-        models.attach_adapter(unet, flow_adapter.adapter)
+        attach_adapter(unet, flow_adapter.adapter)
 
     # ------------------------------------------------------------------ files
 
@@ -112,30 +114,25 @@ class FlowToVideoPipeline(DiffusionPipeline):
         Raises:
             CheckpointError: the file is broken, or one of the parts is missing.
         """
-        config, states = load_checkpoint(path, cls._parts(read_config(path)))
-        components = cls._build(config, states)
+        checkpoint = load_checkpoint(path, cls._parts)
+        components = cls._build(checkpoint)
         for component in components.values():
             if isinstance(component, torch.nn.Module):
                 # Not the pipeline's own `to`, which warns of a mistake that this is not.
                 torch.nn.Module.to(component.eval(), torch_dtype)
-        return cls(**components, s2dm_config=_only(config, states).to_dict())
+        return cls(**components, s2dm_config=checkpoint.config.to_dict())
+
+    _parts: tuple[str, ...] = ("unet", "text_encoder", "vae", "flow_adapter")
+    """The parts of a checkpoint that the pipeline is built from."""
 
     @classmethod
-    def _parts(cls, config: S2DMConfig) -> tuple[str, ...]:
-        """The parts of a checkpoint that the pipeline is built from."""
-        return ("unet", "text_encoder", "vae", "flow_adapter")
-
-    @classmethod
-    def _build(cls, config: S2DMConfig, states: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-        """The pipeline's modules, built from the parts of a checkpoint."""
-        adapter = models.build_flow_adapter(config.flow_adapter, states["flow_adapter"])
-        return {
-            "vae": models.build_vae(config.vae, states["vae"]),
-            "text_encoder": models.build_text_encoder(config.text_encoder, states["text_encoder"]),
-            "tokenizer": models.build_tokenizer(config),
-            "unet": models.build_unet(config.unet, states["unet"]),
-            "scheduler": ddim_scheduler(config.schedule),
-            "flow_adapter": FlowAdapterModel.wrap(adapter),
+    def _build(cls, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The pipeline's modules."""
+        modules = {part: build(checkpoint, part) for part in cls._parts}
+        return modules | {
+            "tokenizer": build_tokenizer(checkpoint.config),
+            "scheduler": ddim_scheduler(checkpoint.config.schedule),
+            "flow_adapter": FlowAdapterModel.wrap(modules["flow_adapter"]),
         }
 
     def save_single_file(
@@ -157,17 +154,15 @@ class FlowToVideoPipeline(DiffusionPipeline):
                 "The pipeline has no s2dm_config, which a checkpoint needs. Pass "
                 "s2dm_config=S2DMConfig(...).to_dict() when you build it."
             )
-        config = S2DMConfig.from_dict(settings)
-        states = self._states(config)
-        save_checkpoint(path, _only(config, states), states, dtype)
+        checkpoint = to_checkpoint(S2DMConfig.from_dict(settings), self._modules_by_part())
+        save_checkpoint(path, checkpoint, dtype)
 
-    def _states(self, config: S2DMConfig) -> dict[str, dict[str, Tensor]]:
-        """The weights of the pipeline's modules, as the parts of a checkpoint."""
+    def _modules_by_part(self) -> dict[str, torch.nn.Module]:
         return {
-            "unet": models.unet_state(self.unet, config.unet),
-            "vae": models.vae_state(self.vae, config.vae),
-            "text_encoder": models.text_encoder_state(self.text_encoder, config.text_encoder),
-            "flow_adapter": self.flow_adapter.adapter.state_dict(),
+            "unet": self.unet,
+            "vae": self.vae,
+            "text_encoder": self.text_encoder,
+            "flow_adapter": self.flow_adapter.adapter,
         }
 
     # --------------------------------------------------------------- sampling
@@ -180,22 +175,14 @@ class FlowToVideoPipeline(DiffusionPipeline):
         negative_prompt: str | None = "",
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        flow_guidance_scale: float | None = None,
-        flow_start: float | None = None,
+        sampling: SamplingConfig | Mapping[str, Any] | None = None,
         seed: int | None = None,
-        generator: torch.Generator | None = None,
-        noise_sharing: str = "shared",
-        noise_share: float = 0.5,
+        noise_sharing: NoiseSharing = SHARED,
         chunk_size: int = 8,
         output_type: str = "pt",
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
     ) -> FlowToVideoOutput:
         """Generate a clip that follows `flow`.
-
-        Steps, guidance and start of the flow are those that the checkpoint recommends
-        (`sampling`) where they are None.
 
         Args:
             prompt: what the clip shows. Longer prompts than CLIP's 77 tokens are encoded in
@@ -205,20 +192,10 @@ class FlowToVideoPipeline(DiffusionPipeline):
             height, width: pixels of the clip; the flow's own if None. The flow is resized.
                 The model works in steps of 8 pixels: other sizes are generated one step
                 larger and cropped.
-            num_inference_steps: steps of the scheduler (20 in the paper).
-            guidance_scale: s of classifier-free guidance (7.5 in the paper), between null text
-                with null flow and prompt with flow. 1 turns it off.
-            flow_guidance_scale: a scale of its own for the flow, see `s2dm.sector.guide`; the
-                text keeps `guidance_scale`. With 1 the negative prompt sees the flow too; equal
-                to `guidance_scale` it is the paper's guidance of both together.
-            flow_start: the part of the noise schedule, from its noisy start on, in which the flow
-                doesn't act yet, 0 to 1 (0 in the paper). With shared noise all frames are the
-                same so long: the room is settled for all of them before they part.
-            seed: seed of the initial noise and of the step noise; random if neither this nor
-                `generator` is given.
-            generator: a CPU generator instead of a seed.
-            noise_sharing, noise_share: "shared" (paper), "independent" or "mixed", see
-                `s2dm.sector.draw_noise`; for the initial noise and for every step.
+            sampling: steps, guidance and start of the flow, as a `SamplingConfig`, or entries of
+                one in place of what the checkpoint recommends, such as `{"steps": 50}`.
+            seed: of the initial noise and of the step noise; random if None.
+            noise_sharing: how the frames share their noise, at the start and at every step.
             chunk_size: how many frames the networks see at a time. Frames do not see one
                 another, so the result is the same to rounding, and memory does not grow with
                 the length of the clip.
@@ -232,20 +209,16 @@ class FlowToVideoPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of its range.
         """
-        num_inference_steps, guidance_scale, flow_guidance_scale, flow_start = self._sampling(
-            num_inference_steps, guidance_scale, flow_guidance_scale, flow_start
-        )
+        sampling = self._sampling(sampling)
+        guidance_scale, flow_guidance_scale = sampling.guidance_scale, sampling.flow_guidance_scale
         if flow_guidance_scale == guidance_scale:
             flow_guidance_scale = None  # the same from two predictions in place of three
-        check_arguments(prompt, output_type, chunk_size, num_inference_steps)
-        if not models.is_attached(self.unet, self.flow_adapter.adapter):
+        check_arguments(prompt, output_type, chunk_size)
+        if not is_attached(self.unet, self.flow_adapter.adapter):
             # Attention slicing, xFormers and fused projections put their own attention there.
-            models.attach_adapter(self.unet, self.flow_adapter.adapter)
-        if seed is not None and generator is not None:
-            raise ValueError("Give a seed or a generator, not both.")
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed() if seed is None else generator.manual_seed(seed)
+            attach_adapter(self.unet, self.flow_adapter.adapter)
+        generator = torch.Generator()
+        generator.seed() if seed is None else generator.manual_seed(seed)
         height, width = height or flow.height, width or flow.width
 
         device = self._execution_device
@@ -255,12 +228,13 @@ class FlowToVideoPipeline(DiffusionPipeline):
         labels = self._labels(prompt, negative_prompt, flow, guidance_scale, flow_guidance_scale)
         without_flow = [(text, self._null_tokens(len(flow))) for text, _ in labels]
         # As ComfyUI counts the percent of a schedule.
-        flow_from = (1 - flow_start) * (self.scheduler.config.num_train_timesteps - 1)
-        noise = draw_noise(len(flow), shape, generator, noise_sharing, noise_share).to(device)
+        flow_from = (1 - sampling.flow_start) * (self.scheduler.config.num_train_timesteps - 1)
+        noise = noise_sharing.draw(len(flow), shape, generator).to(device)
 
         def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
             prediction = torch.empty_like(latents)
-            current = labels if flow_start < 1 and timestep <= flow_from else without_flow
+            acts = sampling.flow_start < 1 and timestep <= flow_from
+            current = labels if acts else without_flow
             for frames in torch.arange(len(latents)).split(chunk_size):
                 parts = self._predict(latents[frames], timestep, current, frames)
                 if len(parts) == 1:
@@ -273,7 +247,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
                     )
             return prediction
 
-        with self.progress_bar(total=num_inference_steps) as progress:
+        with self.progress_bar(total=sampling.steps) as progress:
 
             def on_step(number: int, latents: Tensor) -> None:
                 progress.update()
@@ -284,10 +258,9 @@ class FlowToVideoPipeline(DiffusionPipeline):
                 denoise,
                 self.scheduler,
                 noise,
-                num_inference_steps,
+                sampling.steps,
                 generator,
                 noise_sharing,
-                noise_share,
                 on_step,
             )
         result = self._output(latents, (height, width), output_type, chunk_size)
@@ -300,26 +273,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
         settings = self.config.get("s2dm_config") or {}
         return SamplingConfig.from_dict(settings.get("sampling", {}))
 
-    def _sampling(
-        self,
-        steps: int | None,
-        guidance_scale: float | None,
-        flow_guidance_scale: float | None,
-        flow_start: float | None,
-    ) -> tuple[int, float, float | None, float]:
-        """What is asked for, and what the checkpoint recommends where that is None."""
-        recommended = self.sampling
-        if steps is None:
-            steps = recommended.steps
-        if guidance_scale is None:
-            guidance_scale = recommended.guidance_scale
-        if flow_guidance_scale is None:
-            flow_guidance_scale = recommended.flow_guidance_scale
-        if flow_start is None:
-            flow_start = recommended.flow_start
-        if not 0 <= flow_start <= 1:
-            raise ValueError(f"Expected flow_start from 0 to 1, got {flow_start}.")
-        return steps, guidance_scale, flow_guidance_scale, flow_start
+    def _sampling(self, given: SamplingConfig | Mapping[str, Any] | None) -> SamplingConfig:
+        return given if isinstance(given, SamplingConfig) else self.sampling.replacing(given)
 
     @property
     def vae_factor(self) -> int:
@@ -420,9 +375,18 @@ class FlowToVideoPipeline(DiffusionPipeline):
         return list(prediction.to(latents.dtype).chunk(len(labels)))
 
 
-def _only(config: S2DMConfig, parts: Iterable[str]) -> S2DMConfig:
-    """The config of a file that holds none but these parts."""
-    return dataclasses.replace(config, **{part: None for part in PARTS if part not in parts})
+def check_arguments(prompt: str, output_type: str, chunk_size: int) -> None:
+    """Check the arguments that both pipelines take.
+
+    Raises:
+        ValueError: one of them is out of its range, or not what it should be.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"Expected one prompt as text, got {type(prompt).__name__}.")
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}.")
+    if chunk_size < 1:
+        raise ValueError(f"Expected chunk_size of at least 1, got {chunk_size}.")
 
 
 def _on_canvas(flow: FlowField, size: tuple[int, int], canvas: tuple[int, int]) -> FlowField:
@@ -442,8 +406,6 @@ def _on_canvas(flow: FlowField, size: tuple[int, int], canvas: tuple[int, int]) 
 
 def _same_length(texts: list[Tensor]) -> list[Tensor]:
     """Repeat shorter prompts whole; attention over repeated tokens is what it was before."""
-    import math
-
     length = math.lcm(*(text.shape[1] for text in texts))
     return [text.repeat(1, length // text.shape[1], 1) for text in texts]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,21 +18,23 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..flow import FlowField
-from ..models import CheckpointError, FlowGeneratorConfig, S2DMConfig, decode_flow, read_config
-from ..models import build as models
-from ..sector import seed_of_flow
+from ..models import (
+    Checkpoint,
+    CheckpointError,
+    FlowSampling,
+    SamplingConfig,
+    check_reference,
+    decode_flow,
+    read_config,
+)
+from ..sector import SHARED, NoiseSharing, seed_of_flow
 from ..video import cover
 from ..video.frames import from_uint8
 from ..video.read import image_pixels
-from .arguments import check_arguments
 from .flow_adapter import FlowAdapterModel
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
 from .flow_generator import FlowGeneratorModel
-from .flow_to_video import FlowToVideoPipeline
-
-MAX_FRAMES = 64
-"""The longest clip. Stage 1 always makes as many frames as it was trained with, and what lies
-between them is linear motion: further apart, it shows."""
+from .flow_to_video import FlowToVideoPipeline, check_arguments
 
 _WITHOUT_STAGE_1 = (
     "expected the part flow_generator (stage 1, which makes flow from the prompt), got stage 2 "
@@ -91,13 +94,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
     ) -> None:
         if flow_generator is None:
             raise CheckpointError(f"Text to video: {_WITHOUT_STAGE_1}")
-        expected = vae.config.latent_channels
-        got = flow_generator.network.config.reference_channels
-        if expected != got:
-            raise ValueError(
-                f"flow generator: expected {expected} reference channels, the VAE's latents, got "
-                f"{got}. It was trained on features of another encoder: train it on latents."
-            )
+        check_reference(flow_generator.network.config, vae.config.latent_channels)
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, flow_adapter, s2dm_config)
         self.register_modules(flow_generator=flow_generator)
 
@@ -115,21 +112,17 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             raise CheckpointError(f"{os.path.basename(path)}: {_WITHOUT_STAGE_1}")
         return super().from_single_file(path, torch_dtype)
 
-    @classmethod
-    def _parts(cls, config: S2DMConfig) -> tuple[str, ...]:
-        return (*super()._parts(config), "flow_generator")
+    _parts = (*FlowToVideoPipeline._parts, "flow_generator")
 
     @classmethod
-    def _build(cls, config: S2DMConfig, states: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-        network = models.build_flow_generator(config.flow_generator, states["flow_generator"])
-        components = super()._build(config, states)
-        components["flow_generator"] = FlowGeneratorModel.wrap(network)
-        return components
+    def _build(cls, checkpoint: Checkpoint) -> dict[str, Any]:
+        components = super()._build(checkpoint)
+        return components | {
+            "flow_generator": FlowGeneratorModel.wrap(components["flow_generator"])
+        }
 
-    def _states(self, config: S2DMConfig) -> dict[str, dict[str, Tensor]]:
-        states = super()._states(config)
-        states["flow_generator"] = self.flow_generator.network.state_dict()
-        return states
+    def _modules_by_part(self) -> dict[str, torch.nn.Module]:
+        return super()._modules_by_part() | {"flow_generator": self.flow_generator.network}
 
     # --------------------------------------------------------------- sampling
 
@@ -137,22 +130,15 @@ class TextToVideoPipeline(FlowToVideoPipeline):
     def __call__(
         self,
         prompt: str,
-        frames: int | None = None,
+        num_frames: int | None = None,
         negative_prompt: str | None = "",
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        flow_guidance_scale: float | None = None,
-        flow_start: float | None = None,
-        flow_steps: int = 20,
-        flow_text_guidance_scale: float = 1.0,
-        flow_sampler: str = "dpmpp_2m",
-        motion_strength: float | None = None,
+        sampling: SamplingConfig | Mapping[str, Any] | None = None,
+        flow_sampling: FlowSampling = FlowSampling(),  # noqa: B008 (frozen)
         reference: Any | None = None,
         seed: int | None = None,
-        noise_sharing: str = "shared",
-        noise_share: float = 0.5,
+        noise_sharing: NoiseSharing = SHARED,
         chunk_size: int = 8,
         output_type: str = "pt",
         callback_on_step_end: Callable[[int, Tensor], None] | None = None,
@@ -163,18 +149,12 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             prompt: what the clip shows and what happens in it. Stage 1 reads its first 77
                 tokens. A blank prompt is allowed, and gives a clip of anything: stage 1 then has
                 its null label.
-            frames: from 1 to `MAX_FRAMES`; as many as stage 1 was trained with if None. Stage 1
+            num_frames: from 1 to `MAX_FRAMES`; as many as stage 1 was trained with if None. Stage 1
                 makes that many in any case, and its flow is retimed, see `FlowField.retime`.
             negative_prompt: of stage 2. Stage 1 has a null label of its own.
             height, width: pixels of the clip; those of the checkpoint if None.
-            num_inference_steps, guidance_scale, flow_guidance_scale, flow_start: of stage 2, see
-                `FlowToVideoPipeline`; what the checkpoint recommends where None.
-            flow_steps, flow_sampler: of stage 1; the sampler is one of `FLOW_SAMPLERS`.
-            flow_text_guidance_scale: how far stage 1 goes from its null text to the prompt; the
-                reference frame is kept. 1 turns guidance off.
-            motion_strength: how much moves, as a multiple of the mean motion of the training
-                clips. None leaves it open, as the data have it. For a number the flow generator
-                must have been trained with this input.
+            sampling: of stage 2, see `FlowToVideoPipeline`.
+            flow_sampling: of stage 1.
             reference: a picture of yours for stage 1 to start from, in place of the one that it
                 would get from ν: a PIL image, or (3, H, W) in [0, 1]. It is scaled to cover the
                 clip and cropped at the centre. **Stage 1 alone sees it**: a picture has no ν
@@ -182,8 +162,8 @@ class TextToVideoPipeline(FlowToVideoPipeline):
                 as your picture would. Let the prompt describe the picture.
             seed: of ν, of the step noise, and (through a seed drawn from it) of stage 1; random
                 if None.
-            noise_sharing, noise_share: as in `FlowToVideoPipeline`. Frame 1 is the reference
-                frame with "shared" noise, the paper's; "mixed" noise and stochastic samplers
+            noise_sharing: as in `FlowToVideoPipeline`. Frame 1 is the reference frame with
+                "shared" noise, the paper's; "mixed" noise and stochastic samplers
                 with unshared noise make it another.
             chunk_size: how many frames of the clip stage 2 sees at a time. The flow does not
                 depend on it, the clip only in rounding.
@@ -198,24 +178,13 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         Raises:
             ValueError: an argument is out of its range, or not what it should be.
         """
-        network = self.flow_generator.network
-        frames = network.config.frames if frames is None else frames
-        num_inference_steps, guidance_scale, flow_guidance_scale, flow_start = self._sampling(
-            num_inference_steps, guidance_scale, flow_guidance_scale, flow_start
-        )
-        check_arguments(prompt, output_type, chunk_size, num_inference_steps)
-        if not isinstance(frames, int) or not 1 <= frames <= MAX_FRAMES:
-            raise ValueError(
-                f"Expected a whole number of frames from 1 to {MAX_FRAMES}, got {frames!r}. For "
-                "a longer clip, interpolate the frames of this one, or retime its flow and give "
-                "that to FlowToVideoPipeline."
-            )
-        if flow_steps < 1:
-            raise ValueError(f"Expected flow_steps of at least 1, got {flow_steps}.")
+        config = self.flow_generator.network.config
+        num_frames = config.frames if num_frames is None else num_frames
+        sampling = self._sampling(sampling)
+        check_arguments(prompt, output_type, chunk_size)
+        flow_sampling.check(config, num_frames)
         height, width = self._size(height, width)
         picture = None if reference is None else _picture(reference, height, width)
-        scheduler = flow_scheduler(network.config.schedule, flow_sampler)
-        motion = _motion(motion_strength, network.config)
         seed = torch.Generator().seed() if seed is None else seed
         steps = itertools.count()
 
@@ -228,13 +197,9 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             "negative_prompt": negative_prompt,
             "height": height,
             "width": width,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "flow_guidance_scale": flow_guidance_scale,
-            "flow_start": flow_start,
+            "sampling": sampling,
             "seed": seed,
             "noise_sharing": noise_sharing,
-            "noise_share": noise_share,
             "chunk_size": chunk_size,
             "callback_on_step_end": on_step,
         }
@@ -243,10 +208,8 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             latents = super().__call__(prompt, still, output_type="latent", **from_nu).frames
         else:
             latents = self._encode(picture)
-        flow = self._generate_flow(
-            prompt, latents, scheduler, flow_steps, flow_text_guidance_scale, motion, seed, on_step
-        )
-        flow = flow.crop(height, width).retime(frames)
+        flow = self._generate_flow(prompt, latents, flow_sampling, seed, on_step)
+        flow = flow.crop(height, width).retime(num_frames)
         clip = super().__call__(prompt, flow, output_type=output_type, **from_nu).frames
         start = self._output(latents, (height, width), output_type, chunk_size)[0]
         self.maybe_free_model_hooks()
@@ -256,10 +219,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         self,
         prompt: str,
         reference: Tensor,
-        scheduler: Any,
-        steps: int,
-        guidance_scale: float,
-        motion: Tensor | None,
+        sampling: FlowSampling,
         seed: int,
         on_step: Callable[[int, Tensor], None],
     ) -> FlowField:
@@ -270,7 +230,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             text = embed_prompts(
                 self.text_encoder, self.tokenizer, [prompt], self._execution_device
             )
-        with self.progress_bar(total=steps) as progress:
+        with self.progress_bar(total=sampling.steps) as progress:
 
             def on_flow_step(number: int, state: Tensor) -> None:
                 progress.update()
@@ -278,13 +238,13 @@ class TextToVideoPipeline(FlowToVideoPipeline):
 
             sample = generate_flow(
                 network,
-                scheduler,
+                flow_scheduler(network.config.schedule, sampling.sampler),
                 text,
                 reference,
-                steps,
-                guidance_scale,
+                sampling.steps,
+                sampling.guidance_scale,
                 torch.Generator().manual_seed(seed_of_flow(seed)),
-                motion,
+                sampling.motion(network.config),
                 on_flow_step,
             )
         height, width = (side * self.vae_factor for side in reference.shape[-2:])
@@ -342,15 +302,28 @@ def _within_unit_range(picture: Tensor) -> bool:
     return bool(((picture >= 0) & (picture <= 1)).all())  # false for NaN
 
 
-def _motion(strength: float | None, config: FlowGeneratorConfig) -> Tensor | None:
-    """Motion strength as the flow generator reads it, mean motion in half-frames (1,)."""
-    if strength is None:
-        return None
-    if not math.isfinite(strength) or strength < 0:
-        raise ValueError(f"motion_strength: expected a number from 0, got {strength}.")
-    if not config.motion_strength or config.motion == 0:
-        raise ValueError(
-            f"motion_strength: expected None, got {strength}. This flow generator was trained "
-            "without that input: leave it out, and scale the flow instead (FlowField.scale)."
-        )
-    return torch.tensor([strength * config.motion])
+def open_pipeline(
+    path: str | os.PathLike[str], torch_dtype: torch.dtype = torch.float32, **options: Any
+) -> FlowToVideoPipeline:
+    """The pipeline of a checkpoint, a file or a folder: of both stages where it holds both.
+
+    Args:
+        path: a `.safetensors` file, or a folder that `save_pretrained` wrote.
+        torch_dtype: type of the weights in memory.
+        options: for `from_pretrained` of a folder.
+
+    Raises:
+        CheckpointError: the file is broken, or lacks a part of stage 2.
+        ValueError: the folder is no diffusers folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        both = read_config(path).flow_generator is not None
+        kind = TextToVideoPipeline if both else FlowToVideoPipeline
+        return kind.from_single_file(path, torch_dtype)
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{path} is no diffusers folder: it has no model_index.json.")
+    both = "flow_generator" in json.loads(index.read_text("utf-8"))
+    kind = TextToVideoPipeline if both else FlowToVideoPipeline
+    return kind.from_pretrained(path, torch_dtype=torch_dtype, **options)

@@ -11,19 +11,21 @@ from .diffusion import (
     training_target,
 )
 from .guidance import guide
-from .noise import NOISE_SHARING, StepNoise, draw_noise, seed_of_flow
+from .noise import NOISE_SHARING, SHARED, NoiseSharing, StepNoise, next_seed, seed_of_flow
 from .sampling import sample
 
 __all__ = [
     "BETA_SCHEDULES",
     "NOISE_SHARING",
+    "SHARED",
+    "NoiseSharing",
     "StepNoise",
     "add_noise",
     "alphas_cumprod",
     "betas",
-    "draw_noise",
     "guide",
     "implied_prediction",
+    "next_seed",
     "predicted_x0",
     "sample",
     "sector_loss",

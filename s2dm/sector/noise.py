@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,15 +12,98 @@ from torch.overrides import TorchFunctionMode
 
 NOISE_SHARING = ("shared", "independent", "mixed")
 
+BrownianPath = Callable[[Tensor, Tensor], Tensor]
+"""Takes σ and the σ to go to; gives the noise of that interval."""
 
-def check_sharing(sharing: str, share: float) -> None:
-    """Raise ValueError unless `sharing` is one of `NOISE_SHARING` and `share` lies in [0, 1]."""
-    if sharing not in NOISE_SHARING:
-        raise ValueError(
-            f"Noise sharing must be one of {', '.join(NOISE_SHARING)}, not {sharing!r}."
+
+@dataclass(frozen=True)
+class NoiseSharing:
+    """How the frames of a clip share their noise, at the start and at every step.
+
+    mode: "shared" gives every frame the same noise (the paper), "independent" each its own,
+        "mixed" √share of the common and √(1−share) of an own noise, which keeps the variance
+        at 1.
+    share: the part of the variance that is common in "mixed", 0 to 1; unused otherwise.
+
+    Raises:
+        ValueError: an unknown mode, or a share outside [0, 1].
+    """
+
+    mode: str = "shared"
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.mode not in NOISE_SHARING:
+            raise ValueError(
+                f"Noise sharing must be one of {', '.join(NOISE_SHARING)}, not {self.mode!r}."
+            )
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"The share of common noise must be from 0 to 1, not {self.share}.")
+
+    def draw(
+        self, num_frames: int, shape: tuple[int, ...], generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Draw standard normal noise for the frames of one clip (ν_t of Eq. 7 and 8).
+
+        Drawn on the CPU, so that a seed gives the same noise on every device.
+
+        Args:
+            num_frames: number of frames N, at least 1.
+            shape: shape of one frame, usually (C, h, w).
+            generator: a seeded CPU generator; torch's global one if None.
+
+        Returns:
+            (N, *shape), float32. In every mode but "mixed" the first frame is the noise of a clip
+            of one frame with the same seed, so a reference frame and frame 1 of its clip agree.
+            "shared" is an expanded view: clone before writing to it.
+
+        Raises:
+            ValueError: fewer than one frame.
+        """
+        if num_frames < 1:
+            raise ValueError(f"A clip needs at least 1 frame, not {num_frames}.")
+        if self.mode == "independent":
+            return _own(num_frames, shape, generator)
+        common = torch.randn((1, *shape), generator=generator)
+        if self.mode == "shared":
+            return common.expand(num_frames, *shape)
+        return self._mix(common, _own(num_frames, shape, generator))
+
+    def brownian(
+        self, path: Callable[[Tensor, int], BrownianPath], like: Tensor, seed: int
+    ) -> BrownianPath:
+        """The step noise of SDE samplers: increments of Brownian paths that are shared likewise.
+
+        Their second-order steps ask for overlapping intervals, whose increments belong together,
+        so plain draws would have the wrong distribution.
+
+        Args:
+            path: makes a Brownian path of a tensor's shape and device from a seed.
+            like: the clip's latents, (N, ...).
+            seed: of the common path; that of the frames' own paths comes after it.
+        """
+        if self.mode == "independent":
+            return path(like, seed)
+        common = path(like[:1], seed)
+        if self.mode == "shared":
+            # Contiguous: samplers may write to their noise.
+            return lambda sigma, sigma_next: common(sigma, sigma_next).expand_as(like).contiguous()
+        own = path(like, next_seed(seed))
+        return lambda sigma, sigma_next: self._mix(
+            common(sigma, sigma_next), own(sigma, sigma_next)
         )
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"The share of common noise must lie between 0 and 1, not {share}.")
+
+    def _mix(self, common: Tensor, own: Tensor) -> Tensor:
+        return math.sqrt(self.share) * common + math.sqrt(1.0 - self.share) * own
+
+
+SHARED = NoiseSharing()
+"""The paper's: one noise for all frames."""
+
+
+def next_seed(seed: int) -> int:
+    """The seed of further noise in a clip whose first noise was drawn with `seed`."""
+    return (seed + 1) % 2**64
 
 
 def seed_of_flow(seed: int) -> int:
@@ -29,51 +114,11 @@ def seed_of_flow(seed: int) -> int:
     return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed)))
 
 
-def draw_noise(
-    frames: int,
-    shape: tuple[int, ...],
-    generator: torch.Generator | None = None,
-    sharing: str = "shared",
-    share: float = 0.5,
-) -> Tensor:
-    """Draw standard normal noise for the frames of one clip (ν_t of Eq. 7 and 8).
-
-    Drawn on the CPU, so that a seed gives the same noise on every device.
-
-    Args:
-        frames: number of frames N, at least 1.
-        shape: shape of one frame, usually (C, h, w).
-        generator: a seeded CPU generator; torch's global one if None.
-        sharing: "shared" gives every frame the same noise (the paper), "independent" each its
-            own, "mixed" √share of the common and √(1−share) of an own noise, which keeps the
-            variance at 1.
-        share: the part of the variance that is common in "mixed", 0 to 1; unused otherwise.
-
-    Returns:
-        (N, *shape), float32. In every mode but "mixed" the first frame is the noise of a clip of
-        one frame with the same seed, so a reference frame and frame 1 of its clip agree. "shared"
-        is an expanded view: clone before writing to it.
-
-    Raises:
-        ValueError: fewer than one frame, an unknown mode, or a share outside [0, 1].
-    """
-    check_sharing(sharing, share)
-    if frames < 1:
-        raise ValueError(f"A clip needs at least 1 frame, not {frames}.")
-    if sharing == "independent":
-        return _own(frames, shape, generator)
-    common = torch.randn((1, *shape), generator=generator)
-    if sharing == "mixed":
-        own = _own(frames, shape, generator)
-        return math.sqrt(share) * common + math.sqrt(1.0 - share) * own
-    return common.expand(frames, *shape)
-
-
-def _own(frames: int, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+def _own(num_frames: int, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
     """Noise of each frame's own, (N, *shape), which begins with that of fewer frames."""
     # Frame by frame: torch fills a tensor in blocks, so one draw for all frames would not start
     # with the noise of one frame unless a frame fills whole blocks.
-    return torch.stack([torch.randn(shape, generator=generator) for _ in range(frames)])
+    return torch.stack([torch.randn(shape, generator=generator) for _ in range(num_frames)])
 
 
 class StepNoise(TorchFunctionMode):
@@ -86,24 +131,18 @@ class StepNoise(TorchFunctionMode):
     its `with` block and thread.
 
     Args:
-        frames: number of frames N of the clip.
+        num_frames: number of frames N of the clip.
         generator: seeded CPU generator that all step noise comes from.
-        sharing, share: as in `draw_noise`.
+        sharing: how the frames share it.
     """
 
     def __init__(
-        self,
-        frames: int,
-        generator: torch.Generator | None,
-        sharing: str = "shared",
-        share: float = 0.5,
+        self, num_frames: int, generator: torch.Generator | None, sharing: NoiseSharing = SHARED
     ) -> None:
         super().__init__()
-        check_sharing(sharing, share)
-        self.frames = frames
+        self.num_frames = num_frames
         self.generator = generator
         self.sharing = sharing
-        self.share = share
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -115,10 +154,10 @@ class StepNoise(TorchFunctionMode):
             like = None
         else:
             return func(*args, **kwargs)
-        if len(shape) < 2 or shape[0] != self.frames:
+        if len(shape) < 2 or shape[0] != self.num_frames:
             return func(*args, **kwargs)
         # A mode is not active inside its own handler, so this draws from torch itself.
-        noise = draw_noise(shape[0], tuple(shape[1:]), self.generator, self.sharing, self.share)
+        noise = self.sharing.draw(shape[0], tuple(shape[1:]), self.generator)
         dtype = kwargs.get("dtype") or (like.dtype if like is not None else torch.float32)
         device = kwargs.get("device") or (like.device if like is not None else "cpu")
         # As torch's own, it may be written to.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .noise import StepNoise
+from .noise import SHARED, BrownianPath, NoiseSharing, StepNoise
 
 _REACH = 0.85  # the part of the timesteps that a schedule has to cover
 
@@ -21,8 +21,7 @@ def sample(
     noise: Tensor,
     steps: int,
     generator: torch.Generator | None = None,
-    sharing: str = "shared",
-    share: float = 0.5,
+    sharing: NoiseSharing = SHARED,
     on_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Denoise a clip from ν_T, frames side by side (paper section 3.3).
@@ -34,10 +33,10 @@ def sample(
         denoise: the guided network: (N, C, h, w) latents as the scheduler scales them and the
             timestep, a scalar tensor → prediction of the latents' shape.
         scheduler: any diffusers scheduler; its timesteps are set here.
-        noise: (N, C, h, w) from `draw_noise`, on the device and in the type to sample in.
+        noise: (N, C, h, w) from `NoiseSharing.draw`, on the device and in the type to sample in.
         steps: number of sampling steps.
         generator: seeded CPU generator of the step noise of stochastic schedulers.
-        sharing, share: of the step noise, as in `draw_noise`.
+        sharing: how the frames share the step noise.
         on_step: called after each step with its number from 0 and the latents; may raise to stop.
 
     Returns:
@@ -46,16 +45,16 @@ def sample(
     Raises:
         ValueError: the scheduler can't noise a clip, or so many steps don't cover its schedule.
     """
-    frames = noise.shape[0]
+    num_frames = noise.shape[0]
     _check_reach(scheduler, steps)
     scheduler.set_timesteps(steps, device=noise.device)
-    start = scheduler.timesteps[:1].repeat(frames)
+    start = scheduler.timesteps[:1].repeat(num_frames)
     latents = scheduler.add_noise(torch.zeros_like(noise), noise, start)
     if hasattr(scheduler, "noise_sampler"):
-        scheduler.noise_sampler = _brownian_noise(scheduler, latents, generator, sharing, share)
+        scheduler.noise_sampler = _brownian_noise(scheduler, latents, generator, sharing)
         step_noise = nullcontext()
     else:
-        step_noise = StepNoise(frames, generator, sharing, share)
+        step_noise = StepNoise(num_frames, generator, sharing)
     # With a generator of their own, schedulers draw on its device, not on the latents'.
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if takes_generator else {}
@@ -88,31 +87,14 @@ def _check_reach(scheduler: Any, steps: int) -> None:
 
 
 def _brownian_noise(
-    scheduler: Any,
-    latents: Tensor,
-    generator: torch.Generator | None,
-    sharing: str,
-    share: float,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The step noise of SDE schedulers: increments of a Brownian path, one path for the clip.
-
-    Their second-order steps ask for overlapping intervals, whose increments belong together,
-    so plain draws would have the wrong distribution.
-    """
+    scheduler: Any, latents: Tensor, generator: torch.Generator | None, sharing: NoiseSharing
+) -> BrownianPath:
+    """The step noise of a scheduler that asks a Brownian path for it."""
     from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
 
     sigmas = scheduler.sigmas[scheduler.sigmas > 0]
+    low, high = sigmas.min().item(), sigmas.max().item()
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
-
-    def path(like: Tensor, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
-        return BrownianTreeNoiseSampler(like, sigmas.min().item(), sigmas.max().item(), seed)
-
-    if sharing == "independent":
-        return path(latents, seed)
-    common = path(latents[:1], seed)
-    if sharing == "shared":
-        return lambda sigma, sigma_next: common(sigma, sigma_next).expand_as(latents)
-    own = path(latents, seed + 1)
-    return lambda sigma, sigma_next: (
-        share**0.5 * common(sigma, sigma_next) + (1.0 - share) ** 0.5 * own(sigma, sigma_next)
+    return sharing.brownian(
+        lambda like, seed: BrownianTreeNoiseSampler(like, low, high, seed), latents, seed
     )

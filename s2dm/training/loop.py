@@ -133,9 +133,9 @@ def step_generator(seed: int, *where: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
 
-def sheet_generator(number: int) -> torch.Generator:
-    """The generator of the noise of a sheet's picture ``number``, the same at every sheet."""
-    return torch.Generator().manual_seed(1000 + number)
+def sheet_seed(number: int) -> int:
+    """The seed of the noise of a sheet's picture ``number``, the same at every sheet."""
+    return 1000 + number
 
 
 class RunFolder:

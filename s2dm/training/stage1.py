@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from ..flow import flow_to_image
 from ..flow.geometry import resample
 from ..models import FlowGenerator, decode_flow, encode_flow, mean_motion
-from ..models.build import build_flow_generator, build_text_encoder, build_tokenizer
 from ..models.config import S2DMConfig
 from ..pipelines.flow_generation import embed_prompts, flow_scheduler, generate_flow
+from ..pipelines.modules import build, build_flow_generator, build_tokenizer
 from ..sector import add_noise, training_target
 from ..video import write_contact_sheet
 from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
-from .loop import Progress, measured_once, run_training, sheet_generator
+from .loop import Progress, measured_once, run_training, sheet_seed
 from .models import frozen_vae, load_model, preset, save_model
 from .schedule import alpha_bars, draw_timesteps
 
@@ -169,7 +169,7 @@ class Stage1Task:
             references,
             config.sample_steps,
             config.guidance_scale,
-            sheet_generator(0),
+            torch.Generator().manual_seed(sheet_seed(0)),
         ).cpu()
         rows, motion = [], []
         for clip, generated in zip(self.validation, samples, strict=True):
@@ -201,9 +201,10 @@ class Stage1Task:
 def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Stage1Task:
     """Prepare data, latents and model for ``config``."""
     clips = training_clips(config)
-    model_config, states = load_model(config.checkpoint)
+    start = load_model(config.checkpoint)
+    model_config = start.config
     _check(config, model_config)
-    vae = frozen_vae(model_config.vae, states["vae"], device)
+    vae = frozen_vae(*start["vae"], device)
     half = config.mixed_precision == "bf16"
     latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
     model_config = _with_flow_generator(config, model_config, clips)
@@ -211,12 +212,12 @@ def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Sta
     flows = _flows(clips, network.size)
 
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
-    generator = build_flow_generator(network, states.get("flow_generator"))
+    generator = build_flow_generator(network, start.states.get("flow_generator"))
     generator.to(memory_format=torch.channels_last)
-    encoder = build_text_encoder(model_config.text_encoder, states["text_encoder"]).to(device)
+    encoder = build(start, "text_encoder").to(device)
     model = Stage1Model(generator, encoder)
     tokenizer = build_tokenizer(model_config)
-    others = {name: state for name, state in states.items() if name != "flow_generator"}
+    others = {name: state for name, state in start.states.items() if name != "flow_generator"}
     return Stage1Task(
         config,
         model_config,

@@ -16,30 +16,28 @@ import torch
 from torch import Tensor, nn
 
 from ..flow import FlowField, flow_to_image
-from ..models.build import (
-    attach_adapter,
+from ..models.config import FlowAdapterConfig, S2DMConfig
+from ..models.tokenizer import train_tokenizer, with_tokenizer
+from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
+from ..pipelines.attention import attach_adapter
+from ..pipelines.flow_to_video import ddim_scheduler
+from ..pipelines.modules import (
     build_flow_adapter,
     build_text_encoder,
     build_tokenizer,
     build_unet,
     tokenize,
 )
-from ..models.config import FlowAdapterConfig, S2DMConfig
-from ..models.tokenizer import train_tokenizer, with_tokenizer
-from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
-from ..pipelines.flow_to_video import ddim_scheduler
-from ..sector import NOISE_SHARING, draw_noise, sector_loss
+from ..sector import NoiseSharing, sector_loss
 from ..video import write_contact_sheet
 from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
-from .loop import Progress, measured_once, run_training, sheet_generator
+from .loop import Progress, measured_once, run_training, sheet_seed
 from .models import (
     frozen_vae,
     load_model,
-    load_text_encoder,
-    load_vae,
     preset,
     save_model,
 )
@@ -95,16 +93,19 @@ class Stage2TrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.noise_sharing not in NOISE_SHARING:
-            raise TrainingConfigError(
-                f"noise_sharing must be one of {', '.join(NOISE_SHARING)}, "
-                f"got {self.noise_sharing!r}."
-            )
+        try:
+            self.sharing  # noqa: B018 (it checks mode and share)
+        except ValueError as error:
+            raise TrainingConfigError(f"noise_sharing, noise_share: {error}") from error
         unknown = sorted(set(self.train) - set(PARTS))
         if unknown or not self.train:
             raise TrainingConfigError(
                 f"train must name some of {', '.join(PARTS)}, got {list(self.train)}."
             )
+
+    @property
+    def sharing(self) -> NoiseSharing:
+        return NoiseSharing(self.noise_sharing, self.noise_share)
 
 
 class Stage2Model(nn.Module):
@@ -208,15 +209,7 @@ class Stage2Task:
             conditions.append(
                 torch.from_numpy(self.clips.conditions[clip, frames].astype(np.float32))
             )
-            noise.append(
-                draw_noise(
-                    len(frames),
-                    self.latents.shape[2:],
-                    generator,
-                    config.noise_sharing,
-                    config.noise_share,
-                )
-            )
+            noise.append(config.sharing.draw(len(frames), self.latents.shape[2:], generator))
         empty = len(self.token_ids) - 1
         values = {
             "latents": torch.stack(latents),
@@ -263,11 +256,12 @@ class Stage2Task:
             generated = self.pipeline(
                 clip["caption"],
                 flow,
-                num_inference_steps=self.config.sample_steps,
-                guidance_scale=self.config.guidance_scale,
-                generator=sheet_generator(number),
-                noise_sharing=self.config.noise_sharing,
-                noise_share=self.config.noise_share,
+                sampling={
+                    "steps": self.config.sample_steps,
+                    "guidance_scale": self.config.guidance_scale,
+                },
+                seed=sheet_seed(number),
+                noise_sharing=self.config.sharing,
             ).frames
             rows += [clip["frames"], flow_to_image(flow), generated]
             errors.append((generated - clip["frames"]).abs().mean())
@@ -317,8 +311,9 @@ def _start(
 ) -> tuple[S2DMConfig, dict[str, dict[str, Tensor]]]:
     """The model's config and the weights that exist already, by part."""
     if config.checkpoint:
-        model_config, states = load_model(config.checkpoint)
-        if model_config.unet is None:
+        start = load_model(config.checkpoint)
+        model_config, states = start.config, start.states
+        if "unet" not in start:
             raise TrainingConfigError(
                 f"stage 2 needs a checkpoint with a U-Net, got {config.checkpoint} without. Leave "
                 "checkpoint empty to start from random weights; a VAE or a text encoder alone is "
@@ -334,12 +329,13 @@ def _start(
             spec = measured_once(config, "tokenizer", lambda: train_tokenizer(captions, vocabulary))
             model_config = with_tokenizer(model_config, spec)
     if config.text_encoder:
-        read, states["text_encoder"] = load_text_encoder(config.text_encoder)
+        read = load_model(config.text_encoder, ["text_encoder"])
+        size, states["text_encoder"] = read["text_encoder"]
         model_config = dataclasses.replace(
-            model_config, text_encoder=read.text_encoder, tokenizer=read.tokenizer
+            model_config, text_encoder=size, tokenizer=read.config.tokenizer
         )
     if config.vae:
-        vae_config, states["vae"] = load_vae(config.vae)
+        vae_config, states["vae"] = load_model(config.vae, ["vae"])["vae"]
         model_config = dataclasses.replace(model_config, vae=vae_config)
     if "vae" not in states:
         raise TrainingConfigError(

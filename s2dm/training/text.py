@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.build import build_text_encoder, build_tokenizer, tokenize
 from ..models.config import S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
+from ..pipelines.modules import build_text_encoder, build_tokenizer, tokenize
 from .cache import training_clips
 from .config import TrainingConfig, TrainingConfigError
 from .loop import Progress, measured_once, run_training
@@ -172,7 +172,8 @@ def build_text_task(config: TextTrainingConfig) -> TextTask:
     held_out = _captions(config, config.data.validation_split)
     states: dict[str, Any] = {}
     if config.checkpoint:
-        model_config, states = load_model(config.checkpoint)
+        start = load_model(config.checkpoint)
+        model_config, states = start.config, start.states
         if model_config.text_encoder is None:
             raise TrainingConfigError(
                 f"{config.checkpoint} has no text encoder to go on from: leave checkpoint empty "

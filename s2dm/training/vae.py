@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.build import build_vae
 from ..models.config import VAEConfig
+from ..pipelines.modules import build_vae
 from ..video import write_contact_sheet
 from .adversarial import LEAST_PIXELS, AdversarialLoss
 from .cache import ClipCache, training_clips
 from .config import DataConfig, TrainingConfig, TrainingConfigError
 from .datasets import held_out_clips, pixels
 from .loop import Progress, run_training
-from .models import load_vae, preset, save_vae
+from .models import load_model, preset, save_vae
 
 _SCALES = 4
 _QUIET = 6.0
@@ -294,7 +294,7 @@ def build_vae_task(config: VAETrainingConfig) -> VAETask:
     if config.freeze_encoder and not config.checkpoint:
         raise TrainingConfigError("freeze_encoder needs a checkpoint whose encoder stays as it is.")
     if config.checkpoint:
-        vae_config, state = load_vae(config.checkpoint)
+        vae_config, state = load_model(config.checkpoint, ["vae"])["vae"]
         vae = build_vae(vae_config, state)
     else:
         vae_config = preset(config.preset).vae

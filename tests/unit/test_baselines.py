@@ -110,7 +110,7 @@ def make(text_dim: int = 6) -> VideoDiffusion:
 
 def test_the_default_size_is_that_of_stage_2():
     from s2dm.models import PUPPETS
-    from s2dm.models.build import build_flow_adapter, build_unet
+    from s2dm.pipelines.modules import build_flow_adapter, build_unet
 
     with torch.device("meta"):
         stage_2 = (build_unet(PUPPETS.unet), build_flow_adapter(PUPPETS.flow_adapter))

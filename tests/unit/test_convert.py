@@ -21,14 +21,14 @@ from s2dm.models import (
     read_config,
     save_checkpoint,
 )
-from s2dm.models.build import (
+from s2dm.models.lfdm import lfdm_keys
+from s2dm.pipelines.modules import (
     attach_adapter,
     build_flow_adapter,
     build_text_encoder,
     build_unet,
     build_vae,
 )
-from s2dm.models.lfdm import lfdm_keys
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from s2dm.models import (
 )
 from s2dm.models.config import ConfigError
 
-build = pytest.importorskip("s2dm.models.build")
+build = pytest.importorskip("s2dm.pipelines.modules")
 
 UNET = dataclasses.replace(TINY.unet, attention_levels=(False, True))
 

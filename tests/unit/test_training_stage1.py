@@ -16,8 +16,8 @@ from tiny_training import DATA, FRAMES, Squares, data_config
 from torch import nn
 
 from s2dm.models import load_checkpoint, mean_motion, presets
-from s2dm.models.build import build_text_encoder, build_tokenizer, build_vae
 from s2dm.pipelines import embed_prompts
+from s2dm.pipelines.modules import build_text_encoder, build_tokenizer, build_vae
 from s2dm.sector import implied_prediction
 from s2dm.training import stage1
 from s2dm.training.config import TrainingConfigError, config_from_dict

@@ -16,7 +16,7 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import DATA, stage2_config
 
 from s2dm.models import load_checkpoint
-from s2dm.models.build import build_text_encoder, build_tokenizer, tokenize
+from s2dm.pipelines.modules import build_text_encoder, build_tokenizer, tokenize
 from s2dm.training import text
 from s2dm.training.config import TrainingConfigError, config_from_dict
 from s2dm.training.loop import RunFolder, step_generator

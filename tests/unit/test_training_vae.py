@@ -14,7 +14,7 @@ from random_checkpoint import TINY
 from tiny_training import DATA, SIZE, vae_config
 
 from s2dm.models import load_checkpoint
-from s2dm.models.build import build_vae
+from s2dm.pipelines.modules import build_vae
 from s2dm.training.config import TrainingConfigError
 from s2dm.training.loop import RunFolder, step_generator
 from s2dm.training.vae import PyramidLoss, build_vae_task, normalise_latents, reconstruct, train_vae
