@@ -240,3 +240,7 @@ class Variant:
 
     def make(self, generator: Generator, clip: Any, seed: int) -> Made:
         return MODES[self.mode].make(generator, clip, self, seed)
+
+
+TRUE = Variant("true")
+"""What FVD compares with."""

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +23,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import replacing, write_json, write_text
-from ..flow import FlowField, estimate_flow, flow_to_image
+from ..files import replacing
+from ..flow import FlowField, estimate_flow
 from ..models import FlowSampling, read_config
 from ..training.config import DataConfig
 from ..training.datasets import ClipDataset, build_dataset, pixels
-from ..video import write_contact_sheet
-from ..video.frames import from_uint8, to_uint8
 from .clip_metrics import (
-    MOVING,
     Total,
     attribute_accuracy,
     flicker,
     flow_error,
     motion_magnitude,
     moving_region,
-    pooled,
     still_region,
     warp_error,
 )
-from .distances import sample_size_problem
 from .i3d import LEAST_FRAMES, load_i3d
-from .modes import Generator, Made, Variant
-from .protocol import ProtocolCard, code_version, file_hash, hardware
-from .tables import markdown_table, save_plots, summarise
-
-_TRUE = Variant("true")
+from .modes import TRUE, Generator, Made, Variant
+from .protocol import code_version, file_hash
+from .report import write_report
+from .store import Task, as_bytes, as_frames, read_frames, store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +113,12 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any] | None:
     from accelerate.utils import gather_object
 
     state = _processes(config.cpu)
-    run = _Run(config, state)
+    run = Run(config, state)
     run.generate()
     run.extract_features()
     # Wait for all. A barrier would do it on a GPU, with --cpu too, and on one there may not be.
     gather_object([None])
-    return run.results() if state.is_main_process else None
+    return write_report(run) if state.is_main_process else None
 
 
 def _processes(cpu: bool) -> Any:
@@ -143,38 +138,9 @@ def shuffled(count: int) -> list[int]:
     return order
 
 
-def take_groups(indices: Sequence[int], count: int, takes: int) -> list[int]:
-    """Which clips are takes of one combination, and alike therefore: a number for each.
+class Run:
+    """The clips of an evaluation, and this process's part in making and measuring them."""
 
-    Of the clips `indices` of a data set of `count`, where clip i is a take of combination i modulo
-    the number of combinations.
-    """
-    return [index % (count // takes) for index in indices]
-
-
-def stored_frames(folder: Path, index: int, seed: int) -> Tensor:
-    """Frames (N,3,H,W) in [0,1] that an evaluation stored: of a row's folder, a clip and a seed."""
-    return _frames(folder / _file_name(index, seed))
-
-
-def _file_name(index: int, seed: int) -> str:
-    return f"{index:05d}_{seed}.npz"
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One clip of one row: a clip of the data set, and the seed."""
-
-    variant: Variant
-    index: int
-    seed: int
-
-    @property
-    def noise_seed(self) -> int:
-        return 100_000 * self.seed + self.index
-
-
-class _Run:
     def __init__(self, config: EvaluationConfig, state: Any) -> None:
         from accelerate.utils import broadcast_object_list
 
@@ -221,16 +187,17 @@ class _Run:
 
     # ------------------------------------------------------------------------------- clips
 
-    def tasks(self, variant: Variant, indices: list[int] | None = None) -> list[_Task]:
+    def tasks(self, variant: Variant, indices: list[int] | None = None) -> list[Task]:
         seeds = self.config.seeds if variant.sampled else self.config.seeds[:1]
         indices = self.chosen if indices is None else indices
-        return [_Task(variant, index, seed) for index in indices for seed in seeds]
+        return [Task(variant, index, seed) for index in indices for seed in seeds]
 
+    @cache  # noqa: B019 (a run lives as long as its process)
     def folder(self, variant: Variant) -> str:
         """Where the clips of a row lie in the output: elsewhere with anything that changes them."""
         config = self.config
         made_by = [self.data_hash, dataclasses.asdict(config.data), config.method, str(variant)]
-        if variant != _TRUE:  # the truth is every checkpoint's
+        if variant != TRUE:  # the truth is every checkpoint's
             made_by += [self.weights, str(self.generator.dtype)]
         if variant.sampled:
             made_by += [self.sampling.to_dict(), dataclasses.asdict(config.flow_sampling)]
@@ -239,15 +206,14 @@ class _Run:
         key = hashlib.sha256(json.dumps(made_by).encode()).hexdigest()[:8]
         return f"clips/{str(variant).replace(':', '_')}-{key}"
 
-    def path(self, task: _Task) -> Path:
-        folder = self.config.output / self.folder(task.variant)
-        return folder / _file_name(task.index, task.seed)
+    def path(self, task: Task) -> Path:
+        return self.config.output / self.folder(task.variant) / task.file_name
 
     def generate(self) -> None:
         """Make, measure and store what is missing of this process's part."""
         variants = list(self.config.variants)
-        if self.i3d is not None and _TRUE not in variants:
-            variants.append(_TRUE)  # what FVD compares with
+        if self.i3d is not None and TRUE not in variants:
+            variants.append(TRUE)  # what FVD compares with
         _one_thread_of_opencv()
         mine = self._mine()
         with self._bar("clips", sum(len(self.tasks(v, mine)) for v in variants)) as bar:
@@ -259,10 +225,10 @@ class _Run:
                         clip = self.data[index] if clip is None else clip
                         made = task.variant.make(self.generator, clip, task.noise_seed)
                         self._check_finite(made, task)
-                        _store(path, *self._measured(made, clip), self.code)
+                        store(path, *self._measured(made, clip), self.code)
                     bar.update()
 
-    def _check_finite(self, made: Made, task: _Task) -> None:
+    def _check_finite(self, made: Made, task: Task) -> None:
         if not torch.isfinite(made.frames).all():
             remedy = "evaluate without --half" if self.config.half else "look at the checkpoint"
             raise ValueError(
@@ -272,8 +238,8 @@ class _Run:
 
     def _measured(self, made: Made, clip: Any) -> tuple[np.ndarray, dict[str, Total]]:
         """Frames as bytes (N,H,W,3), and the figures of these bytes."""
-        stored = np.stack([to_uint8(frame) for frame in made.frames])
-        frames = _pixels(stored)
+        stored = as_bytes(made.frames)
+        frames = as_frames(stored)
         method, still = self.config.method, made.still
         realised = None if method is None else estimate_flow(frames, method)
         if still is None and realised is not None:
@@ -290,7 +256,7 @@ class _Run:
 
     # ---------------------------------------------------------------------------- features
 
-    def features_path(self, task: _Task) -> Path:
+    def features_path(self, task: Task) -> Path:
         network = f"{self.i3d.description} {self.i3d.preprocessing}"
         key = hashlib.sha256(network.encode()).hexdigest()[:8]
         return self.path(task).with_suffix(f".{key}.npy")
@@ -299,13 +265,13 @@ class _Run:
         """The features that are missing of this process's part."""
         if self.i3d is None:
             return
-        variants = dict.fromkeys((*self.config.variants, _TRUE))
+        variants = dict.fromkeys((*self.config.variants, TRUE))
         tasks = [task for v in variants for task in self.tasks(v, self._mine())]
         with self._bar("features", len(tasks)) as bar:
             for task in tasks:
                 path = self.features_path(task)
                 if not path.exists():
-                    features = self.i3d(_frames(self.path(task))[None])[0]
+                    features = self.i3d(read_frames(self.path(task))[None])[0]
                     with replacing(path) as temporary:
                         np.save(temporary, features.numpy())
                 bar.update()
@@ -315,106 +281,12 @@ class _Run:
         if self.i3d is None:
             return {}
         rows = {}
-        for variant in dict.fromkeys((*self.config.variants, _TRUE)):
+        for variant in dict.fromkeys((*self.config.variants, TRUE)):
             stored = [np.load(self.features_path(task)) for task in self.tasks(variant)]
             rows[str(variant)] = torch.from_numpy(np.stack(stored)).unflatten(
                 0, (len(self.chosen), -1)
             )
         return rows
-
-    # ----------------------------------------------------------------------------- results
-
-    def results(self) -> dict[str, Any]:
-        """Put all clips together and write what there is to see."""
-        config, features, notes = self.config, self.features(), []
-        if not features:
-            notes.append("FVD and KVD are left out: they need the weights of I3D (--i3d FILE).")
-        real = features[str(_TRUE)][:, 0] if features else None
-        table = {}
-        groups = take_groups(self.chosen, len(self.data), config.data.takes)
-        for variant in config.variants:
-            totals = [
-                _pooled_totals([self.path(task) for task in self.tasks(variant, [index])])
-                for index in self.chosen
-            ]
-            generated = None if variant == _TRUE else features.get(str(variant))
-            if generated is not None:
-                notes.append(sample_size_problem(real, generated))
-            table[str(variant)] = summarise(totals, real, generated, groups)
-        notes = [note for note in dict.fromkeys(notes) if note]
-        card = self._card()
-        folders = {str(variant): self.folder(variant) for variant in config.variants}
-        result = {"protocol": card.to_dict(), "table": table, "notes": notes, "clips": folders}
-        titles = {str(variant): variant.title for variant in config.variants}
-        write_json(config.output / "results.json", result)
-        if features:
-            with replacing(config.output / "features.npz") as temporary:
-                np.savez(temporary, **{name: rows.numpy() for name, rows in features.items()})
-        save_plots(config.output / "plots.png", table, titles)
-        self._write_sheet(config.output / "sheet.jpg")
-        page = ["# Evaluation", markdown_table(table, titles), *notes, card.to_markdown()]
-        page += ["![Figures with their 95 % intervals](plots.png)", "![Clips](sheet.jpg)"]
-        write_text(config.output / "results.md", "\n\n".join(page) + "\n")
-        return result
-
-    def _card(self) -> ProtocolCard:
-        config, data = self.config, self.config.data
-        options = "".join(f", {name} {value}" for name, value in data.options.items())
-        dtype = str(self.generator.dtype).removeprefix("torch.")
-        sampling = f"{self.sampling}, {dtype}"
-        if any(variant.stage_1 for variant in config.variants):
-            sampling += (
-                f"; stage 1 DPM-Solver++ 2M, {config.flow_sampling.steps} steps, guidance "
-                f"{config.flow_sampling.guidance_scale:g}"
-            )
-        flow_error = {}
-        if config.method is not None:
-            flow_error["flow error"] = (
-                f"end-point error between given flow and {config.method} flow of the clip, where "
-                f"the given flow is longer than {MOVING:g} pixel and not occluded, over its mean "
-                "length there"
-            )
-        versions = {_code(self.path(t)) for variant in config.variants for t in self.tasks(variant)}
-        clips_code = {}
-        if versions != {self.code}:
-            clips_code["code of the clips"] = "; ".join(sorted(versions))
-        return ProtocolCard(
-            checkpoint=f"{config.checkpoint.name} ({self.weights})",
-            features=self.i3d and f"{self.i3d.description}; {self.i3d.preprocessing}",
-            clips=len(self.chosen),
-            data=f"{data.name}, {data.validation_split} split, the first of {len(self.data)} clips "
-            f"in an order shuffled with seed 0{options}",
-            frames=data.frames,
-            size=(data.size, data.size),
-            value_range=(0.0, 1.0),
-            seeds=config.seeds,
-            notes={
-                "noise": "of clip k drawn with 100000 seed + k",
-                "sampling": sampling,
-                **{variant.mode: variant.recipe for variant in config.variants if variant.recipe},
-                "pixels": "measured as stored, in 8 bits",
-                **flow_error,
-                "flicker": "standard deviation over time of pixels that nothing passes, of 255",
-                "warp error": "mean |frame i - frame 1 warped by the given flow| where visible, "
-                "of 255",
-                **clips_code,
-            },
-            code=self.code,
-            hardware=hardware(self.state.device),
-        )
-
-    def _write_sheet(self, path: Path) -> None:
-        rows, labels = [], []
-        for index in self.chosen[: self.config.sheet_clips]:
-            clip = self.data[index]
-            rows += [pixels(clip.frames), flow_to_image(clip.flow)]
-            labels += [clip.caption, "its flow"]
-            for variant in self.config.variants:
-                if variant != _TRUE:
-                    rows.append(_frames(self.path(self.tasks(variant, [index])[0])))
-                    labels.append(variant.title)
-        if rows:
-            write_contact_sheet(path, rows, labels)
 
     # ------------------------------------------------------------------------------ sharing
 
@@ -449,44 +321,9 @@ def _fingerprint(data: ClipDataset) -> str:
     clip = data[0]
     digest = hashlib.sha256(clip.caption.encode())
     digest.update(getattr(data, "fingerprint", "").encode())
-    digest.update(np.stack([to_uint8(frame) for frame in pixels(clip.frames)]))
+    digest.update(as_bytes(pixels(clip.frames)))
     digest.update(clip.flow.displacement.cpu().float().contiguous().numpy())
     return digest.hexdigest()
-
-
-def _store(path: Path, frames: np.ndarray, totals: dict[str, Total], code: str) -> None:
-    figures = json.dumps({name: dataclasses.astuple(total) for name, total in totals.items()})
-    with replacing(path) as temporary:
-        np.savez_compressed(temporary, frames=frames, totals=np.array(figures), code=np.array(code))
-
-
-def _frames(path: Path) -> Tensor:
-    """(N,3,H,W) in [0,1]."""
-    with np.load(path) as stored:
-        return _pixels(stored["frames"])
-
-
-def _pixels(stored: np.ndarray) -> Tensor:
-    """Bytes (N,H,W,3) to (N,3,H,W) in [0,1]."""
-    return torch.stack([from_uint8(frame) for frame in stored])
-
-
-def _totals(path: Path) -> dict[str, Total]:
-    with np.load(path) as stored:
-        figures = json.loads(str(stored["totals"]))
-    return {name: Total(*total) for name, total in figures.items()}
-
-
-def _pooled_totals(paths: Sequence[Path]) -> dict[str, Total]:
-    """Of the seeds of a clip: they count as one in intervals."""
-    seeds = [_totals(path) for path in paths]
-    return {name: pooled(totals[name] for totals in seeds) for name in seeds[0]}
-
-
-def _code(path: Path) -> str:
-    """Version of the project that made a clip."""
-    with np.load(path) as stored:
-        return str(stored["code"])
 
 
 def _one_thread_of_opencv() -> None:

@@ -15,8 +15,7 @@ def attach_adapter(unet: UNet2DConditionModel, adapter: FlowAdapter) -> None:
     """Let the U-Net's cross-attention read flow tokens.
 
     From then on ``unet(..., cross_attention_kwargs={"flow_tokens": tokens})`` takes tokens
-    (N, 77, width), and ``"flow_strength"`` (1 by default) scales their effect. Without tokens
-    the U-Net works as before. The adapter stays a module of its own: the U-Net does not
+    (N, 77, width). Without tokens the U-Net works as before. The adapter stays a module of its own: the U-Net does not
     register it, so move, train and save it beside the U-Net. Layers that the adapter leaves out
     see the prompt alone.
 
@@ -91,7 +90,6 @@ class FlowAttentionProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         flow_tokens: Tensor | None = None,
-        flow_strength: float = 1.0,
     ) -> Tensor:
         """Attend from (B, pixels, C) to itself or to the prompt (B, length, context)."""
         if attention_mask is not None:
@@ -109,7 +107,5 @@ class FlowAttentionProcessor:
             out = attend(q, k, v)
         else:
             flow_k, flow_v = self.adapter.keys_values(self.layer, flow_tokens)
-            if flow_strength != 1.0:
-                flow_k, flow_v = flow_k * flow_strength, flow_v * flow_strength
             out = fuse_attention(q, k, v, flow_k, flow_v, self.adapter.config.fusion, attend)
         return attn.to_out[1](attn.to_out[0](out))
