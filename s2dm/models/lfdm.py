@@ -155,17 +155,6 @@ def from_lfdm(state: Mapping[str, Tensor], config: FlowGeneratorConfig) -> dict[
     return {key.ours: weights[key.lfdm].reshape(key.shape) for key in keys}
 
 
-def to_lfdm(state: Mapping[str, Tensor], config: FlowGeneratorConfig) -> dict[str, Tensor]:
-    """Turn the weights of a ``FlowGenerator`` into LFDM's, which computes the rest by itself.
-
-    Raises:
-        ValueError: if a weight is missing, of another shape, or one that LFDM has no place for.
-    """
-    keys = lfdm_keys(config)
-    _check(state, {key.ours: key.shape for key in keys})
-    return {key.lfdm: state[key.ours].reshape(key.lfdm_shape) for key in keys}
-
-
 def _lfdm_shape(ours: str, lfdm: str, shape: Sequence[int]) -> tuple[int, ...]:
     if lfdm.endswith("gamma"):
         return (1, *shape, 1, 1, 1)
