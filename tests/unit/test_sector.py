@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 
 from s2dm.sector import (
     NOISE_SHARING,
+    SHARED,
+    NoiseSharing,
     StepNoise,
     add_noise,
     alphas_cumprod,
     betas,
-    draw_noise,
     guide,
     implied_prediction,
+    next_seed,
     predicted_x0,
     sample,
     sector_loss,
@@ -32,39 +34,101 @@ def seeded(seed=0):
 @given(frames=st.integers(1, 20), seed=st.integers(0, 2**31))
 @settings(max_examples=25, deadline=None)
 def test_shared_noise_is_the_noise_of_one_frame(frames, seed):
-    one = draw_noise(1, SHAPE, seeded(seed))
-    clip = draw_noise(frames, SHAPE, seeded(seed))
+    one = SHARED.draw(1, SHAPE, seeded(seed))
+    clip = SHARED.draw(frames, SHAPE, seeded(seed))
     assert clip.shape == (frames, *SHAPE)
     assert torch.equal(clip, one.expand(frames, *SHAPE))
-    assert torch.equal(draw_noise(frames, SHAPE, seeded(seed), "independent")[:1], one)
+    own = NoiseSharing("independent").draw(frames, SHAPE, seeded(seed))
+    assert torch.equal(own[:1], one)
 
 
 def test_mixed_noise_keeps_the_variance_and_the_share():
     share = 0.7
-    noise = draw_noise(2, (4, 128, 128), seeded(), "mixed", share)
+    noise = NoiseSharing("mixed", share).draw(2, (4, 128, 128), seeded())
     first, second = noise.flatten(1)
     assert noise.var().item() == pytest.approx(1.0, abs=0.02)
     assert torch.dot(first, second).item() / first.numel() == pytest.approx(share, abs=0.02)
     assert torch.equal(
-        draw_noise(3, SHAPE, seeded(), "mixed", 1.0), draw_noise(3, SHAPE, seeded(), "shared")
+        NoiseSharing("mixed", 1.0).draw(3, SHAPE, seeded()), SHARED.draw(3, SHAPE, seeded())
     )
 
 
+def test_the_papers_sharing_is_the_usual_one():
+    assert NoiseSharing() == SHARED == NoiseSharing("shared")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "match"),
+    ("make", "match"),
     [
-        ((0, SHAPE), "at least 1 frame"),
-        ((2, SHAPE, None, "same"), "must be one of shared, independent, mixed"),
-        ((2, SHAPE, None, "mixed", 1.5), "between 0 and 1"),
+        (lambda: SHARED.draw(0, SHAPE), "at least 1 frame"),
+        (lambda: NoiseSharing("same"), "must be one of shared, independent, mixed, not 'same'"),
+        (lambda: NoiseSharing("mixed", 1.5), r"from 0 to 1, not 1\.5"),
+        (lambda: NoiseSharing("mixed", -0.1), r"from 0 to 1, not -0\.1"),
+        (lambda: NoiseSharing("mixed", float("nan")), "from 0 to 1, not nan"),
     ],
 )
-def test_noise_refuses_nonsense(arguments, match):
+def test_noise_refuses_nonsense(make, match):
     with pytest.raises(ValueError, match=match):
-        draw_noise(*arguments)
+        make()
+
+
+def tree(like, seed):
+    """A Brownian path from σ 15 down to 0.1, whose increments come scaled to a variance of 1."""
+    from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+    return BrownianTreeNoiseSampler(like, 0.1, 15.0, seed)
+
+
+@pytest.mark.parametrize("mode", NOISE_SHARING)
+def test_increments_of_intervals_that_overlap_belong_together(mode):
+    noise = NoiseSharing(mode, 0.3).brownian(tree, torch.zeros(3, *SHAPE), 5)
+
+    def increment(start, end):
+        return noise(torch.tensor(start), torch.tensor(end)) * (start - end) ** 0.5
+
+    parts = increment(9.0, 4.0) + increment(4.0, 1.0)
+    torch.testing.assert_close(parts, increment(9.0, 1.0), rtol=1e-4, atol=1e-4)
+    assert (parts - increment(9.0, 4.0)).abs().max() > 0.1
+
+
+def test_brownian_noise_is_shared_as_plain_noise_is():
+    interval = torch.tensor(9.0), torch.tensor(4.0)
+    clip, share = torch.zeros(3, *SHAPE), 0.3
+    common = tree(clip[:1], 5)(*interval)
+    own = tree(clip, next_seed(5))(*interval)
+    expected = {
+        "shared": common.expand_as(clip),
+        "independent": tree(clip, 5)(*interval),
+        "mixed": share**0.5 * common + (1 - share) ** 0.5 * own,
+    }
+    assert set(expected) == set(NOISE_SHARING)
+    for mode, noise in expected.items():
+        draw = NoiseSharing(mode, share).brownian(tree, clip, 5)
+        for _ in range(2):
+            drawn = draw(*interval)
+            torch.testing.assert_close(drawn, noise, rtol=1e-5, atol=1e-6)
+            drawn *= 2  # it may be written to, and the path stays
+    whole = NoiseSharing("mixed", 1.0).brownian(tree, clip, 5)(*interval)
+    assert torch.equal(whole, expected["shared"])
+
+
+def test_mixed_brownian_noise_keeps_the_variance_and_the_share():
+    share = 0.7
+    draw = NoiseSharing("mixed", share).brownian(tree, torch.zeros(2, 4, 128, 128), 5)
+    noise = draw(torch.tensor(9.0), torch.tensor(4.0))
+    first, second = noise.flatten(1)
+    assert noise.var().item() == pytest.approx(1.0, abs=0.02)
+    assert torch.dot(first, second).item() / first.numel() == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**64 - 1])
+def test_the_next_seed_is_another_that_torch_takes(seed):
+    assert next_seed(seed) != seed
+    seeded(next_seed(seed))
 
 
 def test_step_noise_answers_only_draws_over_the_clip():
-    with StepNoise(3, seeded(), "shared"):
+    with StepNoise(3, seeded(), SHARED):
         like = torch.randn_like(torch.zeros(3, 4, 2, 2, dtype=torch.bfloat16))
         size = torch.randn(3, 4, 2, 2)
         other = torch.randn(5, 4, 2, 2)
@@ -146,8 +210,8 @@ def toy_denoiser(latents, timestep):
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("sharing", NOISE_SHARING)
 def test_equal_conditions_give_equal_frames_with_every_scheduler(name, sharing):
-    noise = draw_noise(3, SHAPE, seeded())  # always shared, so that only step noise can differ
-    clip = sample(toy_denoiser, SCHEDULERS[name](), noise, 6, seeded(1), sharing)
+    noise = SHARED.draw(3, SHAPE, seeded())  # always shared, so that only step noise can differ
+    clip = sample(toy_denoiser, SCHEDULERS[name](), noise, 6, seeded(1), NoiseSharing(sharing))
     spread = (clip - clip[:1]).abs().max() / clip.std()
     assert torch.isfinite(clip).all()
     if sharing == "shared" or name not in STOCHASTIC:
@@ -158,14 +222,14 @@ def test_equal_conditions_give_equal_frames_with_every_scheduler(name, sharing):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_clip_of_one_frame_is_frame_one_of_a_longer_clip(name):
-    one = sample(toy_denoiser, SCHEDULERS[name](), draw_noise(1, SHAPE, seeded()), 6, seeded(1))
-    clip = sample(toy_denoiser, SCHEDULERS[name](), draw_noise(4, SHAPE, seeded()), 6, seeded(1))
+    one = sample(toy_denoiser, SCHEDULERS[name](), SHARED.draw(1, SHAPE, seeded()), 6, seeded(1))
+    clip = sample(toy_denoiser, SCHEDULERS[name](), SHARED.draw(4, SHAPE, seeded()), 6, seeded(1))
     torch.testing.assert_close(clip[:1], one, rtol=1e-4, atol=1e-5)
 
 
 def test_sampling_starts_from_the_forward_process_and_can_be_stopped():
     scheduler = SCHEDULERS["ddim"]()
-    noise = draw_noise(2, SHAPE, seeded())
+    noise = SHARED.draw(2, SHAPE, seeded())
     started = []
 
     def denoise(latents, timestep):
