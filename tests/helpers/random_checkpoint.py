@@ -8,6 +8,7 @@ import torch
 
 from s2dm.models import (
     PARTS,
+    Checkpoint,
     FlowAdapterConfig,
     FlowGeneratorConfig,
     S2DMConfig,
@@ -73,7 +74,7 @@ def tiny_config(fusion: str = "channel", **changes: Any) -> S2DMConfig:
 
 def write_random_checkpoint(path: Path, config: S2DMConfig = TINY, seed: int = 0) -> Path:
     """Write random weights for `config`."""
-    save_checkpoint(path, config, random_states(config, seed))
+    save_checkpoint(path, Checkpoint(config, random_states(config, seed)))
     return path
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from s2dm.models import (
     PARTS,
+    Checkpoint,
     CheckpointError,
     SamplingConfig,
     checkpoint,
@@ -34,7 +35,7 @@ def states():
 @pytest.fixture
 def saved(tmp_path, states):
     path = tmp_path / "model.safetensors"
-    save_checkpoint(path, CONFIG, states)
+    save_checkpoint(path, Checkpoint(CONFIG, states))
     return path
 
 
@@ -64,12 +65,35 @@ def refused(path):
 
 
 def test_what_is_written_comes_back(saved, states):
-    config, loaded = load_checkpoint(saved)
-    assert config == CONFIG
-    assert loaded.keys() == states.keys()
+    loaded = load_checkpoint(saved)
+    assert loaded.config == CONFIG
+    assert set(loaded) == set(loaded.states) == set(states) == set(PARTS)
     for part, state in states.items():
-        assert loaded[part].keys() == state.keys()
-        assert all(torch.equal(loaded[part][name], state[name]) for name in state)
+        assert loaded[part].config == getattr(CONFIG, part)
+        assert loaded[part].state is loaded.states[part]
+        assert loaded[part].state.keys() == state.keys()
+        assert all(torch.equal(loaded[part].state[name], state[name]) for name in state)
+
+
+def test_a_checkpoint_is_the_parts_whose_weights_it_has(states):
+    alone = Checkpoint(CONFIG, {"vae": states["vae"]})
+    assert "vae" in alone and "unet" not in alone
+    assert list(alone) == ["vae"]
+    assert [part for part in PARTS if getattr(alone.config, part) is not None] == ["vae"]
+    assert (alone.config.vae, alone.config.data) == (CONFIG.vae, CONFIG.data)
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint with unet, got .*with vae\."):
+        alone["unet"]
+    with pytest.raises(CheckpointError, match=r"with unet, got one with nothing\."):
+        Checkpoint(CONFIG, {})["unet"]
+
+
+def test_a_checkpoint_refuses_weights_that_its_config_does_not_describe(states):
+    without = dataclasses.replace(CONFIG, flow_generator=None)
+    message = r"expected weights for unet, .*, flow_adapter, as the config says, got .*generator\."
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoint(without, states)
+    with pytest.raises(CheckpointError, match=r"got vae, sound\."):
+        Checkpoint(CONFIG, {"vae": states["vae"], "sound": {}})
 
 
 def test_the_file_has_stable_diffusions_keys(saved):
@@ -82,7 +106,7 @@ def test_the_file_has_stable_diffusions_keys(saved):
 
 def test_the_recommended_sampling_is_kept_and_older_files_recommend_the_papers(saved, states):
     sampling = SamplingConfig(steps=12, guidance_scale=1.75, flow_guidance_scale=1, flow_start=0.25)
-    save_checkpoint(saved, dataclasses.replace(CONFIG, sampling=sampling), states)
+    save_checkpoint(saved, Checkpoint(dataclasses.replace(CONFIG, sampling=sampling), states))
     assert read_config(saved).sampling == sampling
     assert read_config(saved).adapter_only().sampling == sampling
     rewrite(saved, change_config=lambda values: values["sampling"].pop("steps"))
@@ -93,19 +117,19 @@ def test_the_recommended_sampling_is_kept_and_older_files_recommend_the_papers(s
 
 def test_half_precision_storage(tmp_path, states):
     path = tmp_path / "half.safetensors"
-    save_checkpoint(path, CONFIG, states, dtype=torch.float16)
+    save_checkpoint(path, Checkpoint(CONFIG, states), dtype=torch.float16)
     assert all(tensor.dtype == torch.float16 for tensor in load_file(path).values())
-    _, loaded = load_checkpoint(path)
+    loaded = load_checkpoint(path)["unet"].state
     name = "out.2.weight"
-    torch.testing.assert_close(
-        loaded["unet"][name].float(), states["unet"][name], rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(loaded[name].float(), states["unet"][name], rtol=1e-3, atol=1e-3)
 
 
 def test_an_adapter_alone(tmp_path, states):
     path = tmp_path / "adapter.safetensors"
-    save_checkpoint(path, CONFIG.adapter_only(), {"flow_adapter": states["flow_adapter"]})
-    config, loaded = load_checkpoint(path)
+    adapter = {"flow_adapter": states["flow_adapter"]}
+    save_checkpoint(path, Checkpoint(CONFIG.adapter_only(), adapter))
+    loaded = load_checkpoint(path)
+    config = loaded.config
     assert config.flow_adapter == CONFIG.flow_adapter
     assert config.unet is config.vae is config.text_encoder is None
     assert list(loaded) == ["flow_adapter"]
@@ -133,7 +157,7 @@ def test_a_part_is_read_without_the_others(saved, monkeypatch):
             return self.file.get_tensor(name)
 
     monkeypatch.setattr(checkpoint, "safe_open", Recorder)
-    _, loaded = load_checkpoint(saved, ["flow_adapter"])
+    loaded = load_checkpoint(saved, ["flow_adapter"])
     assert list(loaded) == ["flow_adapter"]
     assert read and all(name.startswith("s2dm.flow_adapter.") for name in read)
     read.clear()
@@ -367,8 +391,8 @@ def test_unexpected_keys(saved):
 def test_position_ids_of_older_tools_are_ignored(saved):
     key = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     rewrite(saved, lambda tensors: tensors.update({key: torch.arange(77)[None]}))
-    _, states = load_checkpoint(saved)
-    assert not any("position_ids" in name for name in states["text_encoder"])
+    read = load_checkpoint(saved)["text_encoder"].state
+    assert read and not any("position_ids" in name for name in read)
 
 
 def test_wrong_shapes(saved):
@@ -384,16 +408,17 @@ def test_wrong_types(saved):
 
 
 def test_weights_of_eight_bits_are_stored_as_sixteen(saved, tmp_path):
-    config, states = load_checkpoint(saved)
+    stored = load_checkpoint(saved)
     small = {
         part: {name: weight.to(torch.float8_e4m3fn) for name, weight in state.items()}
-        for part, state in states.items()
+        for part, state in stored.states.items()
     }
+    small = Checkpoint(stored.config, small)
     path = tmp_path / "small.safetensors"
     with pytest.raises(CheckpointError, match="stored as float16: s2dm convert --half"):
-        save_checkpoint(path, config, small)
-    save_checkpoint(path, config, small, torch.float16)
-    assert load_checkpoint(path)[0] == config
+        save_checkpoint(path, small)
+    save_checkpoint(path, small, torch.float16)
+    assert load_checkpoint(path).config == stored.config
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -406,7 +431,7 @@ def test_the_same_process_reads_on_after_an_error(saved, tmp_path):
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(saved.read_bytes()[:5000])
     refused(bad)
-    assert load_checkpoint(saved)[0] == CONFIG
+    assert load_checkpoint(saved).config == CONFIG
 
 
 def test_saving_refuses_what_loading_would_refuse(tmp_path, states):
@@ -416,10 +441,10 @@ def test_saving_refuses_what_loading_would_refuse(tmp_path, states):
     def refuses(message, config=None, states=None, **arguments):
         config = config or CONFIG.adapter_only()
         with pytest.raises(CheckpointError, match=message):
-            save_checkpoint(path, config, states, **arguments)
+            save_checkpoint(path, Checkpoint(config, states), **arguments)
         assert os.listdir(tmp_path) == []
 
-    refuses("expected weights for unet, .*, got flow_adapter", CONFIG, {"flow_adapter": adapter})
+    refuses("expected weights for flow_adapter, as the config says, got unet, .*", states=states)
     refuses("missing", states={"flow_adapter": {}})
     refuses("got also", states={"flow_adapter": {**adapter, "more": torch.zeros(1)}})
     refuses("expected shape", states={"flow_adapter": {**adapter, "null": torch.zeros(1)}})
@@ -440,6 +465,6 @@ def test_a_save_that_fails_leaves_the_old_file(saved, states, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(saved, CONFIG, states)
+        save_checkpoint(saved, Checkpoint(CONFIG, states))
     assert saved.read_bytes() == before
     assert os.listdir(saved.parent) == [saved.name]
