@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
+from compare import relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,19 +16,37 @@ from random_checkpoint import TINY, random_states, tiny_config, write_random_che
 from safetensors.torch import load_file
 
 from s2dm.flow import FlowField
-from s2dm.models import CheckpointError, SamplingConfig, read_config, save_checkpoint
-from s2dm.pipelines import (
+from s2dm.models import (
     FLOW_SAMPLERS,
     MAX_FRAMES,
+    Checkpoint,
+    CheckpointError,
+    FlowSampling,
+    SamplingConfig,
+    read_config,
+    save_checkpoint,
+)
+from s2dm.pipelines import (
     FlowToVideoPipeline,
     TextToVideoPipeline,
     embed_prompts,
+    open_pipeline,
 )
+from s2dm.sector import NoiseSharing
 
 PROMPT = "A man wearing a red coat and blue jeans is squat"
 TRAINED = TINY.flow_generator
-# Without guidance, latents of random weights stay as large as those of a trained model.
-SHORT = dict(num_inference_steps=3, flow_steps=3, guidance_scale=1.0, seed=1, output_type="latent")
+
+
+def short(**sampling) -> dict:
+    """Arguments of a call that takes little time, with these entries of its sampling."""
+    # Without guidance, latents of random weights stay as large as those of a trained model.
+    sampling = {"steps": 3, "guidance_scale": 1.0, **sampling}
+    return dict(sampling=sampling, flow_sampling=FlowSampling(3), seed=1, output_type="latent")
+
+
+SHORT = short()
+STAGE_2 = {name: value for name, value in SHORT.items() if name != "flow_sampling"}
 
 
 def load(path) -> TextToVideoPipeline:
@@ -59,10 +78,6 @@ def seen(pipeline):
     hook.remove()
 
 
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
-
-
 def picture(height: int = 64, width: int = 48, seed: int = 0) -> torch.Tensor:
     return torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed))
 
@@ -77,23 +92,22 @@ def test_frame_1_is_the_reference_frame(pipeline, frames):
     assert 0.1 < made.reference.std() < 10
     assert (made.frames[0] - made.reference).abs().max() < 1e-4
     if frames > 1:  # the others move, or this would hold of any frame
-        assert difference(made.frames[-1], made.reference) > 0.01
+        assert relative(made.frames[-1], made.reference) > 0.01
 
 
 @pytest.mark.parametrize("sharing", ["shared", "independent"])
 def test_frame_1_is_the_reference_frame_with_guidance_and_few_at_a_time(pipeline, sharing):
-    options = SHORT | dict(guidance_scale=7.5, flow_guidance_scale=2.0, chunk_size=2)
-    made = pipeline(PROMPT, 5, noise_sharing=sharing, **options)
-    assert difference(made.frames[0], made.reference) < 1e-4
+    options = short(guidance_scale=7.5, flow_guidance_scale=2.0)
+    made = pipeline(PROMPT, 5, noise_sharing=NoiseSharing(sharing), chunk_size=2, **options)
+    assert relative(made.frames[0], made.reference) < 1e-4
 
 
 def test_the_reference_frame_is_the_prompt_with_zero_flow(checkpoint, pipeline):
     stage_2 = FlowToVideoPipeline.from_single_file(checkpoint)
-    options = {name: value for name, value in SHORT.items() if name != "flow_steps"}
-    still = stage_2(PROMPT, FlowField.zeros(1, 64, 48), **options).frames
+    still = stage_2(PROMPT, FlowField.zeros(1, 64, 48), **STAGE_2).frames
     made = pipeline(PROMPT, 3, **SHORT)
     assert torch.equal(made.reference, still[0])
-    again = stage_2(PROMPT, made.flow, **options).frames
+    again = stage_2(PROMPT, made.flow, **STAGE_2).frames
     assert torch.equal(made.frames, again)
 
 
@@ -123,8 +137,8 @@ def test_the_flow_is_retimed_to_the_frames_asked_for(pipeline):
     trained = pipeline(PROMPT, **SHORT)
     assert len(trained.flow) == len(trained.frames) == TRAINED.frames
     for frames in (2, 3, 7, MAX_FRAMES):
-        made = pipeline(PROMPT, frames, **SHORT | {"num_inference_steps": 1, "chunk_size": 64})
-        flow, expected = made.flow, pipeline(PROMPT, **SHORT | {"num_inference_steps": 1}).flow
+        made = pipeline(PROMPT, frames, chunk_size=64, **short(steps=1))
+        flow, expected = made.flow, pipeline(PROMPT, **short(steps=1)).flow
         assert len(made.frames) == frames
         assert torch.equal(flow.displacement, expected.retime(frames).displacement)
         assert torch.equal(flow.occlusion, expected.retime(frames).occlusion)
@@ -138,7 +152,7 @@ def test_the_flow_is_retimed_to_the_frames_asked_for(pipeline):
     chunk=st.integers(1, 64),
 )
 def test_any_number_of_frames_and_any_size(pipeline, frames, height, width, chunk):
-    options = dict(num_inference_steps=1, flow_steps=1, seed=0, guidance_scale=1.0)
+    options = short(steps=1) | {"flow_sampling": FlowSampling(1), "output_type": "pt"}
     made = pipeline(PROMPT, frames, height=height, width=width, chunk_size=chunk, **options)
     assert made.frames.shape == (frames, 3, height, width)
     assert made.reference.shape == (3, height, width)
@@ -163,15 +177,15 @@ def test_a_seed_fixes_the_clip_and_another_changes_it(pipeline):
     assert torch.equal(first.flow.displacement, second.flow.displacement)
     for seed in (2, None):
         other = pipeline(PROMPT, 3, **SHORT | {"seed": seed})
-        assert difference(other.reference, first.reference) > 0.1
-        assert difference(other.flow.displacement, first.flow.displacement) > 0.01
+        assert relative(other.reference, first.reference) > 0.1
+        assert relative(other.flow.displacement, first.flow.displacement) > 0.01
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 16])
 def test_chunks_change_nothing(pipeline, chunk_size):
     whole = pipeline(PROMPT, 7, chunk_size=7, **SHORT)
     made = pipeline(PROMPT, 7, chunk_size=chunk_size, **SHORT)
-    assert difference(made.frames, whole.frames) < 1e-5
+    assert relative(made.frames, whole.frames) < 1e-5
     assert torch.equal(made.reference, whole.reference)
     assert torch.equal(made.flow.displacement, whole.flow.displacement)
     assert torch.equal(made.flow.occlusion, whole.flow.occlusion)
@@ -179,60 +193,68 @@ def test_chunks_change_nothing(pipeline, chunk_size):
 
 def test_motion_strength_reaches_the_network(pipeline, seen):
     left_open = pipeline(PROMPT, **SHORT).flow
-    flows = [pipeline(PROMPT, motion_strength=s, **SHORT).flow for s in (0.0, 1.0, 2.5)]
+    flows = [
+        pipeline(PROMPT, **SHORT | {"flow_sampling": FlowSampling(3, motion_strength=s)}).flow
+        for s in (0.0, 1.0, 2.5)
+    ]
     given = [None if motion is None else motion.item() for *_, motion in seen[::3]]
     assert given[0] is None
     assert given[1:] == pytest.approx([0.0, TRAINED.motion, 2.5 * TRAINED.motion])
     for number, flow in enumerate(flows):
         for other in (left_open, *flows[:number]):
-            assert difference(flow.displacement, other.displacement) > 1e-4
+            assert relative(flow.displacement, other.displacement) > 1e-4
 
 
 def test_every_setting_of_stage_1_matters(pipeline):
     base = pipeline(PROMPT, **SHORT).flow.displacement
     changed = {
         "prompt": pipeline("a man in a red shirt is walking", **SHORT),
-        "steps": pipeline(PROMPT, **SHORT | {"flow_steps": 4}),
-        "guidance": pipeline(PROMPT, flow_text_guidance_scale=3.0, **SHORT),
         "reference": pipeline(PROMPT, reference=picture(), **SHORT),
-        "sampler": pipeline(PROMPT, flow_sampler=FLOW_SAMPLERS[0], **SHORT),
     }
+    for name, sampling in {
+        "steps": FlowSampling(4),
+        "guidance": FlowSampling(3, guidance_scale=3.0),
+        "sampler": FlowSampling(3, sampler=FLOW_SAMPLERS[1]),
+    }.items():
+        changed[name] = pipeline(PROMPT, **SHORT | {"flow_sampling": sampling})
     for name, made in changed.items():
-        assert difference(made.flow.displacement, base) > 1e-4, name
+        assert relative(made.flow.displacement, base) > 1e-4, name
 
 
 def test_settings_of_stage_2_reach_the_clip(pipeline):
-    base = pipeline(PROMPT, 3, **SHORT | {"guidance_scale": 3.0})
+    guided = short(guidance_scale=3.0)
+    base = pipeline(PROMPT, 3, **guided)
     for change in (
         {"negative_prompt": "red coat"},
-        {"guidance_scale": 2.0},
-        {"flow_guidance_scale": 1.5},
-        {"flow_start": 1.0},
-        {"noise_sharing": "independent"},
-        {"noise_sharing": "mixed", "noise_share": 0.2},
+        {"sampling": guided["sampling"] | {"guidance_scale": 2.0}},
+        {"sampling": guided["sampling"] | {"flow_guidance_scale": 1.5}},
+        {"sampling": guided["sampling"] | {"flow_start": 1.0}},
+        {"noise_sharing": NoiseSharing("independent")},
+        {"noise_sharing": NoiseSharing("mixed", 0.2)},
     ):
-        made = pipeline(PROMPT, 3, **SHORT | {"guidance_scale": 3.0} | change)
-        assert difference(made.frames, base.frames) > 1e-4, change
+        made = pipeline(PROMPT, 3, **guided | change)
+        assert relative(made.frames, base.frames) > 1e-4, change
 
 
 def test_what_is_not_given_is_as_the_checkpoint_recommends(pipeline, tmp_path):
     config = tiny_config(sampling=SamplingConfig(2, 3.0, 1.5, 0.5))
     source = load(write_random_checkpoint(tmp_path / "recommends.safetensors", config))
-    common = dict(flow_steps=1, seed=1, output_type="latent")
-    told = dict(num_inference_steps=2, guidance_scale=3.0, flow_guidance_scale=1.5, flow_start=0.5)
-    made, expected = source(PROMPT, 2, **common), pipeline(PROMPT, 2, **told, **common)
-    assert difference(made.frames, expected.frames) < 1e-6
-    assert difference(made.reference, expected.reference) < 1e-6
+    common = dict(flow_sampling=FlowSampling(1), seed=1, output_type="latent")
+    told = {"steps": 2, "guidance_scale": 3.0, "flow_guidance_scale": 1.5, "flow_start": 0.5}
+    made, expected = source(PROMPT, 2, **common), pipeline(PROMPT, 2, sampling=told, **common)
+    assert relative(made.frames, expected.frames) < 1e-6
+    assert relative(made.reference, expected.reference) < 1e-6
     # The paper's guidance, in both of the calls to stage 2.
-    both = source(PROMPT, 2, guidance_scale=4.0, flow_guidance_scale=4.0, **common)
-    told = dict(num_inference_steps=2, guidance_scale=4.0, flow_start=0.5)
-    joint = pipeline(PROMPT, 2, **told, **common)
-    assert difference(both.frames, joint.frames) < 1e-6
+    scales = {"guidance_scale": 4.0, "flow_guidance_scale": 4.0}
+    both = source(PROMPT, 2, sampling=scales, **common)
+    told = {"steps": 2, "guidance_scale": 4.0, "flow_start": 0.5}
+    joint = pipeline(PROMPT, 2, sampling=told, **common)
+    assert relative(both.frames, joint.frames) < 1e-6
 
 
 @pytest.mark.parametrize("blank", ["", "  \n"])
 def test_without_a_prompt_stage_1_has_its_null_label(pipeline, seen, blank):
-    made = pipeline(blank, 2, flow_text_guidance_scale=3.0, **SHORT)
+    made = pipeline(blank, 2, **SHORT | {"flow_sampling": FlowSampling(3, guidance_scale=3.0)})
     assert [text for *_, text, _ in seen] == [None] * 3
     assert torch.isfinite(made.frames).all()
 
@@ -240,7 +262,7 @@ def test_without_a_prompt_stage_1_has_its_null_label(pipeline, seen, blank):
 def test_an_empty_prompt_gives_a_clip(pipeline):
     made = pipeline("", 2, **SHORT)
     assert torch.isfinite(made.frames).all()
-    assert difference(made.frames, pipeline(PROMPT, 2, **SHORT).frames) > 1e-4
+    assert relative(made.frames, pipeline(PROMPT, 2, **SHORT).frames) > 1e-4
     assert torch.isfinite(pipeline(" ".join([PROMPT] * 12), 2, **SHORT).frames).all()
 
 
@@ -257,10 +279,10 @@ def test_frames_come_in_the_form_asked_for(pipeline):
 
 def test_steps_are_counted_through_the_stages_and_can_stop_the_run(pipeline):
     seen = []
+    options = short(steps=2) | {"flow_sampling": FlowSampling(2)}
     pipeline(
-        PROMPT, 5, callback_on_step_end=lambda n, x: seen.append((n, tuple(x.shape))),
-        **SHORT | {"num_inference_steps": 2, "flow_steps": 2},
-    )  # fmt: skip
+        PROMPT, 5, callback_on_step_end=lambda n, x: seen.append((n, tuple(x.shape))), **options
+    )
     shapes = [(1, 4, 8, 6), (1, TRAINED.frames, 3, *TRAINED.size), (5, 4, 8, 6)]
     assert seen == list(enumerate(shape for shape in shapes for _ in range(2)))
 
@@ -282,7 +304,7 @@ def test_a_picture_is_what_stage_1_starts_from(pipeline, seen):
     torch.testing.assert_close(seen[0][2], latents * pipeline.vae.config.scaling_factor)
     assert torch.equal(made.reference, seen[0][2][0])
     # Stage 2 starts from ν all the same, and shows what it shows without the picture.
-    assert difference(made.frames[0], pipeline(PROMPT, 3, **SHORT).frames[0]) < 1e-4
+    assert relative(made.frames[0], pipeline(PROMPT, 3, **SHORT).frames[0]) < 1e-4
 
 
 def test_a_picture_of_another_size_is_cropped_at_the_centre(pipeline, seen):
@@ -315,19 +337,19 @@ def test_a_pil_image_is_a_picture_too(pipeline, seen):
     "arguments, message",
     [
         ({"prompt": ["one", "two"]}, "one prompt"),
-        ({"frames": 0}, "from 1 to 64, got 0"),
-        ({"frames": -3}, "from 1 to 64"),
-        ({"frames": 65}, "interpolate the frames"),
-        ({"frames": 2.5}, "whole number"),
-        ({"flow_steps": 0}, "flow_steps"),
-        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_frames": 0}, "1 to 64 frames, got 0"),
+        ({"num_frames": -3}, "1 to 64 frames, got -3"),
+        ({"num_frames": 65}, "got 65.*interpolate the frames"),
+        ({"num_frames": 2.5}, r"1 to 64 frames, got 2\.5"),
+        ({"flow_sampling": FlowSampling(0)}, "1 to 1000 steps of stage 1, .*got 0"),
+        ({"flow_sampling": FlowSampling(1001)}, "1 to 1000 steps of stage 1, .*got 1001"),
+        ({"sampling": {"steps": 0}}, r"steps: expected a whole number of at least 1, got 0\."),
         ({"chunk_size": 0}, "chunk_size"),
         ({"output_type": "np"}, "output_type"),
-        ({"flow_sampler": "euler"}, "ddim"),
-        ({"noise_sharing": "some"}, "shared, independent, mixed"),
+        ({"flow_sampling": FlowSampling(sampler="euler")}, "among dpmpp_2m, ddim, got 'euler'"),
         ({"height": -8}, "at least 1x1"),
-        ({"motion_strength": -0.5}, "from 0, got -0.5"),
-        ({"motion_strength": float("nan")}, "from 0, got nan"),
+        ({"flow_sampling": FlowSampling(motion_strength=-0.5)}, r"from 0, got -0\.5"),
+        ({"flow_sampling": FlowSampling(motion_strength=float("nan"))}, "from 0, got nan"),
         ({"reference": "picture.png"}, "PIL image or a tensor, got str"),
         ({"reference": torch.zeros(2, 3, 8, 8)}, r"\(3, height, width\).*one frame"),
         ({"reference": torch.zeros(4, 8, 8)}, "alpha"),
@@ -353,8 +375,9 @@ def test_motion_strength_needs_a_network_that_knows_it(tmp_path, change):
     config = tiny_config(flow_generator=generator)
     pipeline = load(write_random_checkpoint(tmp_path / "tiny.safetensors", config))
     assert len(pipeline(PROMPT, 2, **SHORT).frames) == 2
-    with pytest.raises(ValueError, match=r"motion_strength: expected None, got 1\.5"):
-        pipeline(PROMPT, 2, motion_strength=1.5, **SHORT)
+    strong = SHORT | {"flow_sampling": FlowSampling(3, motion_strength=1.5)}
+    with pytest.raises(ValueError, match=r"motion_strength: expected none, got 1\.5\."):
+        pipeline(PROMPT, 2, **strong)
 
 
 def test_a_generator_on_other_features_is_refused(tmp_path):
@@ -381,9 +404,8 @@ def test_a_checkpoint_without_stage_1_says_what_is_missing(tmp_path):
 
 def test_a_checkpoint_of_stage_1_alone_says_what_is_missing(tmp_path):
     states = {"flow_generator": random_states(TINY)["flow_generator"]}
-    absent = dict.fromkeys(("unet", "vae", "text_encoder", "flow_adapter", "tokenizer"))
     path = tmp_path / "stage1.safetensors"
-    save_checkpoint(path, dataclasses.replace(TINY, **absent), states)
+    save_checkpoint(path, Checkpoint(dataclasses.replace(TINY, tokenizer=None), states))
     with pytest.raises(CheckpointError, match=r"expected a file with unet.*flow_generator alone"):
         TextToVideoPipeline.from_single_file(path)
 
@@ -400,7 +422,7 @@ def test_folder_and_file_hold_the_same(tmp_path, checkpoint):
     from_folder = TextToVideoPipeline.from_pretrained(tmp_path / "folder")
     from_folder.set_progress_bar_config(disable=True)
     # Weights of a folder lie elsewhere in memory, which changes the last digits of products.
-    assert difference(from_folder(PROMPT, 3, **SHORT).frames, expected.frames) < 1e-4
+    assert relative(from_folder(PROMPT, 3, **SHORT).frames, expected.frames) < 1e-4
 
     from_folder.save_single_file(tmp_path / "back.safetensors")
     first = load_file(checkpoint)
@@ -420,13 +442,44 @@ def test_stage_2_of_the_same_files_follows_flow(checkpoint, pipeline, tmp_path):
     assert config.unet == TINY.unet
     made = pipeline(PROMPT, 3, **SHORT)
     alone = FlowToVideoPipeline.from_single_file(tmp_path / "stage2.safetensors")
-    options = {name: value for name, value in SHORT.items() if name != "flow_steps"}
     for follower in (stage_2, alone):
         follower.set_progress_bar_config(disable=True)
-        again = follower(PROMPT, made.flow, **options).frames
-        assert difference(again, made.frames) < 1e-4
+        again = follower(PROMPT, made.flow, **STAGE_2).frames
+        assert relative(again, made.frames) < 1e-4
         still = FlowField.zeros(3, made.flow.height, made.flow.width)
-        assert difference(follower(PROMPT, still, **options).frames, again) > 1e-3
+        assert relative(follower(PROMPT, still, **STAGE_2).frames, again) > 1e-3
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_checkpoint_opens_as_the_pipeline_of_the_stages_it_holds(checkpoint, tmp_path, both):
+    path, kind = checkpoint, TextToVideoPipeline
+    if not both:
+        path, kind = tmp_path / "stage2.safetensors", FlowToVideoPipeline
+        write_random_checkpoint(path, tiny_config(flow_generator=None))
+    opened = open_pipeline(path)
+    assert type(opened) is kind
+    opened.save_pretrained(tmp_path / "folder")
+    weights = opened.unet.state_dict()
+    for source in (str(path), tmp_path / "folder", str(tmp_path / "folder")):
+        again = open_pipeline(source)
+        assert type(again) is kind and again.unet.dtype == torch.float32
+        there = again.unet.state_dict()
+        assert there.keys() == weights.keys()
+        assert all(torch.equal(there[name], weights[name]) for name in weights)
+        half = open_pipeline(source, torch.float16)
+        assert {half.unet.dtype, half.vae.dtype, half.text_encoder.dtype} == {torch.float16}
+
+
+def test_what_is_no_checkpoint_does_not_open(tmp_path):
+    with pytest.raises(ValueError, match=r"is no diffusers folder: it has no model_index\.json"):
+        open_pipeline(tmp_path)
+    with pytest.raises(CheckpointError, match=r"nowhere\.safetensors: could not be read"):
+        open_pipeline(tmp_path / "nowhere.safetensors")
+    part = write_random_checkpoint(
+        tmp_path / "part.safetensors", tiny_config(vae=None, flow_generator=None)
+    )
+    with pytest.raises(CheckpointError, match=r"part\.safetensors: expected a file with vae"):
+        open_pipeline(part)
 
 
 def test_stage_1_follows_weights_that_are_elsewhere(checkpoint, pipeline):
@@ -434,7 +487,7 @@ def test_stage_1_follows_weights_that_are_elsewhere(checkpoint, pipeline):
     offloaded = load(checkpoint)
     cpu_offload(offloaded.text_encoder, torch.device("cpu"))
     expected = pipeline(PROMPT, 2, **SHORT).flow
-    assert difference(offloaded(PROMPT, 2, **SHORT).flow.displacement, expected.displacement) < 1e-4
+    assert relative(offloaded(PROMPT, 2, **SHORT).flow.displacement, expected.displacement) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -442,7 +495,7 @@ def test_half_precision_stays_close(pipeline, checkpoint, dtype):
     whole = pipeline(PROMPT, 2, **SHORT)
     half = load(checkpoint).to(dtype)(PROMPT, 2, **SHORT)
     assert half.frames.dtype == half.flow.displacement.dtype == torch.float32
-    assert difference(half.reference, whole.reference) < 0.1
+    assert relative(half.reference, whole.reference) < 0.1
     assert torch.isfinite(half.frames).all()
 
 
