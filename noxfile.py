@@ -3,7 +3,7 @@
 nox -s demo      make a video with a real ComfyUI, the bundled workflow and checkpoint
 nox -s tests     all tests; what follows `--` goes to pytest, for example
                  nox -s tests -- -m "not slow and not comfyui" -n auto --dist loadfile
-nox -s lint      ruff
+nox -s lint      ruff, its format, and mypy
 
 ComfyUI is taken from COMFYUI_PATH if that is set, else fetched once into .nox.
 """
@@ -58,6 +58,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff's checks."""
-    session.install("ruff>=0.6")
+    """Ruff's checks and format, and mypy where maths and formats are."""
+    session.install("ruff>=0.6", "mypy>=1.13", *TORCH[:1], "numpy", "safetensors")
     session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")

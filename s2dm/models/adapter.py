@@ -11,8 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,28 +36,26 @@ class FlowAdapter(nn.Module):
     def __init__(
         self,
         config: FlowAdapterConfig,
-        operations: ModuleType | type | Any = nn,
+        operations: Any = nn,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        placed = {"device": device, "dtype": dtype}
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
         width = config.width
         self.encoder = FlowEncoder(config, operations, device, dtype)
         self.null = nn.Parameter(torch.empty(1, config.tokens, width, **placed))
         nn.init.uniform_(self.null, -1.7, 1.7)  # as large as normalised tokens
         self.layers = nn.ModuleDict()
         for name, inner in config.layers:
-            layer = nn.ModuleDict(
-                {
-                    "to_k": operations.Linear(width, inner, bias=False, **placed),
-                    "to_v": operations.Linear(width, inner, bias=False, **placed),
-                }
-            )
+            layer = {
+                side: operations.Linear(width, inner, bias=False, **placed)
+                for side in ("to_k", "to_v")
+            }
             for projection in layer.values():
                 nn.init.zeros_(projection.weight)
-            self.layers[name] = layer
+            self.layers[name] = nn.ModuleDict(layer)
 
     def encode(self, condition: Tensor) -> Tensor:
         """Turn flow conditions into tokens.
@@ -99,7 +96,7 @@ class FlowAdapter(nn.Module):
                 f"flow adapter: expected a layer among {list(self.layers)}, got '{layer_name}'. "
                 "The adapter was made for another U-Net."
             )
-        layer = self.layers[layer_name]
+        layer = cast(nn.ModuleDict, self.layers[layer_name])
         return layer["to_k"](tokens), layer["to_v"](tokens)
 
 
@@ -120,7 +117,7 @@ class FlowEncoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        placed = {"device": device, "dtype": dtype}
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
         self.size = (config.grid[0] * 8, config.grid[1] * 8)
         self.frequencies = config.frequencies
         channels = (3 + 4 * config.frequencies, config.hidden, 2 * config.hidden, config.width)

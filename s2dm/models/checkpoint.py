@@ -102,7 +102,7 @@ class Checkpoint:
                 f"expected weights for {_listed(parts_of(config))}, as the config says, got "
                 f"{_listed(states)}."
             )
-        absent = {part: None for part in PARTS if part not in states}
+        absent: dict[str, Any] = {part: None for part in PARTS if part not in states}
         self.config = dataclasses.replace(config, **absent)
         self.states = dict(states)
 

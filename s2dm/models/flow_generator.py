@@ -10,7 +10,8 @@ patches, and the strength of the motion as a condition, after HiGen (arXiv 2312.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,8 @@ class UNet3D(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         before = width
         for level, after in enumerate(widths):
-            down = Stage(before, after, embedding, config)
-            up = Stage(2 * after, before, embedding, config)
+            down = Level(before, after, embedding, config)
+            up = Level(2 * after, before, embedding, config)
             if level != len(widths) - 1:
                 down.resample = nn.Conv2d(after, after, 4, stride=2, padding=1)
             if level != 0:
@@ -72,19 +73,19 @@ class UNet3D(nn.Module):
         bias = self.position_bias(first.shape[1])
         x = self.first_attention(first, bias)
         skips = []
-        for stage in self.down:
-            x = stage(x, embedding, bias)
+        for level in cast(Iterable[Level], self.down):
+            x = level(x, embedding, bias)
             skips.append(x)
-            x = x if stage.resample is None else per_frame(stage.resample, x)
+            x = x if level.resample is None else per_frame(level.resample, x)
         x = self.middle(x, embedding, bias)
-        for stage in self.up:
-            x = stage(torch.cat([x, skips.pop()], dim=2), embedding, bias)
-            x = x if stage.resample is None else per_frame(stage.resample, x)
+        for level in cast(Iterable[Level], self.up):
+            x = level(torch.cat([x, skips.pop()], dim=2), embedding, bias)
+            x = x if level.resample is None else per_frame(level.resample, x)
         return torch.cat([x, first], dim=2)
 
     def embed_time(self, timesteps: Tensor, batch: int) -> Tensor:
         """Time steps (B,), or one for all clips, to (B, 4 model_channels)."""
-        weight = self.time_embed[0].weight
+        weight = next(self.time_embed.parameters())
         timesteps = timesteps.to(weight.device).reshape(-1).expand(batch)
         return self.time_embed(sinusoids(timesteps, weight.shape[1]).to(weight))
 
@@ -104,18 +105,20 @@ class FlowGenerator(UNet3D):
         self.flow_head = Head(2 * width, width, 2 * cells, config)
         self.occlusion_head = Head(2 * width, width, cells, config)
 
-        self.null_reference = self.null_text = self.motion_embed = self.null_motion = None
+        self.null_reference: nn.Parameter | None = None
+        self.null_text: nn.Parameter | None = None
+        self.null_motion: nn.Parameter | None = None
+        self.motion_embed: nn.Sequential | None = None
         if config.null_reference == "learned":
             self.null_reference = nn.Parameter(torch.zeros(1, config.reference_channels, 1, 1))
         if config.null_text == "learned":
             self.null_text = nn.Parameter(torch.zeros(1, config.text_dim))
         if config.motion_strength:
-            self.motion_embed = nn.Sequential(
-                nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time)
-            )
+            first, last = nn.Linear(width, time), nn.Linear(time, time)
             # Zero at the start, so that a network trained without it can be given this input.
-            nn.init.zeros_(self.motion_embed[2].weight)
-            nn.init.zeros_(self.motion_embed[2].bias)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.motion_embed = nn.Sequential(first, nn.SiLU(), last)
             self.null_motion = nn.Parameter(torch.zeros(1, time))
 
     def forward(
@@ -187,10 +190,11 @@ class FlowGenerator(UNet3D):
         time = self.embed_time(timesteps, batch)
         if self.motion_embed is not None:
             if motion is not None:
-                weight = self.motion_embed[0].weight
+                weight = next(self.motion_embed.parameters())
                 scaled = sinusoids(motion.to(weight.device) * MOTION_SCALE, weight.shape[1])
                 motion = self.motion_embed(scaled.to(weight))
-            time = time + _or_null(motion, self.null_motion, keep_motion)
+            null = cast(Tensor, self.null_motion)
+            time = time + cast(Tensor, _or_null(motion, null, keep_motion))
         text = _or_null(text, self.null_text, keep_text)
         if text is None:
             text = time.new_zeros(1, self.config.text_dim)
@@ -224,7 +228,7 @@ class FlowGenerator(UNet3D):
             _refuse("motion", f"({batch},)", motion, "Give one number for each clip.")
 
 
-class Stage(nn.Module):
+class Level(nn.Module):
     """One level of the U-Net on one side: two residual blocks, linear and temporal attention."""
 
     def __init__(
@@ -288,7 +292,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         y = self._normalise(self.norm1, per_frame(self.conv1, x))
-        if self.modulate is not None:
+        if self.modulate is not None and embedding is not None:
             scale, shift = self.modulate(F.silu(embedding))[:, None, :, None, None].chunk(2, dim=2)
             y = y * (scale + 1) + shift
         y = self._normalise(self.norm2, per_frame(self.conv2, F.silu(y)))
@@ -340,5 +344,5 @@ def _resized(image: Tensor, size: list[int]) -> Tensor:
     return F.interpolate(source, size=size, mode="bilinear", antialias=True).to(image)
 
 
-def _refuse(name: str, expected: str, got: Tensor, remedy: str) -> None:
+def _refuse(name: str, expected: str, got: Tensor, remedy: str) -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {tuple(got.shape)}. {remedy}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 NOISE_SHARING = ("shared", "independent", "mixed")
 
-BrownianPath = Callable[[Tensor, Tensor], Tensor]
-"""Takes σ and the σ to go to; gives the noise of that interval."""
+BrownianPath = Callable[[Any, Any], Tensor]
+"""Takes σ and the σ to go to, as numbers or scalars; gives the noise of that interval."""
 
 
 @dataclass(frozen=True)

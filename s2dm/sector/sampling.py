@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -50,11 +50,10 @@ def sample(
     scheduler.set_timesteps(steps, device=noise.device)
     start = scheduler.timesteps[:1].repeat(num_frames)
     latents = scheduler.add_noise(torch.zeros_like(noise), noise, start)
+    step_noise: AbstractContextManager[Any] = StepNoise(num_frames, generator, sharing)
     if hasattr(scheduler, "noise_sampler"):
         scheduler.noise_sampler = _brownian_noise(scheduler, latents, generator, sharing)
         step_noise = nullcontext()
-    else:
-        step_noise = StepNoise(num_frames, generator, sharing)
     # With a generator of their own, schedulers draw on its device, not on the latents'.
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if takes_generator else {}
