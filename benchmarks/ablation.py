@@ -34,6 +34,7 @@ from comparison import (
 from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.tables import markdown_table
 from s2dm.files import write_json
+from s2dm.sector import NoiseSharing
 
 TITLES = {
     "I": "(I) shared in training and sampling",
@@ -71,7 +72,8 @@ def main() -> None:
             options.shared, options.independent, "noise_sharing", ("shared", "independent")
         )
     }
-    shared, independent = Variant("given-flow"), Variant("given-flow", "independent")
+    shared = Variant("given-flow")
+    independent = Variant("given-flow", NoiseSharing("independent"))
     rows = {
         "I": Row(options.shared, shared),
         "II": Row(options.shared, independent),
