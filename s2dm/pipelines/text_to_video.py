@@ -192,7 +192,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             if callback_on_step_end is not None:
                 callback_on_step_end(next(steps), state)
 
-        # With one seed the reference frame and the clip draw the same ν, see `draw_noise`.
+        # With one seed the reference frame and the clip draw the same ν, see `NoiseSharing`.
         from_nu = {
             "negative_prompt": negative_prompt,
             "height": height,
@@ -313,8 +313,8 @@ def open_pipeline(
         options: for `from_pretrained` of a folder.
 
     Raises:
-        CheckpointError: the file is broken, or lacks a part of stage 2.
-        ValueError: the folder is no diffusers folder.
+        CheckpointError: the file is broken or lacks a part of stage 2, or the folder is no
+            diffusers folder.
     """
     path = Path(path)
     if not path.is_dir():
@@ -323,7 +323,7 @@ def open_pipeline(
         return kind.from_single_file(path, torch_dtype)
     index = path / "model_index.json"
     if not index.is_file():
-        raise ValueError(f"{path} is no diffusers folder: it has no model_index.json.")
+        raise CheckpointError(f"{path} is no diffusers folder: it has no model_index.json.")
     both = "flow_generator" in json.loads(index.read_text("utf-8"))
     kind = TextToVideoPipeline if both else FlowToVideoPipeline
     return kind.from_pretrained(path, torch_dtype=torch_dtype, **options)

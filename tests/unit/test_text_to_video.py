@@ -471,7 +471,9 @@ def test_a_checkpoint_opens_as_the_pipeline_of_the_stages_it_holds(checkpoint, t
 
 
 def test_what_is_no_checkpoint_does_not_open(tmp_path):
-    with pytest.raises(ValueError, match=r"is no diffusers folder: it has no model_index\.json"):
+    with pytest.raises(
+        CheckpointError, match=r"is no diffusers folder: it has no model_index\.json"
+    ):
         open_pipeline(tmp_path)
     with pytest.raises(CheckpointError, match=r"nowhere\.safetensors: could not be read"):
         open_pipeline(tmp_path / "nowhere.safetensors")
