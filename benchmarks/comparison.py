@@ -23,13 +23,9 @@ from torch import Tensor
 from s2dm.cli.options import sampling_entries
 from s2dm.evaluation.distances import bootstrap, frechet_distance, interval
 from s2dm.evaluation.modes import Variant
-from s2dm.evaluation.run import (
-    EvaluationConfig,
-    evaluate,
-    shuffled,
-    stored_frames,
-    take_groups,
-)
+from s2dm.evaluation.report import take_groups
+from s2dm.evaluation.run import EvaluationConfig, evaluate, shuffled
+from s2dm.evaluation.store import stored_frames
 from s2dm.evaluation.tables import mean_over_seeds
 from s2dm.flow import flow_to_image
 from s2dm.models import load_checkpoint, read_config
