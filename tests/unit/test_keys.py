@@ -87,28 +87,29 @@ def test_layer_names_are_those_that_comfyui_reports():
 @settings(max_examples=8, deadline=None)
 @given(unet_configs)
 def test_unet_is_diffusers_unet(config):
-    build = pytest.importorskip("s2dm.pipelines.modules")
+    attention = pytest.importorskip("s2dm.pipelines.attention")
+    modules = pytest.importorskip("s2dm.pipelines.modules")
     with torch.device("meta"):
-        unet = build.build_unet(config)
+        unet = modules.build_unet(config)
     assert shapes_of(unet) == diffusers_shapes(unet_keys(config))
-    assert build.unet_config(unet) == config
+    assert attention.unet_config(unet) == config
 
 
 @settings(max_examples=8, deadline=None)
 @given(vae_configs)
 def test_vae_is_diffusers_vae(config):
-    build = pytest.importorskip("s2dm.pipelines.modules")
+    modules = pytest.importorskip("s2dm.pipelines.modules")
     with torch.device("meta"):
-        vae = build.build_vae(config)
+        vae = modules.build_vae(config)
     assert shapes_of(vae) == diffusers_shapes(vae_keys(config))
 
 
 @pytest.mark.parametrize("config", [SD15.text_encoder, PUPPETS.text_encoder])
 def test_text_encoder_is_transformers_text_encoder(config):
-    build = pytest.importorskip("s2dm.pipelines.modules")
+    modules = pytest.importorskip("s2dm.pipelines.modules")
     with torch.device("meta"):
-        encoder = build.build_text_encoder(config)
-    state = build.text_encoder_state(encoder, config)
+        encoder = modules.build_text_encoder(config)
+    state = modules.text_encoder_state(encoder, config)
     assert {n: tuple(w.shape) for n, w in state.items()} == ldm_shapes(text_encoder_keys(config))
 
 

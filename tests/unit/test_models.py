@@ -14,7 +14,9 @@ from s2dm.models import (
     SD15,
     FlowAdapter,
     FlowAdapterConfig,
+    FlowSampling,
     S2DMConfig,
+    SamplingConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
@@ -22,8 +24,10 @@ from s2dm.models import (
     with_tokenizer,
 )
 from s2dm.models.config import ConfigError
+from s2dm.models.keys import unet_keys
 
-build = pytest.importorskip("s2dm.pipelines.modules")
+attention = pytest.importorskip("s2dm.pipelines.attention")
+modules = pytest.importorskip("s2dm.pipelines.modules")
 
 UNET = dataclasses.replace(TINY.unet, attention_levels=(False, True))
 
@@ -31,7 +35,7 @@ UNET = dataclasses.replace(TINY.unet, attention_levels=(False, True))
 @pytest.fixture(scope="module")
 def unet():
     torch.manual_seed(0)
-    return build.build_unet(UNET).eval()
+    return modules.build_unet(UNET).eval()
 
 
 def make_adapter(fusion="channel", trained=False):
@@ -62,10 +66,10 @@ def flow(frames=3):
 @torch.no_grad()
 def test_an_untrained_adapter_changes_no_bit(fusion, length):
     torch.manual_seed(0)
-    unet = build.build_unet(UNET).eval()
+    unet = modules.build_unet(UNET).eval()
     before = unet(*inputs(length=length)).sample
     adapter = make_adapter(fusion)
-    build.attach_adapter(unet, adapter)
+    attention.attach_adapter(unet, adapter)
     tokens = adapter.encode(flow())
     after = unet(*inputs(length=length), cross_attention_kwargs={"flow_tokens": tokens}).sample
     assert torch.equal(before, after)
@@ -76,7 +80,7 @@ def test_an_untrained_adapter_changes_no_bit(fusion, length):
 @torch.no_grad()
 def test_a_trained_adapter_acts_on_each_frame_alone(unet, fusion):
     adapter = make_adapter(fusion, trained=True)
-    build.attach_adapter(unet, adapter)
+    attention.attach_adapter(unet, adapter)
     plain = unet(*inputs()).sample
     tokens = adapter.encode(flow())
     out = unet(*inputs(), cross_attention_kwargs={"flow_tokens": tokens}).sample
@@ -89,7 +93,7 @@ def test_a_trained_adapter_acts_on_each_frame_alone(unet, fusion):
 
 def test_training_moves_adapter_and_unet(unet):
     adapter = make_adapter()
-    build.attach_adapter(unet, adapter)
+    attention.attach_adapter(unet, adapter)
     tokens = adapter.encode(flow())
     unet(*inputs(), cross_attention_kwargs={"flow_tokens": tokens}).sample.sum().backward()
     for name, _ in adapter.config.layers:
@@ -99,15 +103,15 @@ def test_training_moves_adapter_and_unet(unet):
 
 
 def test_the_unet_does_not_register_the_adapter(unet):
-    build.attach_adapter(unet, make_adapter())
-    assert build.unet_state(unet, UNET).keys() == {k.ldm for k in build.unet_keys(UNET)}
-    assert len(unet.state_dict()) == len(build.unet_keys(UNET))
+    attention.attach_adapter(unet, make_adapter())
+    assert modules.unet_state(unet, UNET).keys() == {k.ldm for k in unet_keys(UNET)}
+    assert len(unet.state_dict()) == len(unet_keys(UNET))
 
 
 def test_an_adapter_for_another_unet_is_refused(unet):
     config = FlowAdapterConfig(width=32, hidden=32, layers=(("middle_0_0", 96),))
     with pytest.raises(ValueError, match="made for another U-Net"):
-        build.attach_adapter(unet, FlowAdapter(config))
+        attention.attach_adapter(unet, FlowAdapter(config))
 
 
 @torch.no_grad()
@@ -118,7 +122,7 @@ def test_layers_that_an_adapter_leaves_out_see_the_prompt_alone(unet):
     state = whole.state_dict()
     part.load_state_dict({key: state[key] for key in part.state_dict()})
     tokens = {"flow_tokens": part.encode(flow())}
-    build.attach_adapter(unet, part)
+    attention.attach_adapter(unet, part)
     out = unet(*inputs(), cross_attention_kwargs=tokens).sample
     assert not torch.equal(out, unet(*inputs()).sample)
     first = whole.config.layers[0][0]
@@ -126,20 +130,20 @@ def test_layers_that_an_adapter_leaves_out_see_the_prompt_alone(unet):
         if name != first:
             for projection in layer.values():
                 projection.weight.zero_()
-    build.attach_adapter(unet, whole)
+    attention.attach_adapter(unet, whole)
     torch.testing.assert_close(out, unet(*inputs(), cross_attention_kwargs=tokens).sample)
 
 
 @pytest.mark.parametrize(
     ("part", "make", "read"),
     [
-        (UNET, build.build_unet, build.unet_state),
+        (UNET, modules.build_unet, modules.unet_state),
         (
             dataclasses.replace(TINY.vae, channel_mult=(1, 2)),
-            build.build_vae,
-            build.vae_state,
+            modules.build_vae,
+            modules.vae_state,
         ),
-        (TINY.text_encoder, build.build_text_encoder, build.text_encoder_state),
+        (TINY.text_encoder, modules.build_text_encoder, modules.text_encoder_state),
     ],
 )
 def test_networks_survive_the_files_keys(part, make, read):
@@ -152,22 +156,22 @@ def test_networks_survive_the_files_keys(part, make, read):
 def test_vae_and_text_encoder_have_the_expected_shapes():
     vae, text = PUPPETS.vae, PUPPETS.text_encoder
     with torch.no_grad():
-        latents = build.build_vae(vae).encode(torch.zeros(1, 3, 64, 48)).latent_dist.mode()
+        latents = modules.build_vae(vae).encode(torch.zeros(1, 3, 64, 48)).latent_dist.mode()
         ids = torch.full((2, 77), text.eos_token_id)
-        prompt = build.build_text_encoder(text)(ids).last_hidden_state
+        prompt = modules.build_text_encoder(text)(ids).last_hidden_state
     assert latents.shape == (1, PUPPETS.unet.in_channels, 64 // vae.factor, 48 // vae.factor)
     assert prompt.shape == (2, 77, PUPPETS.unet.context_dim)
 
 
 def test_tokenizer_of_a_checkpoint():
     config = with_tokenizer(PUPPETS, train_tokenizer(["a man in a red shirt"], 600))
-    tokenizer = build.build_tokenizer(config)
+    tokenizer = modules.build_tokenizer(config)
     ids = tokenizer("a red man", padding="max_length", truncation=True)["input_ids"]
     assert len(ids) == 77
     assert ids[0] == config.text_encoder.bos_token_id
     assert ids[4:] == [config.text_encoder.eos_token_id] * 73
     with pytest.raises(ValueError, match="with a text encoder"):
-        build.build_tokenizer(config.adapter_only())
+        modules.build_tokenizer(config.adapter_only())
 
 
 @pytest.mark.parametrize("config", [SD15, PUPPETS, SD15.adapter_only()])
@@ -191,15 +195,45 @@ def test_configs_refuse_nonsense():
         dataclasses.replace(PUPPETS, unet=None, text_encoder=TextEncoderConfig())
 
 
+def test_settings_of_sampling_are_replaced_entry_by_entry():
+    recommended = SamplingConfig(12, 2.0, 1.5, 0.25)
+    assert recommended.replacing(None) == recommended.replacing({}) == recommended
+    # None is a setting, too: both guided together.
+    changed = recommended.replacing({"steps": 5, "flow_guidance_scale": None})
+    assert changed == SamplingConfig(5, 2.0, None, 0.25)
+    for entries, message in (
+        ({"cfg": 2.0}, r"SamplingConfig: expected entries among .*got \['cfg'\]"),
+        ({"steps": 0}, r"SamplingConfig\.steps: expected a whole number of at least 1, got 0"),
+        ({"flow_start": 1.5}, r"SamplingConfig\.flow_start: .*0 to 1, got 1\.5"),
+        ({"guidance_scale": None}, r"SamplingConfig\.guidance_scale: .*got None"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            recommended.replacing(entries)
+
+
+def test_sampling_says_itself_in_a_line():
+    assert str(SamplingConfig()) == "DDIM, 20 steps, guidance 7.5"
+    whole = SamplingConfig(12, 2.0, 1.5, 0.25)
+    assert str(whole) == "DDIM, 12 steps, guidance 2 (flow 1.5), flow from 0.25"
+
+
+def test_motion_strength_is_a_multiple_of_the_trained_motion():
+    trained = TINY.flow_generator
+    assert FlowSampling().motion(trained) is None
+    motion = FlowSampling(motion_strength=2.5).motion(trained)
+    assert motion.tolist() == pytest.approx([2.5 * trained.motion])
+    assert FlowSampling(motion_strength=0.0).motion(trained).tolist() == [0.0]
+
+
 def test_bundled_model_fits_fifty_megabytes():
     assert DEFAULT_CHECKPOINT.stat().st_size < 50e6
 
 
 def test_full_size_stable_diffusion_takes_the_adapter():
     with torch.device("meta"):
-        unet = build.build_unet(SD15.unet)
+        unet = modules.build_unet(SD15.unet)
     adapter = FlowAdapter(SD15.flow_adapter, device="meta")
-    build.attach_adapter(unet, adapter)
+    attention.attach_adapter(unet, adapter)
     tokens = torch.empty(2, 77, 256, device="meta")
     out = unet(
         torch.empty(2, 4, 16, 16, device="meta"),
@@ -214,11 +248,11 @@ def test_full_size_stable_diffusion_takes_the_adapter():
 @torch.no_grad()
 def test_full_size_untrained_adapter_changes_no_bit():
     torch.manual_seed(0)
-    unet = build.build_unet(SD15.unet).eval()
+    unet = modules.build_unet(SD15.unet).eval()
     x, t, prompt = torch.randn(1, 4, 8, 8), torch.tensor([10]), torch.randn(1, 77, 768)
     before = unet(x, t, prompt).sample
     adapter = FlowAdapter(SD15.flow_adapter)
-    build.attach_adapter(unet, adapter)
+    attention.attach_adapter(unet, adapter)
     tokens = adapter.encode(torch.randn(1, 3, 64, 64))
     after = unet(x, t, prompt, cross_attention_kwargs={"flow_tokens": tokens}).sample
     assert torch.equal(before, after)
