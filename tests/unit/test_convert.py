@@ -14,6 +14,8 @@ from s2dm import cli
 from s2dm.convert import ConversionError, _stored, convert
 from s2dm.models import (
     PARTS,
+    Checkpoint,
+    CheckpointError,
     ConfigError,
     FlowGeneratorConfig,
     SamplingConfig,
@@ -22,13 +24,8 @@ from s2dm.models import (
     save_checkpoint,
 )
 from s2dm.models.lfdm import lfdm_keys
-from s2dm.pipelines.modules import (
-    attach_adapter,
-    build_flow_adapter,
-    build_text_encoder,
-    build_unet,
-    build_vae,
-)
+from s2dm.pipelines.attention import attach_adapter
+from s2dm.pipelines.modules import build
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +49,8 @@ def test_convert_between_file_and_folder(tmp_path, stages, request):
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert read_config(tmp_path / "again.safetensors") == read_config(checkpoint)
     convert(checkpoint, tmp_path / "half.safetensors", half=True)
-    assert all(w.dtype == torch.float16 for w in load_file(tmp_path / "half.safetensors").values())
+    half = load_file(tmp_path / "half.safetensors")
+    assert half.keys() == first.keys() and {w.dtype for w in half.values()} == {torch.float16}
 
 
 def test_a_recommendation_is_changed_entry_by_entry_and_kept(tmp_path, checkpoint):
@@ -82,24 +80,26 @@ def test_a_file_keeps_its_parts_and_their_precision(tmp_path):
     config = tiny_config().adapter_only()
     adapter, target = tmp_path / "adapter.safetensors", tmp_path / "told.safetensors"
     states = {"flow_adapter": random_states(config)["flow_adapter"]}
-    save_checkpoint(adapter, config, states, torch.float16)
+    save_checkpoint(adapter, Checkpoint(config, states), torch.float16)
     convert(adapter, target, recommend={"guidance_scale": 4.0})
-    again, loaded = load_checkpoint(target)
-    assert again == config.recommending({"guidance_scale": 4.0})
+    loaded = load_checkpoint(target)
+    assert loaded.config == config.recommending({"guidance_scale": 4.0})
     assert list(loaded) == ["flow_adapter"]
-    for name, weight in loaded["flow_adapter"].items():
+    weights = loaded["flow_adapter"].state
+    assert weights.keys() == states["flow_adapter"].keys()
+    for name, weight in weights.items():
         assert torch.equal(weight, states["flow_adapter"][name].half())
 
 
 def test_convert_reads_pickled_weights(tmp_path, checkpoint):
-    config, _ = load_checkpoint(checkpoint)
+    config = read_config(checkpoint)
     weights = load_file(checkpoint)
     pickled = tmp_path / "model.ckpt"
     torch.save({"state_dict": weights, "epoch": 3, "s2dm": json.dumps(config.to_dict())}, pickled)
     convert(pickled, tmp_path / "model.safetensors")
-    again, _ = load_checkpoint(tmp_path / "model.safetensors")
-    assert again == config
+    assert load_checkpoint(tmp_path / "model.safetensors").config == config
     loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
     # Other weights become a plain file.
     torch.save({"some.weight": torch.ones(2)}, tmp_path / "plain.pt")
@@ -121,12 +121,10 @@ def stable_diffusion(tmp_path, monkeypatch) -> dict[str, Path]:
     save_file(weights | extra, tmp_path / "sd.safetensors")
     torch.save({"state_dict": weights | extra, "global_step": 5}, tmp_path / "sd.ckpt")
     folder = tmp_path / "sd"
-    build_unet(config.unet, states["unet"]).save_pretrained(folder / "unet")
-    build_vae(config.vae, states["vae"]).save_pretrained(folder / "vae")
-    build_text_encoder(config.text_encoder, states["text_encoder"]).save_pretrained(
-        folder / "text_encoder"
-    )
-    index = {"_class_name": "StableDiffusionPipeline", "unet": [], "vae": [], "text_encoder": []}
+    index = {"_class_name": "StableDiffusionPipeline"}
+    for part in (plain := Checkpoint(config, states)):
+        build(plain, part).save_pretrained(folder / part)
+        index[part] = []
     (folder / "model_index.json").write_text(json.dumps(index))
     return {name: tmp_path / name for name in ("sd.safetensors", "sd.ckpt", "sd")}
 
@@ -135,16 +133,18 @@ def stable_diffusion(tmp_path, monkeypatch) -> dict[str, Path]:
 def test_stable_diffusion_gets_an_adapter_without_effect(tmp_path, stable_diffusion, form):
     source, target = stable_diffusion[form], tmp_path / "out" / "s2dm.safetensors"
     convert(source, target, recommend={"steps": 7})
-    config, states = load_checkpoint(target)
+    made = load_checkpoint(target)
+    config = made.config
     assert config.sampling.steps == 7 and form in config.data
     weights = load_file(stable_diffusion["sd.safetensors"])
     for part in ("unet", "text_encoder", "vae"):
-        for name, weight in states[part].items():
+        assert made[part].state
+        for name, weight in made[part].state.items():
             assert torch.equal(weight, weights[PARTS[part].prefix + name])
-    adapter = build_flow_adapter(config.flow_adapter, states["flow_adapter"])
+    adapter = build(made, "flow_adapter")
     noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, config.unet.context_dim)
     flow = torch.rand(2, 3, 88, 56)
-    plain, following = (build_unet(config.unet, states["unet"]) for _ in range(2))
+    plain, following = (build(made, "unet") for _ in range(2))
     attach_adapter(following, adapter)
     timestep = torch.tensor(500)
     with torch.no_grad():
@@ -154,6 +154,7 @@ def test_stable_diffusion_gets_an_adapter_without_effect(tmp_path, stable_diffus
     again = tmp_path / "again.safetensors"
     convert(source, again)
     one, other = load_file(target), load_file(again)
+    assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)  # the same every time
 
 
@@ -195,14 +196,15 @@ def test_convert_makes_a_flow_generator_of_lfdm(tmp_path):
     target = tmp_path / "generator.safetensors"
     pickled = lfdm_pickle(tmp_path / "flowdiff.pth")
     assert cli.main(["convert", str(pickled), str(target), "--half"]) == 0
-    config, states = load_checkpoint(target)
+    made = load_checkpoint(target)
+    config = made.config
     assert config.flow_generator == FlowGeneratorConfig()
     assert config.frames == 40
     assert "LFDM" in config.data and "flowdiff.pth" in config.data
-    assert list(states) == ["flow_generator"]
+    assert list(made) == ["flow_generator"]
     source = torch.load(tmp_path / "flowdiff.pth", weights_only=True)["diffusion"]
     for key in lfdm_keys(config.flow_generator):
-        weight = states["flow_generator"][key.ours]
+        weight = made["flow_generator"].state[key.ours]
         assert weight.shape == key.shape and weight.dtype == torch.float16
         assert torch.equal(weight, source[key.lfdm].half().reshape(key.shape))
 
@@ -225,6 +227,8 @@ class Evil:
 
 def test_convert_runs_no_code_and_refuses_the_rest(tmp_path, checkpoint, capsys):
     torch.save({"state_dict": {"a": torch.ones(1)}, "extra": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match="no diffusers folder: it has no model_index"):
+        convert(tmp_path, tmp_path / "out.safetensors")
     with pytest.raises(ConversionError, match="not loaded"):
         convert(tmp_path / "evil.pt", tmp_path / "out.safetensors")
     assert "code of the pickle ran" not in capsys.readouterr().out
@@ -236,7 +240,6 @@ def test_convert_runs_no_code_and_refuses_the_rest(tmp_path, checkpoint, capsys)
         ("missing.safetensors", "folder", "nothing at"),
         ("empty.pt", "folder", r"\.safetensors"),
         (checkpoint, "out.bin", "Can't write"),
-        (".", "out.safetensors", "model_index"),
     ):
         with pytest.raises(ConversionError, match=message):
             convert(tmp_path / source, tmp_path / target)
@@ -249,9 +252,8 @@ def test_weights_keep_their_precision_through_a_folder(tmp_path, checkpoint):
     convert(tmp_path / "folder", tmp_path / "again.safetensors")
     first, again = (load_file(tmp_path / f"{name}.safetensors") for name in ("half", "again"))
     assert first.keys() == again.keys()
-    assert all(
-        w.dtype == torch.float16 and torch.equal(w, again[name]) for name, w in first.items()
-    )
+    assert {weight.dtype for weight in first.values()} == {torch.float16}
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
 
 
 def test_pickled_names_that_are_no_names_are_left_out(tmp_path):

@@ -7,8 +7,8 @@ import torch
 from random_checkpoint import TINY
 from torch import nn
 
-from s2dm.models import ScheduleConfig, constrain, encode_flow
-from s2dm.pipelines import FLOW_SAMPLERS, flow_scheduler, generate_flow
+from s2dm.models import FLOW_SAMPLERS, ScheduleConfig, constrain, encode_flow
+from s2dm.pipelines import flow_scheduler, generate_flow
 from s2dm.pipelines.modules import build_flow_generator
 from s2dm.sector import alphas_cumprod, implied_prediction
 
