@@ -119,9 +119,13 @@ def test_resumed_run_equals_uninterrupted_one(tmp_path, vae_file, monkeypatch, a
         assert train_stage2(parts).step == 2
     assert not (tmp_path / "parts" / "export.safetensors").exists()
     assert train_stage2(parts).step == 4
-    for part, state in load_checkpoint(tmp_path / "whole" / "export.safetensors")[1].items():
-        resumed = load_checkpoint(tmp_path / "parts" / "export.safetensors")[1][part]
-        assert all(torch.equal(value, resumed[key]) for key, value in state.items()), part
+    first, resumed = (
+        load_checkpoint(tmp_path / name / "export.safetensors") for name in ("whole", "parts")
+    )
+    assert set(first) == set(resumed) == {"unet", "text_encoder", "vae", "flow_adapter"}
+    for part in first:
+        there = resumed[part].state
+        assert all(torch.equal(value, there[key]) for key, value in first[part].state.items()), part
     records = [RunFolder(tmp_path / name).records() for name in ("whole", "parts")]
     losses = [[r["loss"] for r in log if "loss" in r] for log in records]
     assert losses[0] == losses[1]

@@ -15,9 +15,9 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import DATA, FRAMES, Squares, data_config
 from torch import nn
 
-from s2dm.models import load_checkpoint, mean_motion, presets
+from s2dm.models import load_checkpoint, mean_motion, presets, read_config
 from s2dm.pipelines import embed_prompts
-from s2dm.pipelines.modules import build_text_encoder, build_tokenizer, build_vae
+from s2dm.pipelines.modules import build, build_tokenizer
 from s2dm.sector import implied_prediction
 from s2dm.training import stage1
 from s2dm.training.config import TrainingConfigError, config_from_dict
@@ -75,12 +75,13 @@ def task(tmp_path_factory, stage2_file, preset):
 
 def test_the_export_adds_stage_1_and_leaves_the_rest(tmp_path, stage2_file, preset):
     train_stage1(_config(tmp_path, stage2_file))
-    before = load_checkpoint(stage2_file)[1]
-    config, after = load_checkpoint(tmp_path / "export.safetensors")
+    before = load_checkpoint(stage2_file)
+    after = load_checkpoint(tmp_path / "export.safetensors")
     assert set(after) == {*before, "flow_generator"}
-    for part, state in before.items():
-        assert all(torch.equal(value.half(), after[part][key]) for key, value in state.items())
-    assert config.flow_generator.frames == FRAMES
+    for part in before:
+        there = after[part].state
+        assert all(torch.equal(w.half(), there[key]) for key, w in before[part].state.items())
+    assert after.config.flow_generator.frames == FRAMES
     assert any((tmp_path / "samples").glob("step_*.png"))
     assert "motion_ratio" in RunFolder(tmp_path).records()[-1]
 
@@ -96,10 +97,10 @@ def test_what_depends_on_the_data_is_measured_on_it(task):
 
 def test_a_run_keeps_its_scale_when_clips_are_added(tmp_path, stage2_file, preset, monkeypatch):
     train_stage1(_config(tmp_path, stage2_file, steps=1))
-    before, _ = load_checkpoint(tmp_path / "export.safetensors")
+    before = read_config(tmp_path / "export.safetensors")
     monkeypatch.setattr(stage1, "_scales", lambda _: (9.0, 9.0))
     train_stage1(_config(tmp_path, stage2_file, steps=2))
-    after, _ = load_checkpoint(tmp_path / "export.safetensors")
+    after = read_config(tmp_path / "export.safetensors")
     assert after.flow_generator == before.flow_generator
 
 
@@ -147,11 +148,11 @@ def test_null_labels_are_drawn_each_for_itself(task, dropped):
 
 
 def test_a_clip_comes_with_its_caption_as_the_text_encoder_reads_it(task, stage2_file):
-    config, states = load_checkpoint(stage2_file, ["text_encoder"])
-    encoder = build_text_encoder(config.text_encoder, states["text_encoder"])
+    checkpoint = load_checkpoint(stage2_file, ["text_encoder"])
+    encoder, tokenizer = build(checkpoint, "text_encoder"), build_tokenizer(checkpoint.config)
     captions = [f"square number {number}" for number in range(6)]
     with torch.no_grad():
-        expected = embed_prompts(encoder, build_tokenizer(config), captions)
+        expected = embed_prompts(encoder, tokenizer, captions)
     assert (expected[1:] - expected[:-1]).abs().amax(1).min() > 0.01
     references = torch.from_numpy(task.references.astype("float32"))
     batch = task.batch(step_generator(0, 0), CPU)
@@ -161,13 +162,13 @@ def test_a_clip_comes_with_its_caption_as_the_text_encoder_reads_it(task, stage2
 
 
 def test_the_reference_is_frame_1_as_the_vae_has_it(task, stage2_file):
-    config, states = load_checkpoint(stage2_file, ["vae"])
-    vae = build_vae(config.vae, states["vae"]).eval()
+    checkpoint = load_checkpoint(stage2_file, ["vae"])
+    vae = build(checkpoint, "vae").eval()
     references = torch.from_numpy(task.references.astype("float32"))
     for number, clip in enumerate(Squares(data_config(), "train")[i] for i in range(6)):
         with torch.no_grad():
             latents = vae.encode(pixels(clip.frames) * 2 - 1).latent_dist.mode()
-        latents = latents * config.vae.scaling_factor
+        latents = latents * checkpoint.config.vae.scaling_factor
         apart = (latents - references[number]).abs().amax((1, 2, 3))
         assert apart[0] < 0.01 < apart[1:].min()
 
@@ -224,8 +225,10 @@ def test_a_run_that_is_stopped_ends_where_one_that_was_not_does(tmp_path, stage2
     train_stage1(_config(parted, stage2_file, steps=2, schedule="constant"))
     train_stage1(_config(parted, stage2_file, steps=4, schedule="constant"))
     first, second = (
-        load_checkpoint(run / "export.safetensors")[1]["flow_generator"] for run in (whole, parted)
+        load_checkpoint(run / "export.safetensors")["flow_generator"].state
+        for run in (whole, parted)
     )
+    assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
@@ -240,8 +243,9 @@ def test_a_checkpoint_with_stage_1_is_gone_on_from(tmp_path, stage2_file, preset
     train_stage1(_config(tmp_path / "first", stage2_file, steps=1))
     start = tmp_path / "first" / "export.safetensors"
     going_on = build_stage1_task(_config(tmp_path / "second", start), CPU)
-    state = load_checkpoint(start, ["flow_generator"])[1]["flow_generator"]
+    state = load_checkpoint(start)["flow_generator"].state
     network = going_on.model.flow_generator.state_dict()
+    assert network.keys() == state.keys()
     assert all(torch.equal(value.float(), network[key]) for key, value in state.items())
 
 

@@ -24,11 +24,13 @@ pytestmark = pytest.mark.usefixtures("tiny_preset")
 
 def test_stage2_export_is_a_whole_checkpoint(tmp_path, vae_file):
     train_stage2(stage2_config(tmp_path, vae_file, steps=2))
-    config, states = load_checkpoint(tmp_path / "export.safetensors")
-    assert set(states) == {"unet", "text_encoder", "vae", "flow_adapter"}
+    made = load_checkpoint(tmp_path / "export.safetensors")
+    config = made.config
+    assert set(made) == {"unet", "text_encoder", "vae", "flow_adapter"}
     assert config.tokenizer["kind"] == "bpe"
     assert (config.resolution, config.frames) == ((SIZE, SIZE), FRAMES)
-    assert all(t.dtype == torch.float16 for state in states.values() for t in state.values())
+    for part in made:
+        assert {weight.dtype for weight in made[part].state.values()} == {torch.float16}
 
 
 def test_only_the_named_parts_learn(tmp_path, vae_file):
@@ -40,13 +42,13 @@ def test_only_the_named_parts_learn(tmp_path, vae_file):
         sampling={"flow_guidance_scale": 1.0},
     )  # fmt: skip
     train_stage2(config)
-    told, before = load_checkpoint(start)
-    again, after = load_checkpoint(tmp_path / "second" / "export.safetensors")
-    assert told.sampling == SamplingConfig(guidance_scale=2.0)
-    assert again.sampling == SamplingConfig(guidance_scale=2.0, flow_guidance_scale=1.0)
+    before = load_checkpoint(start)
+    after = load_checkpoint(tmp_path / "second" / "export.safetensors")
+    assert before.config.sampling == SamplingConfig(guidance_scale=2.0)
+    assert after.config.sampling == SamplingConfig(guidance_scale=2.0, flow_guidance_scale=1.0)
     same = {
-        part: all(torch.equal(value, after[part][key]) for key, value in state.items())
-        for part, state in before.items()
+        part: all(torch.equal(value, after[part].state[key]) for key, value in state.items())
+        for part, state in before.states.items()
     }
     assert same == {"unet": True, "text_encoder": True, "vae": True, "flow_adapter": False}
 
@@ -74,12 +76,12 @@ def test_the_text_encoder_of_stage_1_stays(tmp_path, two_stages, settings):
 def test_stage_1_comes_out_as_it_went_in(tmp_path, two_stages):
     train = ["unet", "flow_adapter"]
     train_stage2(stage2_config(tmp_path, "", checkpoint=str(two_stages), train=train, steps=1))
-    before = load_checkpoint(two_stages)[1]
-    config, after = load_checkpoint(tmp_path / "export.safetensors")
-    assert config.flow_generator == tiny_config().flow_generator
+    before = load_checkpoint(two_stages)
+    after = load_checkpoint(tmp_path / "export.safetensors")
+    assert after.config.flow_generator == tiny_config().flow_generator
     same = {
-        part: all(torch.equal(value.half(), after[part][key]) for key, value in state.items())
-        for part, state in before.items()
+        part: all(torch.equal(value.half(), after[part].state[key]) for key, value in state.items())
+        for part, state in before.states.items()
     }
     assert {part for part in same if not same[part]} == set(train)
 

@@ -15,12 +15,12 @@ pytest.importorskip("diffusers")
 from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import DATA, stage2_config
 
-from s2dm.models import load_checkpoint
-from s2dm.pipelines.modules import build_text_encoder, build_tokenizer, tokenize
+from s2dm.models import load_checkpoint, read_config
+from s2dm.pipelines.modules import build, build_tokenizer, tokenize
 from s2dm.training import text
 from s2dm.training.config import TrainingConfigError, config_from_dict
 from s2dm.training.loop import RunFolder, step_generator
-from s2dm.training.models import load_text_encoder
+from s2dm.training.models import load_model
 from s2dm.training.stage2 import build_stage2_task
 from s2dm.training.text import TextTrainingConfig, build_text_task, train_text
 
@@ -49,23 +49,24 @@ def _config(folder: Path, **settings) -> TextTrainingConfig:
 def test_the_export_is_a_text_encoder_that_stage_2_takes(tmp_path, vae_file):
     train_text(_config(tmp_path / "text"))
     path = tmp_path / "text" / "export.safetensors"
-    config, state = load_text_encoder(path)
-    assert config.unet is None and config.tokenizer["kind"] == "bpe"
+    made = load_model(path)
+    assert list(made) == ["text_encoder"] and made.config.tokenizer["kind"] == "bpe"
     stage2 = stage2_config(tmp_path / "stage2", vae_file, text_encoder=str(path))
     task = build_stage2_task(stage2, CPU)
-    encoder = build_text_encoder(config.text_encoder, state).state_dict()
+    encoder = build(made, "text_encoder").state_dict()
     taken = task.model.text_encoder.state_dict()
+    assert taken.keys() == encoder.keys()
     assert all(torch.equal(value, taken[key]) for key, value in encoder.items())
-    assert task.model_config.tokenizer == config.tokenizer
+    assert task.model_config.tokenizer == made.config.tokenizer
 
 
 def test_a_run_keeps_its_tokenizer_when_captions_are_added(tmp_path, monkeypatch):
     config = _config(tmp_path)
     train_text(config)
-    before, _ = load_text_encoder(tmp_path / "export.safetensors")
+    before = read_config(tmp_path / "export.safetensors")
     monkeypatch.setattr(text, "_captions", lambda *_: ["a circle, mostly round", "a square"])
     train_text(dataclasses.replace(config, steps=4))
-    after, _ = load_text_encoder(tmp_path / "export.safetensors")
+    after = read_config(tmp_path / "export.safetensors")
     assert after.tokenizer == before.tokenizer
 
 
@@ -108,12 +109,11 @@ def test_states_that_a_unet_reads_stay_near(tmp_path):
 
 
 def _drift(before: Path, after: Path) -> float:
-    config, state = load_text_encoder(before)
-    ids = tokenize(build_tokenizer(config), ["square number 3"])
+    ids = tokenize(build_tokenizer(read_config(before)), ["square number 3"])
     with torch.no_grad():
         first, second = (
-            build_text_encoder(config.text_encoder, weights).eval()(ids).last_hidden_state
-            for weights in (state, load_text_encoder(after)[1])
+            build(load_model(path), "text_encoder").eval()(ids).last_hidden_state
+            for path in (before, after)
         )
     return float((first - second).norm())
 
@@ -121,12 +121,13 @@ def _drift(before: Path, after: Path) -> float:
 def test_the_other_parts_of_the_checkpoint_stay(tmp_path):
     start = write_random_checkpoint(tmp_path / "start.safetensors", tiny_config())
     train_text(_config(tmp_path / "run", checkpoint=str(start)))
-    before = load_checkpoint(start)[1]
-    after = load_checkpoint(tmp_path / "run" / "export.safetensors")[1]
+    before = load_checkpoint(start)
+    after = load_checkpoint(tmp_path / "run" / "export.safetensors")
+    assert set(after) == set(before)
     changed = {
         part
-        for part, state in before.items()
-        if any(not torch.equal(value.half(), after[part][key]) for key, value in state.items())
+        for part, state in before.states.items()
+        if any(not torch.equal(w.half(), after[part].state[key]) for key, w in state.items())
     }
     assert changed == {"text_encoder"}
 

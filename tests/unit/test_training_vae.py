@@ -14,7 +14,7 @@ from random_checkpoint import TINY
 from tiny_training import DATA, SIZE, vae_config
 
 from s2dm.models import load_checkpoint
-from s2dm.pipelines.modules import build_vae
+from s2dm.pipelines.modules import build, build_vae
 from s2dm.training.config import TrainingConfigError
 from s2dm.training.loop import RunFolder, step_generator
 from s2dm.training.vae import PyramidLoss, build_vae_task, normalise_latents, reconstruct, train_vae
@@ -51,10 +51,11 @@ def test_frozen_encoder_keeps_its_latents(tmp_path, vae_file):
         vae_config(tmp_path, checkpoint=str(vae_file), freeze_encoder=True, learning_rate=1e-2)
     )
     before, after = (
-        load_checkpoint(f)[1]["vae"] for f in (vae_file, tmp_path / "export.safetensors")
+        load_checkpoint(f)["vae"].state for f in (vae_file, tmp_path / "export.safetensors")
     )
     same = {key: torch.equal(value, after[key]) for key, value in before.items()}
-    assert all(same[key] for key in same if key.startswith(("encoder.", "quant_conv.")))
+    encoder = [same[key] for key in same if key.startswith(("encoder.", "quant_conv."))]
+    assert encoder and all(encoder)
     assert not all(same[key] for key in same if key.startswith("decoder."))
     with pytest.raises(TrainingConfigError, match="needs a checkpoint"):
         build_vae_task(vae_config(tmp_path, freeze_encoder=True))
@@ -100,8 +101,8 @@ def test_whole_frames_keep_the_number_of_pixels(tmp_path):
 
 def test_vae_run_writes_everything(vae_file):
     folder = vae_file.parent
-    config, states = load_checkpoint(vae_file)
-    assert config.vae.scaling_factor == 1.0 and set(states) == {"vae"}
+    made = load_checkpoint(vae_file)
+    assert made.config.vae.scaling_factor == 1.0 and set(made) == {"vae"}
     records = RunFolder(folder).records()
     assert {"loss", "kl", "psnr"} <= {key for record in records for key in record}
     for name in ("config.json", "curves.png", "state/model.safetensors"):
@@ -133,8 +134,7 @@ def test_a_run_with_an_adversarial_loss_writes_the_vae_alone(tmp_path, vae_file)
     train_vae(
         vae_config(tmp_path, checkpoint=str(vae_file), adversarial_weight=0.5, adversarial_warmup=1)
     )
-    config, states = load_checkpoint(tmp_path / "export.safetensors")
-    build_vae(config.vae, states["vae"])
+    build(load_checkpoint(tmp_path / "export.safetensors"), "vae")
     records = [record for record in RunFolder(tmp_path).records() if "loss" in record]
     assert len(records) == 2 and records[-1]["loss_fooling"] != 0
     for record in records:
