@@ -19,9 +19,9 @@ from random_checkpoint import TINY, write_random_checkpoint
 from tiny_training import DATA, FRAMES
 
 from s2dm.data.puppets import PuppetClips
-from s2dm.evaluation.modes import MODES, Generator, Sampling, Variant
+from s2dm.evaluation.modes import MODES, Generator, Variant
 from s2dm.flow import FlowField
-from s2dm.models import S2DMConfig
+from s2dm.models import FlowSampling, S2DMConfig, SamplingConfig
 from s2dm.training.config import config_from_dict, read_settings
 from s2dm.training.loop import RunFolder, step_generator
 
@@ -163,6 +163,7 @@ def test_a_file_gives_back_the_network(tmp_path):
     save_network(path, network, "abc")
     again, trained_on = load_network(path)
     assert trained_on == "abc" and again.config == network.config
+    assert again.state_dict().keys() == network.state_dict().keys()
     for key, value in network.state_dict().items():
         assert torch.equal(value.half().float(), again.state_dict()[key])
 
@@ -233,6 +234,7 @@ def test_a_run_that_is_stopped_ends_where_one_that_was_not_does(tmp_path, checkp
     for steps in (2, 4):
         train(config(parted, checkpoint, cache=cache, steps=steps))
     first, second = (load_network(RunFolder(run).export)[0].state_dict() for run in (whole, parted))
+    assert first.keys() == second.keys()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert "change_ratio" in RunFolder(whole).records()[-1]
     assert any((whole / "samples").glob("step_*.png"))
@@ -243,8 +245,7 @@ def test_a_run_that_is_stopped_ends_where_one_that_was_not_does(tmp_path, checkp
 
 @pytest.fixture(scope="module")
 def generator(checkpoint) -> Generator:
-    sampling = Sampling(steps=2, guidance=2.0, flow_guidance=1.0, flow_steps=3)
-    return Generator(checkpoint, sampling)
+    return Generator(checkpoint, SamplingConfig(2, 2.0, 1.0), FlowSampling(3))
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +294,7 @@ def test_flow_at_another_size_than_the_clip(generator):
     reference = generator.follow(
         clip.caption, FlowField.zeros(1, 30, 30), Variant("two-stage"), 5, output_type="latent"
     )
-    flow = imagine_flow(generator.pipeline, clip.caption, reference, generator.sampling, 5)
+    flow = imagine_flow(generator.pipeline, clip.caption, reference, generator.flow_sampling, 5)
     assert (flow.height, flow.width) == (32, 32)
 
 

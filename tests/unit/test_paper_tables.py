@@ -17,8 +17,8 @@ from s2dm.evaluation import run
 from s2dm.evaluation.distances import frechet_distance
 from s2dm.evaluation.i3d import VideoFeatures
 from s2dm.evaluation.modes import Variant
-from s2dm.models import S2DMConfig, save_checkpoint
-from s2dm.sector import draw_noise
+from s2dm.models import Checkpoint, S2DMConfig, save_checkpoint
+from s2dm.sector import SHARED, NoiseSharing
 from s2dm.training.config import DataConfig, read_settings
 from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task
 
@@ -42,7 +42,7 @@ def save(path: Path, config: S2DMConfig = CONFIG, denoiser: int = 0, rest: int =
     states = random_states(config, rest)
     states["unet"] = random_states(config, denoiser)["unet"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, config, states)
+    save_checkpoint(path, Checkpoint(config, states))
     return path
 
 
@@ -441,11 +441,12 @@ def test_the_gradient_of_shared_noise_scatters_more():
             self.model, self.sharing = Mean(), sharing
 
         def batch(self, generator, device):
-            noise = [draw_noise(4, (1, 2, 2), generator, self.sharing) for _ in range(2)]
+            noise = [self.sharing.draw(4, (1, 2, 2), generator) for _ in range(2)]
             return {"noise": torch.stack(noise)}
 
     shared, independent = (
-        noise_in_training.measure(Task(sharing), 2000) for sharing in ("shared", "independent")
+        noise_in_training.measure(Task(sharing), 2000)
+        for sharing in (SHARED, NoiseSharing("independent"))
     )
     # A mean of n normal numbers has a variance of 1/n; a frame has four numbers.
     assert shared["gradient_variance"] == pytest.approx(1 / 8, rel=0.1)
