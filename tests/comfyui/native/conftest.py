@@ -132,10 +132,9 @@ class Rig:
     def plain_model(self) -> Any:
         """The U-Net as core gives it, without adapter."""
         loading = self.module("nodes.native.loading")
-        config, state = self.module("s2dm.models.checkpoint").load_checkpoint(
-            self.checkpoint, parts=("unet",)
-        )
-        return loading.load_model(config, state["unet"])
+        files = self.module("s2dm.models.checkpoint")
+        found = files.load_checkpoint(self.checkpoint, parts=("unet",))
+        return loading.load_model(found.config, found["unet"].state)
 
 
 @pytest.fixture(scope="session")

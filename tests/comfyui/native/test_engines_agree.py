@@ -6,20 +6,19 @@ import dataclasses
 
 import pytest
 import torch
+from compare import relative
 from random_checkpoint import tiny_config, write_random_checkpoint
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.flow import FlowField
+from s2dm.models import Checkpoint, SamplingConfig, load_checkpoint, save_checkpoint
 from s2dm.pipelines import FlowToVideoPipeline
+from s2dm.sector import NoiseSharing
 
 pytestmark = pytest.mark.comfyui
 
 PROMPT = "a man in a red shirt is walking"
 TOLERANCE = 1e-3
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,14 +64,11 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
         # The pack's modules have other names here than the library's: the same class twice.
         FlowField(flow.displacement, flow.occlusion),
         negative_prompt=negative,
-        num_inference_steps=steps,
-        guidance_scale=cfg,
-        flow_guidance_scale=cfg if guide_flow else 1.0,
-        flow_start=flow_start,
         height=height or None,
         width=width or None,
+        sampling=SamplingConfig(steps, cfg, cfg if guide_flow else 1.0, flow_start),
         seed=seed,
-        noise_sharing=sharing,
+        noise_sharing=NoiseSharing(sharing),
         output_type="latent",
     ).frames
     return comfy * pipeline.vae.config.scaling_factor, diffusers
@@ -98,11 +94,11 @@ def test_a_later_start_of_the_flow_agrees(exact, start, guide_flow):
 
 def test_v_prediction_agrees(exact, tmp_path):
     """What the bundled model predicts."""
-    files = exact.module("s2dm.models.checkpoint")
-    config, states = files.load_checkpoint(exact.checkpoint)
-    schedule = dataclasses.replace(config.schedule, prediction_type="v_prediction")
+    found = load_checkpoint(exact.checkpoint)
+    schedule = dataclasses.replace(found.config.schedule, prediction_type="v_prediction")
+    config = dataclasses.replace(found.config, schedule=schedule)
     path = tmp_path / "v.safetensors"
-    files.save_checkpoint(path, dataclasses.replace(config, schedule=schedule), states)
+    save_checkpoint(path, Checkpoint(config, found.states))
     predicts_v = type(exact)(exact.pack, exact.nodes, path)
     comfy, diffusers = both(predicts_v, exact.flow(3))
     assert relative(comfy, diffusers) <= TOLERANCE

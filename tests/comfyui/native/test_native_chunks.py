@@ -8,13 +8,10 @@ import weakref
 
 import pytest
 import torch
+from compare import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.comfyui
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 def with_chunks(rig, frames):
@@ -444,20 +441,21 @@ def test_memory_does_not_grow_with_the_clip(rig, tmp_path):
 
     models = rig.module("s2dm.models")
     checkpoint = rig.module("s2dm.models.checkpoint")
-    config, states = checkpoint.load_checkpoint(rig.checkpoint)
+    found = checkpoint.load_checkpoint(rig.checkpoint)
     unet = dataclasses.replace(
-        models.PUPPETS.unet, in_channels=config.vae.latent_channels, context_dim=64
+        models.PUPPETS.unet, in_channels=found.config.vae.latent_channels, context_dim=64
     )
     layers = models.FlowAdapterConfig.for_unet(unet)
-    config = dataclasses.replace(config, unet=unet, flow_adapter=layers)
+    config = dataclasses.replace(found.config, unet=unet, flow_adapter=layers)
     keys = rig.module("s2dm.models.keys").unet_keys(unet)
     generator = torch.Generator().manual_seed(0)
-    states["unet"] = {
-        key.ldm: 0.05 * torch.randn(key.ldm_shape, generator=generator) for key in keys
+    states = {
+        **found.states,
+        "unet": {key.ldm: 0.05 * torch.randn(key.ldm_shape, generator=generator) for key in keys},
+        "flow_adapter": models.FlowAdapter(layers).state_dict(),
     }
-    states["flow_adapter"] = models.FlowAdapter(layers).state_dict()
     path = tmp_path / "larger.safetensors"
-    checkpoint.save_checkpoint(path, config, states)
+    checkpoint.save_checkpoint(path, checkpoint.Checkpoint(config, states))
     model = rig.module("nodes.native.loading").load_all(str(path), frames=16).model
 
     def peak(frames):

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import relative
 
 pytestmark = pytest.mark.comfyui
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 @pytest.fixture(scope="module")

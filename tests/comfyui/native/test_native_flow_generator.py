@@ -7,22 +7,20 @@ import dataclasses
 
 import pytest
 import torch
+from compare import relative
 from random_checkpoint import TINY, random_states, tiny_config, write_random_checkpoint
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.flow import FlowField
-from s2dm.models import build, decode_flow, save_checkpoint
+from s2dm.models import Checkpoint, decode_flow, load_checkpoint, save_checkpoint
 from s2dm.pipelines import embed_prompts, flow_scheduler, generate_flow
+from s2dm.pipelines.modules import build, build_tokenizer
 from s2dm.sector import seed_of_flow
 
 pytestmark = pytest.mark.comfyui
 
 PROMPT = "a man in a red shirt is walking"
 TOLERANCE = 1e-3
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 def picture(height: int = 64, width: int = 48, channels: int = 3, seed: int = 0) -> torch.Tensor:
@@ -78,22 +76,23 @@ def generate(rig, reference=None, prompt=PROMPT, **inputs):
 
 def by_diffusers(rig, reference, prompt, steps, cfg, seed, motion_strength, sampler_name):
     """The same flow from the other engine, which reads the same file."""
-    config = rig.loaded.config
-    _, states = rig.module("s2dm.models.checkpoint").load_checkpoint(rig.checkpoint)
-    encoder = build.build_text_encoder(config.text_encoder, states["text_encoder"])
-    vae = build.build_vae(config.vae, states["vae"])
-    settings = config.flow_generator
+    checkpoint = load_checkpoint(rig.checkpoint)
+    settings = checkpoint.config.flow_generator
+    encoder, vae, network = (
+        build(checkpoint, part) for part in ("text_encoder", "vae", "flow_generator")
+    )
     motion = torch.tensor([motion_strength * settings.motion]) if motion_strength else None
     with torch.no_grad():
         latents = vae.encode(reference.movedim(-1, 1) * 2 - 1).latent_dist.mode()
     text = None
     if prompt.strip():
-        text = embed_prompts(encoder, build.build_tokenizer(config), [prompt]).detach()
+        tokenizer = build_tokenizer(checkpoint.config)
+        text = embed_prompts(encoder, tokenizer, [prompt]).detach()
     sample = generate_flow(
-        build.build_flow_generator(settings, states["flow_generator"]),
+        network,
         flow_scheduler(settings.schedule, sampler_name),
         text,
-        latents * config.vae.scaling_factor,
+        latents * checkpoint.config.vae.scaling_factor,
         steps,
         cfg,
         torch.Generator().manual_seed(seed_of_flow(seed)),
@@ -240,15 +239,15 @@ def test_an_empty_prompt_is_the_null_label(tiny, blank):
 
 
 WRONG = {
-    "one frame": ({"frames": 1}, r"2 to 64 frames, got 1\. .*without a flow"),
-    "too many frames": ({"frames": 65}, r"2 to 64 frames, got 65\."),
-    "no steps": ({"steps": 0}, r"1 to 1000 steps.*got 0"),
-    "too many steps": ({"steps": 1001}, r"1 to 1000 steps.*got 1001"),
+    "one frame": ({"frames": 1}, r"at least 2 frames, got 1\. .*without a flow"),
+    "too many frames": ({"frames": 65}, r"to 64 frames, got 65\. .*interpolate the frames"),
+    "no steps": ({"steps": 0}, r"1 to 1000 steps of stage 1.*got 0"),
+    "too many steps": ({"steps": 1001}, r"1 to 1000 steps of stage 1.*got 1001"),
     "two channels": ({"reference": torch.zeros(1, 8, 8, 2)}, r"reference: .*\(1, 8, 8, 2\)"),
     "no frame": ({"reference": torch.zeros(0, 8, 8, 3)}, r"reference: .*\(0, 8, 8, 3\)"),
     "not a picture": ({"reference": torch.zeros(8, 8, 3)}, r"reference: .*\(8, 8, 3\)"),
     "broken picture": ({"reference": torch.full((1, 64, 48, 3), torch.nan)}, "NaN"),
-    "sampler": ({"sampler_name": "lms"}, r"dpmpp_2m, ddim, got 'lms'"),
+    "sampler": ({"sampler_name": "lms"}, r"among dpmpp_2m, ddim, got 'lms'"),
 }
 
 
@@ -264,7 +263,7 @@ def test_a_network_without_motion_strength_says_so(loaded):
         rig = loaded(settings)
         assert generate(rig).frames == 4
         with pytest.raises(
-            ValueError, match=r"^Generate Flow \(S2DM\): .*motion_strength 0, got 2"
+            ValueError, match=r"^Generate Flow \(S2DM\): motion_strength: expected none, got 2\."
         ):
             generate(rig, motion_strength=2.0)
 
@@ -294,17 +293,17 @@ def test_a_network_for_other_features_is_refused(rig, tmp_path):
 
 
 def test_every_weight_arrives(tiny):
-    _, states = tiny.module("s2dm.models.checkpoint").load_checkpoint(tiny.checkpoint)
+    state = load_checkpoint(tiny.checkpoint)["flow_generator"].state
     arrived = tiny.loaded.stage1.network.model.diffusion_model.generator.state_dict()
-    assert set(arrived) == set(states["flow_generator"])
-    for name, weight in states["flow_generator"].items():
+    assert set(arrived) == set(state)
+    for name, weight in state.items():
         assert torch.equal(arrived[name], weight), name
 
 
 def test_half_precision_files_are_sampled_in_float32(rig, tmp_path):
     config = tiny_config()
     path = tmp_path / "half.safetensors"
-    save_checkpoint(path, config, random_states(config), torch.float16)
+    save_checkpoint(path, Checkpoint(config, random_states(config)), torch.float16)
     half = type(rig)(rig.pack, rig.nodes, path)
     assert half.loaded.stage1.network.model_dtype() is torch.float32
     assert torch.isfinite(generate(half).displacement).all()

@@ -59,7 +59,7 @@ def test_the_adapter_node_gives_what_the_loader_gives(rig, folder):
 def test_every_weight_of_the_file_arrives(rig):
     loading = rig.module("nodes.native.loading")
     checkpoint = rig.module("s2dm.models.checkpoint")
-    _, states = checkpoint.load_checkpoint(rig.checkpoint)
+    states = checkpoint.load_checkpoint(rig.checkpoint).states
     loaded = loading.load_all(str(rig.checkpoint))
     arrived = {
         "unet": loaded.model.model.diffusion_model.state_dict(),
@@ -69,6 +69,7 @@ def test_every_weight_of_the_file_arrives(rig):
             0
         ].model.state_dict(),
     }
+    assert set(states) == set(arrived)
     for part, state in states.items():
         extra = {"text_projection.weight"} if part == "text_encoder" else set()
         assert set(arrived[part]) == set(state) | extra
@@ -140,10 +141,11 @@ def test_v_prediction(rig, tmp_path):
     import comfy.model_sampling
 
     checkpoint = rig.module("s2dm.models.checkpoint")
-    config, states = checkpoint.load_checkpoint(rig.checkpoint)
-    schedule = dataclasses.replace(config.schedule, prediction_type="v_prediction")
+    found = checkpoint.load_checkpoint(rig.checkpoint)
+    schedule = dataclasses.replace(found.config.schedule, prediction_type="v_prediction")
+    config = dataclasses.replace(found.config, schedule=schedule)
     path = tmp_path / "v.safetensors"
-    checkpoint.save_checkpoint(path, dataclasses.replace(config, schedule=schedule), states)
+    checkpoint.save_checkpoint(path, checkpoint.Checkpoint(config, found.states))
     model = rig.module("nodes.native.loading").load_all(str(path)).model
     sampling = model.get_model_object("model_sampling")
     assert isinstance(sampling, comfy.model_sampling.V_PREDICTION)
@@ -162,14 +164,16 @@ def test_what_comfyui_cannot_run_is_refused(rig, tmp_path, change, message):
 
     checkpoint = rig.module("s2dm.models.checkpoint")
     keys = rig.module("s2dm.models.keys")
-    config, states = checkpoint.load_checkpoint(rig.checkpoint)
+    found = checkpoint.load_checkpoint(rig.checkpoint)
+    config = found.config
     for part, values in change.items():
         config = dataclasses.replace(
             config, **{part: dataclasses.replace(getattr(config, part), **values)}
         )
-    states["vae"] = {key.ldm: torch.zeros(key.ldm_shape) for key in keys.vae_keys(config.vae)}
+    vae = {key.ldm: torch.zeros(key.ldm_shape) for key in keys.vae_keys(config.vae)}
     path = tmp_path / "other.safetensors"
-    checkpoint.save_checkpoint(path, config, states)
+    other = checkpoint.Checkpoint(config, {**found.states, "vae": vae})
+    checkpoint.save_checkpoint(path, other)
     with pytest.raises(importlib.import_module(checkpoint.__name__).CheckpointError, match=message):
         rig.module("nodes.native.loading").load_all(str(path))
 
@@ -201,13 +205,10 @@ def test_a_model_that_is_no_stable_diffusion_is_refused(rig, folder):
 
 
 def test_a_file_without_adapter_is_refused(rig, folder):
-    import dataclasses
-
     checkpoint = rig.module("s2dm.models.checkpoint")
-    config, states = checkpoint.load_checkpoint(rig.checkpoint)
-    states.pop("flow_adapter")
     path = folder / "plain.safetensors"
-    checkpoint.save_checkpoint(path, dataclasses.replace(config, flow_adapter=None), states)
+    without = checkpoint.load_checkpoint(rig.checkpoint, ("unet", "text_encoder", "vae"))
+    checkpoint.save_checkpoint(path, without)
     for node, inputs in (
         ("S2DMCheckpointLoader", {"checkpoint": path.name}),
         ("S2DMApplyFlowAdapter", {"adapter": path.name, "model": rig.plain_model()}),

@@ -107,6 +107,25 @@ def test_shared_noise_is_cores_noise_of_one_frame(rig):
     assert all(torch.equal(frame, drawn[0]) for frame in drawn)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"noise_sharing": "some"}, "one of shared, independent, mixed, not 'some'"),
+        ({"noise_sharing": "mixed", "share": 1.5}, r"from 0 to 1, not 1\.5"),
+    ],
+)
+def test_a_sharing_that_does_not_exist_is_refused_by_the_node(rig, still, wrong, message):
+    import comfy.samplers
+
+    with pytest.raises(ValueError, match=rf"^KSampler with Shared Noise \(S2DM\): .*{message}"):
+        rig.sample(still, **wrong)
+    with pytest.raises(ValueError, match=rf"^Shared Noise \(S2DM\): .*{message}"):
+        rig.run("S2DMSharedNoise", seed=1, **wrong)
+    sampler = comfy.samplers.sampler_object("ddim")
+    with pytest.raises(ValueError, match=rf"^Shared-Noise Sampler \(S2DM\): .*{message}"):
+        rig.run("S2DMSharedNoiseSampler", sampler=sampler, **wrong)
+
+
 def test_samplers_that_draw_on_their_own_repeat_themselves(rig):
     """Samplers of other packs draw from PyTorch's own generator, which core's noise seeds."""
     latent = {"samples": torch.zeros(2, 4, 4, 4)}
@@ -231,7 +250,7 @@ def test_the_sampler_that_comes_in_stays_as_it_was(rig, still):
     (twice,) = rig.run("S2DMSharedNoiseSampler", sampler=shared, noise_sharing="mixed")
     sample_custom(rig, still, twice)
     assert (sampler.extra_options, sampler.inpaint_options) == before
-    assert twice.inner is sampler and twice.sharing == "mixed"
+    assert twice.inner is sampler and twice.sharing.mode == "mixed"
 
 
 def test_the_nodes_agree(rig, still):
