@@ -108,7 +108,9 @@ def test_a_template_samples_as_the_checkpoint_recommends(server: ComfyServer, pa
             for name, specification in group.items()
             if isinstance(specification, list) and len(specification) > 1
         }
-        for node in of_type(prompt, kind):
+        found = of_type(prompt, kind)
+        assert found, kind
+        for node in found:
             for name in names:
                 assert prompt[node]["inputs"][name] == defaults[name], (kind, name)
 

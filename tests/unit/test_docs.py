@@ -27,16 +27,20 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
-        if "://" in target:
-            continue
+def test_links_lead_somewhere():
+    links = [
+        (page, target)
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8"))
+        if "://" not in target
+    ]
+    assert len(links) > 20
+    for page, target in links:
         path, _, anchor = target.partition("#")
         linked = (page.parent / path).resolve() if path else page
-        assert linked.exists(), target
+        assert linked.exists(), f"{page}: {target}"
         if anchor and linked.suffix == ".md":
-            assert anchor in anchors(linked), target
+            assert anchor in anchors(linked), f"{page}: {target}"
 
 
 @pytest.mark.slow
