@@ -275,11 +275,12 @@ def as_tensor(values):
 def test_the_config_may_ride_as_a_tensor(saved, states):
     extra = {"s2dm.config": as_tensor(CONFIG.to_dict()), "v_pred": torch.tensor([])}
     rewrite(saved, lambda tensors: tensors.update(extra), metadata={"prompt": "{}"})
-    config, loaded = load_checkpoint(saved)
-    assert config == CONFIG
+    loaded = load_checkpoint(saved)
+    assert loaded.config == CONFIG
     for part, state in states.items():
-        assert loaded[part].keys() == state.keys()
-        assert all(torch.equal(loaded[part][name], state[name]) for name in state)
+        found = loaded[part].state
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], state[name]) for name in state)
     rewrite(saved, lambda tensors: tensors.pop(ADAPTER_KEY), metadata={})
     assert f"missing '{ADAPTER_KEY}'" in refused(saved)
 

@@ -19,15 +19,15 @@ from transformers import CLIPTokenizer
 
 from s2dm.convert import ConversionError, convert
 from s2dm.models import PARTS, read_config, train_tokenizer, write_tokenizer
-from s2dm.models.build import (
+from s2dm.models.presets import SD15
+from s2dm.models.tokenizer import BOS, EOS, read_tokenizer, vocabulary, with_tokenizer
+from s2dm.pipelines.modules import (
     build_text_encoder,
     build_tokenizer,
     build_unet,
     build_vae,
     tokenize,
 )
-from s2dm.models.presets import SD15
-from s2dm.models.tokenizer import BOS, EOS, read_tokenizer, vocabulary, with_tokenizer
 from s2dm.training.stage2 import train_stage2
 
 CLIP = {"kind": "clip"}

@@ -197,11 +197,11 @@ def try_checkpoints(content: bytes, folder: Path, count: int) -> set[str]:
         mutation = CHECKPOINT[number % len(CHECKPOINT)]
         path.write_bytes(mutation(chance, content))
         try:
-            config, states = load_checkpoint(path)
-            if "flow_adapter" in states:
-                FlowAdapter(config.flow_adapter).load_state_dict(states["flow_adapter"])
-            if "flow_generator" in states:
-                FlowGenerator(config.flow_generator).load_state_dict(states["flow_generator"])
+            checkpoint = load_checkpoint(path)
+            for part, network in (("flow_adapter", FlowAdapter), ("flow_generator", FlowGenerator)):
+                if part in checkpoint:
+                    config, state = checkpoint[part]
+                    network(config).load_state_dict(state)
         except CheckpointError as error:
             assert str(error).startswith("mutated.safetensors: "), number
             refused.add(mutation.__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import relative
 from random_checkpoint import tiny_config, write_random_checkpoint
 
 from s2dm.flow import FlowField
@@ -23,10 +24,6 @@ RECOMMENDATIONS = [
     {"steps": 4, "guidance_scale": 1.0},
     {"steps": 4, "guidance_scale": 0.0, "flow_guidance_scale": 1.0},
 ]
-
-
-def relative(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,11 +64,11 @@ def untouched(rig, flow, model=None, **changed):
     return latents * rig.loaded.config.vae.scaling_factor
 
 
-def pipeline(rig, flow, **settings):
+def pipeline(rig, flow, sampling=None):
     made = FlowToVideoPipeline.from_single_file(rig.checkpoint)
     made.set_progress_bar_config(disable=True)
     field = FlowField(flow.displacement, flow.occlusion)
-    return made(PROMPT, field, seed=3, output_type="latent", **settings).frames
+    return made(PROMPT, field, seed=3, sampling=sampling, output_type="latent").frames
 
 
 @pytest.mark.parametrize("entries", RECOMMENDATIONS, ids=str)
@@ -81,7 +78,9 @@ def test_untouched_widgets_agree_with_the_pipelines_defaults(recommending, entri
     expected = pipeline(rig, flow)
     assert relative(untouched(rig, flow), expected) <= TOLERANCE
     # Not because nothing depends on the settings.
-    other = pipeline(rig, flow, guidance_scale=9.0, flow_guidance_scale=9.0, flow_start=0.0)
+    other = pipeline(
+        rig, flow, {"guidance_scale": 9.0, "flow_guidance_scale": 9.0, "flow_start": 0.0}
+    )
     assert relative(other, expected) > 10 * TOLERANCE
 
 
@@ -91,12 +90,12 @@ def test_what_is_typed_in_counts_and_the_rest_stays_recommended(recommending):
     assert (
         relative(
             untouched(rig, flow, steps=8, cfg=4.0),
-            pipeline(rig, flow, num_inference_steps=8, guidance_scale=4.0),
+            pipeline(rig, flow, {"steps": 8, "guidance_scale": 4.0}),
         )
         <= TOLERANCE
     )
     typed = untouched(rig, flow, start_percent=0.0, guide_flow="on")
-    expected = pipeline(rig, flow, flow_start=0.0, flow_guidance_scale=1.75)
+    expected = pipeline(rig, flow, {"flow_start": 0.0, "flow_guidance_scale": 1.75})
     assert relative(typed, expected) <= TOLERANCE
 
 
