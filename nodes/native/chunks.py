@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
+from uuid import uuid5
 
 import comfy.model_management
 import torch
@@ -82,6 +83,31 @@ def frames_at_once(
     one = memory_required([conditions, *latents.shape[1:]])
     free = comfy.model_management.get_free_memory(device) * _SHARE_OF_FREE_MEMORY
     return min(frames, max(1, int(free / max(one, 1))))
+
+
+def needs_the_whole_clip(options: dict[str, Any]) -> bool:
+    """Whether a node of core looks at all frames of a call at once."""
+    # GLIGEN has made its boxes for the whole batch.
+    if "middle_patch" in options.get("patches", {}):
+        return True
+    # Self-Attention Guidance keeps the attention that it saw last in the middle block.
+    return ("middle", 0, 0) in options.get("patches_replace", {}).get("attn1", {})
+
+
+def about_chunk(options: dict[str, Any], frames: range, num_frames: int) -> dict[str, Any]:
+    """What the transformer options of a chunk tell other nodes, in place of the clip's.
+
+    By the ids of the conditions they keep what they saw in a step. By the numbers of the frames,
+    given as AnimateDiff gives those of its windows, IPAdapter and others pick what they hold of
+    each frame: images, weights, masks.
+    """
+    ids = [uuid5(one, f"{frames.start}:{frames.stop}") for one in options.get("uuids", ())]
+    outer = options.get("ad_params") or {}
+    if outer.get("sub_idxs") is None:
+        numbers = {"sub_idxs": list(frames), "full_length": num_frames}
+    else:
+        numbers = {"sub_idxs": [outer["sub_idxs"][number] for number in frames]}
+    return {"uuids": ids, "ad_params": {**outer, **numbers}}
 
 
 def in_chunks(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.conds
+import comfy.model_base
 import comfy.utils
 import torch
 from torch import Tensor
@@ -25,11 +26,11 @@ LABEL = "s2dm_flow"
 TABLES = "s2dm_tokens"
 """Key of each adapter's table in the transformer options of a run: (rows, tokens, width), null
 first."""
-ROW = "s2dm_row"
-WINDOW = "s2dm_window"
-MASK = "s2dm_mask"
+_ROW, _WINDOW, _MASK = "s2dm_row", "s2dm_window", "s2dm_mask"
+"""Keys among the model conditions of an entry: rows of the table, sigmas, and where it is seen."""
+_FACTOR = 8
+"""Pixels along each side of one latent of Stable Diffusion."""
 
-_ENCODED_AT_ONCE = 8
 _ALWAYS = (float("inf"), float("-inf"))
 
 
@@ -88,59 +89,84 @@ def attach_labels(conditions: dict[str, list[dict[str, Any]]], frames: int) -> N
                     f"{label.flow.frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
                     "make the flow from a clip of as many frames."
                 )
-            model_conditions = {**entry.get("model_conds", {}), ROW: _LabelCondition(label)}
+            model_conditions = {**entry.get("model_conds", {}), _ROW: _LabelCondition(label)}
             entry["model_conds"] = model_conditions
 
 
 def encode_labels(
     conditions: dict[str, list[dict[str, Any]]],
     adapter: FlowAdapter,
-    sampling: Any,
-    size: tuple[int, int],
-    factor: int,
-    place: dict[str, Any],
+    model: comfy.model_base.BaseModel,
+    latents: Tensor,
 ) -> Tensor:
     """Replace every label by its rows in a table of tokens, its window of sigmas and its mask.
 
     Args:
         conditions: of the sampler, their areas resolved; changed in place.
         adapter: encodes the flow.
-        sampling: core's model_sampling, which turns parts of the run into sigmas.
-        size: (h, w) of the latents.
-        factor: pixels along each side of one latent.
-        place: `device` and `dtype` of the tokens.
+        model: core's, which turns parts of the run into sigmas.
+        latents: of the run, (N, C, h, w), on the device to encode on.
 
     Returns:
         The table, (rows, tokens, width). Row 0 is the null label.
     """
     entries = list(_labelled(conditions))
-    labels = [entry[ROW].label for _, entry in entries]
+    labels = [entry[_ROW].label for _, entry in entries]
     masked = any(label is not None and label.mask is not None for label in labels)
-    null = adapter.null_tokens(1).to(**place)
+    size = tuple(latents.shape[-2:])
+    like = latents.new_empty(0, dtype=model.manual_cast_dtype or model.get_dtype())
+    null = adapter.null_tokens(1).to(like)
     table = [null]
     count = 1
-    rows = {id(None): torch.zeros(1, 1, dtype=torch.long, device=place["device"])}
+    rows = {id(None): torch.zeros(1, 1, dtype=torch.long, device=like.device)}
     for (area, entry), label in zip(entries, labels, strict=True):
         key = id(None) if label is None else (id(label), area)
         if key not in rows:
-            tokens = _tokens(label, adapter, area or (*size, 0, 0), size, factor, place)
+            tokens = adapter.tokens(_seen(label.flow, area, size), like)
             table.append(torch.lerp(null, tokens, label.strength))
-            rows[key] = torch.arange(count, count + len(tokens), device=place["device"])[:, None]
+            rows[key] = torch.arange(count, count + len(tokens), device=like.device)[:, None]
             count += len(tokens)
-        entry[ROW] = comfy.conds.CONDRegular(rows[key])
+        entry[_ROW] = comfy.conds.CONDRegular(rows[key])
         text = entry.get("c_crossattn")
         if type(text) is comfy.conds.CONDCrossAttn and text.cond.shape[0] == 1:
             entry["c_crossattn"] = _SharedText(text.cond)
-        entry[WINDOW] = comfy.conds.CONDRegular(_window(label, sampling, place["device"]))
+        entry[_WINDOW] = comfy.conds.CONDRegular(_window(label, model.model_sampling, like.device))
         if masked:
-            entry[MASK] = comfy.conds.CONDNoiseShape(_mask(label, size, place))
+            entry[_MASK] = comfy.conds.CONDNoiseShape(_mask(label, size, like))
     return torch.cat(table)
+
+
+def tokens_of_call(
+    adapter: FlowAdapter, options: dict[str, Any], t: Tensor, conditions: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """What a call of the U-Net is to see of the flow.
+
+    Args:
+        adapter: of the model that is called.
+        options: core's transformer options, with the tables of the run.
+        t: sigmas of the call, (B,).
+        conditions: of the call.
+
+    Returns:
+        Tokens at these sigmas, (B, tokens, width); where the picture sees them, (B, 1, h, w), or
+        None for everywhere; and the conditions without ours.
+    """
+    row, window, mask = (conditions.get(name) for name in (_ROW, _WINDOW, _MASK))
+    rest = {k: v for k, v in conditions.items() if k not in (_ROW, _WINDOW, _MASK)}
+    tables = options.get(TABLES, {})
+    # On a further GPU the model and its adapter are copies.
+    table = tables.get(adapter, next(iter(tables.values()), None))
+    if row is None or table is None:
+        return adapter.null_tokens(1).to(t.device).expand(len(t), -1, -1), None, rest
+    inside = (t <= window[:, 0]) & (t >= window[:, 1])
+    # Row 0 is the null label. Another GPU may run a part of the conditions.
+    return table.to(t.device)[torch.where(inside, row[:, 0], 0)], mask, rest
 
 
 def remove_labels(conditions: dict[str, list[dict[str, Any]]]) -> None:
     """Take the labels out of the conditions of a model that follows no flow."""
     for _, entry in list(_labelled(conditions)):
-        del entry[ROW]
+        del entry[_ROW]
 
 
 def _labelled(
@@ -149,33 +175,17 @@ def _labelled(
     for entries in conditions.values():
         for entry in entries:
             model_conditions = entry.get("model_conds", {})
-            if isinstance(model_conditions.get(ROW), _LabelCondition):
+            if isinstance(model_conditions.get(_ROW), _LabelCondition):
                 area = entry.get("area")
                 yield (tuple(area) if area is not None else None), model_conditions
 
 
-def _tokens(
-    label: FlowLabel,
-    adapter: FlowAdapter,
-    area: tuple[int, ...],
-    size: tuple[int, int],
-    factor: int,
-    place: dict[str, Any],
-) -> Tensor:
-    """Tokens of a label as an area (height, width, top, left) of the latents sees it."""
-    whole = tuple(area) == (*size, 0, 0)
-    parts = []
-    for frames in torch.arange(label.flow.frames).split(_ENCODED_AT_ONCE):
-        # Frame 1 leads every field, and the part of a clip that lacks it too.
-        part = label.flow.select([0, *frames.tolist()])
-        if not whole:
-            part = part.resize(size[0] * factor, size[1] * factor)
-            part = part.crop(*(side * factor for side in area))
-        # At the size that the encoder works in, as in training, and straight to it where the
-        # whole picture is seen: each resize takes off sharpness.
-        condition = part.condition(*adapter.encoder.size)[1:]
-        parts.append(adapter.encode(condition.to(**place)))
-    return torch.cat(parts)
+def _seen(flow: FlowField, area: tuple[int, ...] | None, size: tuple[int, int]) -> FlowField:
+    """The flow as an area (height, width, top, left) of latents of some size sees it."""
+    # Straight from its own size where the whole is seen: each resize takes off sharpness.
+    if area is None or tuple(area) == (*size, 0, 0):
+        return flow
+    return flow.resize(*(side * _FACTOR for side in size)).crop(*(side * _FACTOR for side in area))
 
 
 def _window(label: FlowLabel | None, sampling: Any, device: torch.device) -> Tensor:
@@ -188,8 +198,8 @@ def _window(label: FlowLabel | None, sampling: Any, device: torch.device) -> Ten
     return torch.tensor([[high, low]], device=device)
 
 
-def _mask(label: FlowLabel | None, size: tuple[int, int], place: dict[str, Any]) -> Tensor:
+def _mask(label: FlowLabel | None, size: tuple[int, int], like: Tensor) -> Tensor:
     if label is None or label.mask is None:
-        return torch.ones(1, 1, *size, **place)
-    mask = label.mask.reshape(-1, 1, *label.mask.shape[-2:]).to(**place)
+        return like.new_ones(1, 1, *size)
+    mask = label.mask.reshape(-1, 1, *label.mask.shape[-2:]).to(like)
     return comfy.utils.common_upscale(mask, size[1], size[0], "bilinear", "disabled")

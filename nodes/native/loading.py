@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from ...s2dm.models import S2DMConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from ...s2dm.models.checkpoint import CheckpointError, load_checkpoint, read_config
 from ...s2dm.models.tokenizer import write_tokenizer
 from .adapter import apply_adapter
+from .compat import is_dynamic, load_weights, make_clip, patcher_class
 from .flow_generator import MODEL_TYPES, Stage1, load_network
 from .previews import fit_preview
 
@@ -44,12 +44,12 @@ class Checkpoint(NamedTuple):
     stage1: Stage1 | None
 
 
-def load_all(path: str, frames: int = 0) -> Checkpoint:
+def load_all(path: str, chunk_size: int = 0) -> Checkpoint:
     """Load a checkpoint of stage 2, and stage 1 with it where the file holds it.
 
     Args:
         path: of the file.
-        frames: frames that the U-Net sees at a time; 0 chooses from free memory.
+        chunk_size: frames that the U-Net sees at a time; 0 chooses from free memory.
 
     Raises:
         CheckpointError: the file is broken, or a part is missing or not for ComfyUI.
@@ -64,7 +64,7 @@ def load_all(path: str, frames: int = 0) -> Checkpoint:
             "sample such latents."
         )
     model = load_model(config, state["unet"])
-    if model.model.device != torch.device("cpu") and not getattr(model, "is_dynamic", bool)():
+    if model.model.device != torch.device("cpu") and not is_dynamic(model):
         # As core does with a model that it made on the GPU; its memory isn't counted otherwise.
         comfy.model_management.load_models_gpu([model], force_full_load=True)
     # Newer versions of core reload the model in this way, for hooks and for further GPUs.
@@ -72,7 +72,11 @@ def load_all(path: str, frames: int = 0) -> Checkpoint:
     vae = load_vae(config.vae, state["vae"])
     fit_preview(model.model.latent_format, config.vae, vae)
     model = apply_adapter(
-        model, config.flow_adapter, state["flow_adapter"], frames=frames, sampling=config.sampling
+        model,
+        config.flow_adapter,
+        state["flow_adapter"],
+        chunk_size=chunk_size,
+        sampling=config.sampling,
     )
     clip = load_clip(config.text_encoder, config.tokenizer, state["text_encoder"])
     return Checkpoint(config, model, clip, vae, _stage1(config, state, clip, vae))
@@ -124,16 +128,10 @@ def load_model(
     model = model_config.get_model(
         state, device=management.unet_inital_load_device(parameters, dtype)
     )
-    patcher_class = comfy.model_patcher.ModelPatcher
-    if not disable_dynamic:
-        patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
-    patcher = patcher_class(
+    patcher = patcher_class(not disable_dynamic)(
         model, load_device=load_device, offload_device=management.unet_offload_device()
     )
-    dynamic = {}
-    if "assign" in inspect.signature(model.load_model_weights).parameters:
-        dynamic["assign"] = patcher.is_dynamic()
-    model.load_model_weights(dict(state), **dynamic)
+    load_weights(patcher, dict(state))
     return patcher
 
 
@@ -219,11 +217,7 @@ def load_clip(config: TextEncoderConfig, tokenizer: dict[str, Any], state: State
         "parameters": comfy.utils.calculate_parameters(weights),
         "model_options": {"clip_l_model_config": sizes, "clip_l_class": _clip_class(config)},
     }
-    if "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters:
-        return comfy.sd.CLIP(target, state_dict=weights, **arguments)
-    clip = comfy.sd.CLIP(target, **arguments)
-    clip.load_sd(weights, full_model=True)
-    return clip
+    return make_clip(target, weights, **arguments)
 
 
 def _clip_class(config: TextEncoderConfig) -> type[comfy.sd1_clip.SDClipModel]:

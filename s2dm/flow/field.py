@@ -222,8 +222,11 @@ class FlowField:
         Displacement is x*2/W, y*2/H, so it does not depend on the size of the field.
         """
         half_frame = self.displacement.new_tensor([self.width / 2, self.height / 2])
-        full = torch.cat([self.displacement / half_frame.view(1, 2, 1, 1), self.occlusion], dim=1)
-        return resample(full, height, width)
+        half_frame = half_frame.view(1, 2, 1, 1)
+        parts = zip(self.displacement.split(16), self.occlusion.split(16), strict=True)
+        # A few frames at a time: long clips are large at their own size.
+        full = (torch.cat([moved / half_frame, hidden], dim=1) for moved, hidden in parts)
+        return torch.cat([resample(part, height, width) for part in full])
 
     def magnitude(self) -> Tensor:
         """Length of the displacement in pixels, (N,1,H,W)."""

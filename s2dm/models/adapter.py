@@ -16,7 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..flow import FlowField
 from .config import FUSIONS, FlowAdapterConfig
+
+_ENCODED_AT_ONCE = 16  # frames
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -77,6 +80,19 @@ class FlowAdapter(nn.Module):
                 f"{tuple(condition.shape)}. Make it with FlowField.condition(height, width)."
             )
         return self.encoder(condition)
+
+    def tokens(self, field: FlowField, like: Tensor | None = None) -> Tensor:
+        """Encode a flow field to (N, tokens, width).
+
+        At the size that the encoder works in, as in training: another way of getting there gives
+        edges that the encoder has never seen.
+
+        Args:
+            field: of N frames and any size.
+            like: the tokens get its type and device; those of the weights if None.
+        """
+        condition = field.condition(*self.encoder.size).to(self.null if like is None else like)
+        return torch.cat([self.encode(part) for part in condition.split(_ENCODED_AT_ONCE)])
 
     def null_tokens(self, n: int) -> Tensor:
         """Return the learned null label, (n, tokens, width): no statement about motion.

@@ -8,6 +8,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from ..flow import FlowField
 from ..models import FlowAdapter, FlowAdapterConfig
 
 
@@ -33,6 +34,6 @@ class FlowAdapterModel(ModelMixin, ConfigMixin):
         model.adapter = adapter
         return model
 
-    def forward(self, condition: Tensor) -> Tensor:
-        """Encode a flow condition (N, 3, h, w) to tokens (N, tokens, width)."""
-        return self.adapter.encode(condition)
+    def forward(self, field: FlowField) -> Tensor:
+        """Encode a flow field to tokens (N, tokens, width)."""
+        return self.adapter.tokens(field)

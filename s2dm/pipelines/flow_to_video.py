@@ -306,11 +306,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
     @torch.no_grad()
     def encode_flow(self, flow: FlowField) -> Tensor:
         """Encode a flow field to tokens (N, tokens, width)."""
-        # At the size that the encoder works in, as in training: another way of getting there
-        # gives edges that the encoder has never seen.
-        condition = flow.condition(*self.flow_adapter.adapter.encoder.size)
-        weights = next(self.flow_adapter.parameters())
-        return torch.cat([self.flow_adapter(part.to(weights)) for part in condition.split(16)])
+        return self.flow_adapter(flow)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, chunk_size: int = 8) -> Tensor:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.comfyui
 
 def with_chunks(rig, frames):
     apply_adapter = rig.module("nodes.native.adapter").apply_adapter
-    return apply_adapter(rig.plain_model(), *rig.adapter(), frames=frames)
+    return apply_adapter(rig.plain_model(), *rig.adapter(), chunk_size=frames)
 
 
 def memory_asked_for(model, monkeypatch):
@@ -456,7 +456,7 @@ def test_memory_does_not_grow_with_the_clip(rig, tmp_path):
     }
     path = tmp_path / "larger.safetensors"
     checkpoint.save_checkpoint(path, checkpoint.Checkpoint(config, states))
-    model = rig.module("nodes.native.loading").load_all(str(path), frames=16).model
+    model = rig.module("nodes.native.loading").load_all(str(path), chunk_size=16).model
 
     def peak(frames):
         encoded = rig.encode(rig.flow(frames, height=128, width=128))

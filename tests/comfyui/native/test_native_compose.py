@@ -109,7 +109,7 @@ def test_a_patch_that_holds_something_of_each_frame_knows_the_chunk(rig, encoded
     patch = OfEachFrame(4)
     clips = []
     for size in (4, 2, 1):
-        model = apply(rig.plain_model(), *rig.adapter(), frames=size)
+        model = apply(rig.plain_model(), *rig.adapter(), chunk_size=size)
         model.set_model_attn2_replace(patch, "input", 1, 0)
         clips.append(rig.sample(encoded, model))
     for clip in clips[1:]:
@@ -117,10 +117,11 @@ def test_a_patch_that_holds_something_of_each_frame_knows_the_chunk(rig, encoded
 
 
 def test_the_frames_of_a_chunk_are_those_of_a_window_too(rig):
-    numbers = rig.module("nodes.native.adapter")._frame_numbers
-    assert numbers(None, range(2, 4), 6) == {"sub_idxs": [2, 3], "full_length": 6}
+    about = rig.module("nodes.native.chunks").about_chunk
+    assert about({}, range(2, 4), 6)["ad_params"] == {"sub_idxs": [2, 3], "full_length": 6}
     window = {"sub_idxs": [8, 9, 10, 0], "full_length": 12, "more": 1}
-    assert numbers(window, range(2, 4), 4) == {**window, "sub_idxs": [10, 0]}
+    told = about({"ad_params": window}, range(2, 4), 4)["ad_params"]
+    assert told == {**window, "sub_idxs": [10, 0]}
 
 
 def dual_guider(model, second):
@@ -249,7 +250,7 @@ def test_cancel_between_chunks(rig, encoded, usual):
     import comfy.model_management as management
 
     apply_adapter = rig.module("nodes.native.adapter").apply_adapter
-    model = apply_adapter(rig.plain_model(), *rig.adapter(), frames=1)
+    model = apply_adapter(rig.plain_model(), *rig.adapter(), chunk_size=1)
     unet = model.model.diffusion_model
     handle = unet.register_forward_pre_hook(
         lambda *_: management.interrupt_current_processing(True)

@@ -34,7 +34,7 @@ def test_an_untrained_adapter_changes_nothing(fused):
     adapter = fused.module("nodes.native.adapter")
     config, state = fused.adapter()
     plain = fused.plain_model()
-    untrained = adapter.apply_adapter(plain, config, zeroed(state), frames=100)
+    untrained = adapter.apply_adapter(plain, config, zeroed(state), chunk_size=100)
     encoded = fused.encode(fused.flow(3))
     assert torch.equal(fused.sample(encoded, untrained), fused.sample(encoded, plain))
 
@@ -44,7 +44,7 @@ def test_adapter_strength_zero_is_the_model_without_it(rig):
     plain = rig.plain_model()
     config, state = rig.adapter()
     encoded = rig.encode(rig.flow(3))
-    off = adapter.apply_adapter(plain, config, state, strength=0.0, frames=100)
+    off = adapter.apply_adapter(plain, config, state, strength=0.0, chunk_size=100)
     on = adapter.apply_adapter(plain, config, state, strength=1.0)
     assert torch.equal(rig.sample(encoded, off), rig.sample(encoded, plain))
     assert relative(rig.sample(encoded, on), rig.sample(encoded, plain)) > 1e-3

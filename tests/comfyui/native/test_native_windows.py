@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 
 import pytest
-import torch
 
 pytestmark = pytest.mark.comfyui
 
@@ -78,13 +77,13 @@ def test_trying_the_windows_leaves_cores_handler_alone(rig, encoded, works):
         pytest.skip("refused")
     model = windowed(rig.loaded.model)
     before = dict(vars(model.model_options["context_handler"]))
-    check = rig.module("nodes.native.adapter")._check_context_windows
+    check = rig.module("nodes.native.windows").check_context_windows
 
     class Guider:
         model_options = model.model_options
         model_patcher = model
 
-    check(Guider, torch.zeros(FRAMES, 4, 8, 8))
+    check(Guider, FRAMES)
     assert vars(model.model_options["context_handler"]) == before
 
 

@@ -1,0 +1,135 @@
+"""What a flow adapter does around the stages of core's sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_patcher
+from torch import Tensor
+
+from ...s2dm.models import FlowAdapter
+from .attention import with_flow
+from .chunks import LEAST_FRAMES, ChunkSizes, about_chunk, in_chunks, needs_the_whole_clip
+from .labels import TABLES, attach_labels, encode_labels, remove_labels, tokens_of_call
+from .recommended import recommended, resolve_labels
+from .windows import check_context_windows
+
+KEY = "s2dm_flow_adapter"
+"""Under this key a patched MODEL holds the adapter's weights and our wrappers."""
+_CHUNKS = "s2dm_chunks"
+"""Key of the run's `ChunkSizes` in its transformer options."""
+
+
+def held_adapter(patcher: comfy.model_patcher.ModelPatcher) -> FlowAdapter | None:
+    """The adapter that a MODEL holds, if any."""
+    held = patcher.get_additional_models_with_key(KEY)
+    return held[0].model if held else None
+
+
+class Wrappers:
+    """What happens around the stages of core's sampling, in the order of its methods."""
+
+    def __init__(self, strength: float, chunk_size: int) -> None:
+        self.strength = strength
+        self.chunk_size = chunk_size
+
+    def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Before anything is loaded: move the flow labels to where core batches conditions."""
+        guider = executor.class_obj
+        sampling = recommended(guider.model_patcher)
+        resolve_labels(guider.conds, sampling, getattr(guider, "cfg", None))
+        attach_labels(guider.conds, noise.shape[0])
+        check_context_windows(guider, len(noise))
+        return executor(noise, *args, **kwargs)
+
+    def prepare_sampling(
+        self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Ask core for the memory of one chunk, not of the whole clip."""
+        shape = list(noise_shape)
+        # A ControlNet sees the whole clip, and core counts no memory for it but this.
+        needs = {name for entries in conds.values() for entry in entries for name in entry}
+        options = model.model_options.get("transformer_options", {})
+        if not needs & {"control", "gligen"} and not needs_the_whole_clip(options):
+            shape[0] = min(shape[0], self.chunk_size or LEAST_FRAMES)
+        return executor(model, shape, conds, *args, **kwargs)
+
+    def sampler_sample(
+        self,
+        executor: Any,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The weights are loaded and the conditions final: encode the flow, once a run."""
+        patcher, told = guider.model_patcher, dict(guider.conds)
+        by_adapter = {held_adapter(patcher): told}
+        # Core's Dual Model guider keeps a second model, and what that one is told, to itself.
+        if second := getattr(guider, "_uncond_conds", None):
+            other = held_adapter(guider.uncond_model_patcher)
+            if other is None:
+                remove_labels({"second": second})
+            else:
+                by_adapter.setdefault(other, {})["second"] = second
+        tables = {
+            adapter: encode_labels(conditions, adapter, patcher.model, noise)
+            for adapter, conditions in by_adapter.items()
+        }
+        # Core made these options for this run alone.
+        options = extra_args["model_options"].setdefault("transformer_options", {})
+        options |= {TABLES: tables, _CHUNKS: ChunkSizes(self.chunk_size)}
+        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+
+    def apply_model(
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Tensor | None = None,
+        c_crossattn: Tensor | None = None,
+        control: dict[str, Any] | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Each call of the U-Net: show it the flow, a few frames at a time."""
+        options = transformer_options or {}
+        model = executor.class_obj
+        adapter = held_adapter(model.current_patcher)
+        if adapter is None:  # the second model of a guider
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        conditions = max(1, len(options.get("cond_or_uncond", ())))
+        if x.shape[0] % conditions:
+            conditions = 1
+        num_frames = x.shape[0] // conditions
+        sizes = options.get(_CHUNKS) or ChunkSizes(self.chunk_size)
+        if needs_the_whole_clip(options):
+            sizes = ChunkSizes(whole=True)
+
+        def call(
+            x: Tensor,
+            frames: range,
+            t: Tensor,
+            c_concat: Tensor | None,
+            c_crossattn: Tensor | None,
+            control: dict[str, Any] | None,
+            kwargs: dict[str, Any],
+        ) -> Tensor:
+            tokens, mask, kwargs = tokens_of_call(adapter, options, t, kwargs)
+            told = with_flow(options, adapter, self.strength, tokens, mask)
+            told["sigmas"] = t[: len(t) // conditions]
+            if len(frames) < num_frames:
+                told |= about_chunk(options, frames, num_frames)
+            return executor(x, t, c_concat, c_crossattn, control, told, **kwargs)
+
+        arguments = {
+            "t": t,
+            "c_concat": c_concat,
+            "c_crossattn": c_crossattn,
+            "control": control,
+            "kwargs": kwargs,
+        }
+        return in_chunks(call, sizes, model, conditions, x, arguments)
