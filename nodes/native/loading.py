@@ -16,25 +16,33 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_base import ModelType
-from torch import Tensor
 
-from ...s2dm.models import S2DMConfig, TextEncoderConfig, UNetConfig, VAEConfig
-from ...s2dm.models.checkpoint import CheckpointError, load_checkpoint, read_config
+from ...s2dm.models import (
+    STAGE_1,
+    STAGE_2,
+    Checkpoint,
+    CheckpointError,
+    S2DMConfig,
+    ScheduleConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+    check_reference,
+    load_checkpoint,
+)
+from ...s2dm.models.checkpoint import Part, State
 from ...s2dm.models.tokenizer import write_tokenizer
 from .adapter import apply_adapter
 from .compat import is_dynamic, load_weights, make_clip, patcher_class
 from .flow_generator import MODEL_TYPES, Stage1, load_network
 from .previews import fit_preview
 
-State = dict[str, Tensor]
-
-_PARTS = ("unet", "text_encoder", "vae", "flow_adapter")
 _LATENT_FACTOR = 8
 # Core calls by "linear" what others call "scaled_linear": linear in the root of beta.
 _BETA_SCHEDULES = {"scaled_linear": "linear"}
 
 
-class Checkpoint(NamedTuple):
+class Loaded(NamedTuple):
     """What `load_all` gives: core's objects, the adapter on the model, stage 1 if it is there."""
 
     config: S2DMConfig
@@ -44,7 +52,7 @@ class Checkpoint(NamedTuple):
     stage1: Stage1 | None
 
 
-def load_all(path: str, chunk_size: int = 0) -> Checkpoint:
+def load_all(path: str, chunk_size: int = 0) -> Loaded:
     """Load a checkpoint of stage 2, and stage 1 with it where the file holds it.
 
     Args:
@@ -54,47 +62,38 @@ def load_all(path: str, chunk_size: int = 0) -> Checkpoint:
     Raises:
         CheckpointError: the file is broken, or a part is missing or not for ComfyUI.
     """
-    stage_1 = () if read_config(path).flow_generator is None else ("flow_generator",)
-    checkpoint = load_checkpoint(path, parts=(*_PARTS, *stage_1))
-    config, state = checkpoint.config, checkpoint.states
+    checkpoint = load_checkpoint(path, STAGE_2, optional=STAGE_1)
+    config = checkpoint.config
     if config.vae.factor != _LATENT_FACTOR or config.vae.latent_channels != config.unet.in_channels:
         raise CheckpointError(
             f"vae: expected {config.unet.in_channels} latent channels of {_LATENT_FACTOR} pixels "
             f"a side, got {config.vae.latent_channels} of {config.vae.factor}. ComfyUI can't "
             "sample such latents."
         )
-    model = load_model(config, state["unet"])
+    model = load_model(checkpoint)
     if model.model.device != torch.device("cpu") and not is_dynamic(model):
         # As core does with a model that it made on the GPU; its memory isn't counted otherwise.
         comfy.model_management.load_models_gpu([model], force_full_load=True)
     # Newer versions of core reload the model in this way, for hooks and for further GPUs.
     model.cached_patcher_init = (_reload_model, (path,))
-    vae = load_vae(config.vae, state["vae"])
+    vae = load_vae(*checkpoint["vae"])
     fit_preview(model.model.latent_format, config.vae, vae)
     model = apply_adapter(
         model,
-        config.flow_adapter,
-        state["flow_adapter"],
+        *checkpoint["flow_adapter"],
         chunk_size=chunk_size,
         sampling=config.sampling,
     )
-    clip = load_clip(config.text_encoder, config.tokenizer, state["text_encoder"])
-    return Checkpoint(config, model, clip, vae, _stage1(config, state, clip, vae))
+    clip = load_clip(checkpoint["text_encoder"], config.tokenizer)
+    return Loaded(config, model, clip, vae, _stage1(checkpoint, clip, vae))
 
 
-def _stage1(
-    config: S2DMConfig, state: dict[str, State], clip: comfy.sd.CLIP, vae: comfy.sd.VAE
-) -> Stage1 | None:
-    generator = config.flow_generator
-    if generator is None:
+def _stage1(checkpoint: Checkpoint, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> Stage1 | None:
+    if "flow_generator" not in checkpoint:
         return None
-    if generator.reference_channels != config.vae.latent_channels:
-        raise CheckpointError(
-            f"flow_generator: expected {config.vae.latent_channels} reference channels, the "
-            f"VAE's latents, got {generator.reference_channels}. It was trained on features of "
-            "another encoder, which ComfyUI can't make."
-        )
-    return Stage1(config, load_network(generator, state["flow_generator"]), clip, vae)
+    config, state = checkpoint["flow_generator"]
+    check_reference(config, checkpoint["vae"].config.latent_channels)
+    return Stage1(checkpoint.config, load_network(config, state), clip, vae)
 
 
 def load_adapter(path: str) -> tuple[S2DMConfig, State]:
@@ -104,17 +103,17 @@ def load_adapter(path: str) -> tuple[S2DMConfig, State]:
 
 
 def load_model(
-    config: S2DMConfig, state: State, disable_dynamic: bool = False
+    checkpoint: Checkpoint, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     """The U-Net as a MODEL in the types and on the devices that core chooses.
 
     Args:
-        config: with U-Net, VAE (for the scale of the latents) and schedule.
-        state: weights of the U-Net in ldm keys.
+        checkpoint: with U-Net and VAE, which says the scale of the latents.
         disable_dynamic: use core's plain patcher even where there is a dynamic one.
     """
     management = comfy.model_management
-    model_config = _ModelConfig(config)
+    unet, state = checkpoint["unet"]
+    model_config = _ModelConfig(unet, checkpoint["vae"].config, checkpoint.config.schedule)
     parameters = comfy.utils.calculate_parameters(state)
     weight_dtype = comfy.utils.weight_dtype(state)
     load_device = management.get_torch_device()
@@ -136,21 +135,19 @@ def load_model(
 
 
 def _reload_model(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    checkpoint = load_checkpoint(path, parts=("unet", "vae"))
-    return load_model(checkpoint.config, checkpoint["unet"].state, disable_dynamic)
+    return load_model(load_checkpoint(path, parts=("unet", "vae")), disable_dynamic)
 
 
 class _ModelConfig(comfy.supported_models.SD15):
     """Core's Stable Diffusion 1.5 in the sizes and with the schedule of a checkpoint."""
 
-    def __init__(self, config: S2DMConfig) -> None:
-        super().__init__(_unet_config(config.unet))
-        self.unet_config["num_heads"] = config.unet.num_heads
-        schedule = config.schedule
+    def __init__(self, unet: UNetConfig, vae: VAEConfig, schedule: ScheduleConfig) -> None:
+        super().__init__(_unet_config(unet))
+        self.unet_config["num_heads"] = unet.num_heads
         self.prediction_type = schedule.prediction_type
-        self.latent_format = comfy.latent_formats.SD15(config.vae.scaling_factor)
+        self.latent_format = comfy.latent_formats.SD15(vae.scaling_factor)
         # Core then gives empty latents this many channels by itself.
-        self.latent_format.latent_channels = config.vae.latent_channels
+        self.latent_format.latent_channels = vae.latent_channels
         if schedule.beta_schedule not in _BETA_SCHEDULES:
             raise CheckpointError(
                 f"schedule: expected {' or '.join(_BETA_SCHEDULES)}, got "
@@ -195,8 +192,9 @@ def _unet_config(config: UNetConfig) -> dict[str, Any]:
     }
 
 
-def load_clip(config: TextEncoderConfig, tokenizer: dict[str, Any], state: State) -> comfy.sd.CLIP:
+def load_clip(part: Part, tokenizer: dict[str, Any]) -> comfy.sd.CLIP:
     """The text encoder with its tokenizer as a CLIP."""
+    config, state = part
     target = comfy.supported_models_base.ClipTarget(
         _tokenizer_class(config, tokenizer), comfy.sd1_clip.SD1ClipModel
     )

@@ -3,6 +3,8 @@
 from .adapter import FlowAdapter, fuse_attention
 from .checkpoint import (
     PARTS,
+    STAGE_1,
+    STAGE_2,
     Checkpoint,
     CheckpointError,
     load_checkpoint,
@@ -36,6 +38,8 @@ __all__ = [
     "PARTS",
     "PUPPETS",
     "SD15",
+    "STAGE_1",
+    "STAGE_2",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",

@@ -64,6 +64,11 @@ PARTS: dict[str, Layout] = {
     "flow_generator": Layout("s2dm.flow_generator.", flow_generator_keys),
 }
 
+STAGE_2 = ("unet", "text_encoder", "vae", "flow_adapter")
+"""The parts that make a clip from prompt and flow."""
+STAGE_1 = ("flow_generator",)
+"""What makes the flow, together with text encoder and VAE."""
+
 # A buffer that older tools save with the text encoder; it holds 0, 1, 2, ...
 _IGNORED = {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
 _FLOATS = {"F16", "BF16", "F32", "F64"}
@@ -120,13 +125,16 @@ class Checkpoint:
         return iter(self.states)
 
 
-def load_checkpoint(path: str | Path, parts: Iterable[str] | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: str | Path, parts: Iterable[str] | None = None, optional: Iterable[str] = ()
+) -> Checkpoint:
     """Read a checkpoint.
 
     Args:
         path: the file.
         parts: names among ``PARTS`` to read; the others' weights are not touched.
             All parts of the file by default.
+        optional: parts to read as well where the file has them.
 
     Returns:
         The parts, with their weights as stored.
@@ -137,7 +145,7 @@ def load_checkpoint(path: str | Path, parts: Iterable[str] | None = None) -> Che
     path = Path(path)
     config = read_config(path)
     there = parts_of(config)
-    wanted = there if parts is None else list(parts)
+    wanted = there if parts is None else [*parts, *(part for part in optional if part in there)]
     lacking = [part for part in wanted if part not in there]
     if lacking:
         raise CheckpointError(

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..flow import FlowField
 from ..models import (
+    STAGE_2,
     Checkpoint,
     S2DMConfig,
     SamplingConfig,
@@ -114,7 +115,17 @@ class FlowToVideoPipeline(DiffusionPipeline):
         Raises:
             CheckpointError: the file is broken, or one of the parts is missing.
         """
-        checkpoint = load_checkpoint(path, cls._parts)
+        return cls.from_checkpoint(load_checkpoint(path, STAGE_2), torch_dtype)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, torch_dtype: torch.dtype = torch.float32
+    ) -> FlowToVideoPipeline:
+        """Build the pipeline from a checkpoint that was read.
+
+        Raises:
+            CheckpointError: one of the parts is missing.
+        """
         components = cls._build(checkpoint)
         for component in components.values():
             if isinstance(component, torch.nn.Module):
@@ -122,13 +133,10 @@ class FlowToVideoPipeline(DiffusionPipeline):
                 torch.nn.Module.to(component.eval(), torch_dtype)
         return cls(**components, s2dm_config=checkpoint.config.to_dict())
 
-    _parts: tuple[str, ...] = ("unet", "text_encoder", "vae", "flow_adapter")
-    """The parts of a checkpoint that the pipeline is built from."""
-
     @classmethod
     def _build(cls, checkpoint: Checkpoint) -> dict[str, Any]:
         """The pipeline's modules."""
-        modules = {part: build(checkpoint, part) for part in cls._parts}
+        modules = {part: build(checkpoint, part) for part in STAGE_2}
         return modules | {
             "tokenizer": build_tokenizer(checkpoint.config),
             "scheduler": ddim_scheduler(checkpoint.config.schedule),

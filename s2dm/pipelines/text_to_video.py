@@ -19,13 +19,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..flow import FlowField
 from ..models import (
+    STAGE_1,
+    STAGE_2,
     Checkpoint,
     CheckpointError,
     FlowSampling,
     SamplingConfig,
     check_reference,
     decode_flow,
-    read_config,
+    load_checkpoint,
 )
 from ..sector import SHARED, NoiseSharing, seed_of_flow
 from ..video import cover
@@ -35,6 +37,7 @@ from .flow_adapter import FlowAdapterModel
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
 from .flow_generator import FlowGeneratorModel
 from .flow_to_video import FlowToVideoPipeline, check_arguments
+from .modules import build
 
 _WITHOUT_STAGE_1 = (
     "expected the part flow_generator (stage 1, which makes flow from the prompt), got stage 2 "
@@ -108,18 +111,15 @@ class TextToVideoPipeline(FlowToVideoPipeline):
 
         Args, raises: as `FlowToVideoPipeline.from_single_file`.
         """
-        if read_config(path).flow_generator is None:
+        checkpoint = load_checkpoint(path, STAGE_2, optional=STAGE_1)
+        if "flow_generator" not in checkpoint:
             raise CheckpointError(f"{os.path.basename(path)}: {_WITHOUT_STAGE_1}")
-        return super().from_single_file(path, torch_dtype)
-
-    _parts = (*FlowToVideoPipeline._parts, "flow_generator")
+        return cls.from_checkpoint(checkpoint, torch_dtype)
 
     @classmethod
     def _build(cls, checkpoint: Checkpoint) -> dict[str, Any]:
-        components = super()._build(checkpoint)
-        return components | {
-            "flow_generator": FlowGeneratorModel.wrap(components["flow_generator"])
-        }
+        network = build(checkpoint, "flow_generator")
+        return super()._build(checkpoint) | {"flow_generator": FlowGeneratorModel.wrap(network)}
 
     def _modules_by_part(self) -> dict[str, torch.nn.Module]:
         return super()._modules_by_part() | {"flow_generator": self.flow_generator.network}
@@ -318,9 +318,9 @@ def open_pipeline(
     """
     path = Path(path)
     if not path.is_dir():
-        both = read_config(path).flow_generator is not None
-        kind = TextToVideoPipeline if both else FlowToVideoPipeline
-        return kind.from_single_file(path, torch_dtype)
+        checkpoint = load_checkpoint(path, STAGE_2, optional=STAGE_1)
+        kind = TextToVideoPipeline if "flow_generator" in checkpoint else FlowToVideoPipeline
+        return kind.from_checkpoint(checkpoint, torch_dtype)
     index = path / "model_index.json"
     if not index.is_file():
         raise CheckpointError(f"{path} is no diffusers folder: it has no model_index.json.")

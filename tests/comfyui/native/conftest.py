@@ -133,8 +133,7 @@ class Rig:
         """The U-Net as core gives it, without adapter."""
         loading = self.module("nodes.native.loading")
         files = self.module("s2dm.models.checkpoint")
-        found = files.load_checkpoint(self.checkpoint, parts=("unet",))
-        return loading.load_model(found.config, found["unet"].state)
+        return loading.load_model(files.load_checkpoint(self.checkpoint, parts=("unet", "vae")))
 
 
 @pytest.fixture(scope="session")
