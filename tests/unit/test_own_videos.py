@@ -97,7 +97,7 @@ if __name__ == "__main__":
 """
 
 # What a test can't wait for; all the rest, the workers above all, is as documented.
-SMALL = [f"data.size={SIZE}", f"data.frames={FRAMES}", "steps=2", "mixed_precision=no"]
+SMALL = [f"data.size={SIZE}", f"data.frames={FRAMES}", "steps=2", "mixed_precision=no", "threads=1"]
 SMALLER = {
     "vae": ["crop=16", "batch_size=2"],
     "text": [],
