@@ -268,7 +268,18 @@ def _flow_model(connected: object) -> FlowModel:
     if callable(connected):
         return connected
     got = "nothing" if connected is None else type(connected).__name__
+    if hasattr(connected, "shape") or isinstance(connected, (list, tuple)):
+        got = (
+            f"{_shape(connected)}, flow that is measured already (other packs call that "
+            "OPTICAL_FLOW too; theirs goes from frame to frame, not back to the first one)"
+        )
     raise ValueError(
         f'the method "model" needs a flow model at optical_flow, got {got}: connect Load '
         "Optical Flow Model, or choose dis or farneback"
     )
+
+
+def _shape(flow: Any) -> str:
+    if isinstance(flow, (list, tuple)):
+        return f"a list of {len(flow)}"
+    return f"a {type(flow).__name__} of shape {tuple(flow.shape)}"

@@ -7,15 +7,12 @@ from typing import Any
 import comfy.latent_formats
 import comfy.sd
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ...s2dm.flow.geometry import resample
+from ...s2dm.flow.texture import clouds
 from ...s2dm.models import VAEConfig
 
 _PICTURES, _SIZE = 4, 64
-_CONTRAST = 0.15
-"""Standard deviation of the colours at each scale."""
 
 
 def fit_preview(
@@ -36,7 +33,7 @@ def fit_preview(
     """
     if _sizes(config) == _sizes(VAEConfig()):
         return
-    pictures = _pictures()
+    pictures = clouds(_PICTURES, _SIZE)
     with torch.no_grad():
         latents = latent_format.process_in(vae.encode(pictures.movedim(1, -1))).cpu().float()
     seen = latents.movedim(1, -1).flatten(0, 2)
@@ -47,19 +44,6 @@ def fit_preview(
     latent_format.latent_rgb_factors = solution[:-1].tolist()
     latent_format.latent_rgb_factors_bias = solution[-1].tolist()
     latent_format.taesd_decoder_name = None
-
-
-def _pictures() -> Tensor:
-    """Clouds of colour, (N,3,H,W) in [0,1], with as much contrast at each scale, as photographs
-    have about."""
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.full((_PICTURES, 3, _SIZE, _SIZE), 0.5)
-    side = 2
-    while side <= _SIZE:
-        clouds = torch.randn(_PICTURES, 3, side, side, generator=generator)
-        pictures += _CONTRAST * F.interpolate(clouds, size=_SIZE, mode="bilinear")
-        side *= 2
-    return pictures.clamp(0, 1)
 
 
 def _sizes(config: VAEConfig) -> tuple[Any, ...]:

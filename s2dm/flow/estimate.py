@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .field import FlowError, FlowField
 from .geometry import pixel_grid, resample, sample_at
+from .texture import clouds
 
 METHODS = ("dis", "farneback")
 
@@ -26,6 +27,8 @@ FlowModel = Callable[[Tensor, Tensor], "Tensor | list[Tensor]"]
 
 _OPENCV_SIDES = (32, 256)  # pixels: below the first, OpenCV fails; below the second, we double
 _MODEL_SIDE = 128  # below, RAFT's pyramid of correlations turns to NaN
+_TRIAL_SHIFT = (6, -4)  # pixels (x, y) by which a picture is moved to try a model
+_TRIAL_ERROR = 1.5  # pixels by which the model may be wrong there
 _WINDOW = 7  # pixels over which candidates are compared
 _STILL = 4 / 255
 _STILL_BONUS = 0.5 / 255  # how much worse "no motion" may match and still be taken
@@ -49,15 +52,15 @@ def estimate_flow(
     frames: (N,3,H,W) in [0,1], any N >= 1 and any size.
     method: "dis", "farneback" (both need OpenCV), or a RAFT-like model: called with two image
         batches (B,3,h,w) in [-1,1], what torchvision's `raft_large` wants, with h and w at
-        least 128 and multiples of 8; returns the flow from the first to the second image,
-        (B,2,h,w), or a list of refinements of which the last counts. Modules get images on
-        their device and in their dtype.
+        least 128 and multiples of 8; returns the flow from the first to the second image in
+        pixels, (B,2,h,w), or a list of refinements of which the last counts. Modules get images
+        on their device and in their dtype. It is tried on a known shift first.
     progress: called with (frames done, N).
 
     Occlusion comes from the forward-backward check. A frame that equals the first up to noise
     gets exactly zero flow. Frames are taken pair by pair, so memory doesn't grow with N beyond
     the result. Raises FlowError for bad frames, a missing OpenCV or a model that returns
-    something else.
+    something else than that shift.
     """
     _check_frames(frames)
     estimator = _make_estimator(method)
@@ -162,33 +165,84 @@ class _ModelEstimator:
 
     def __init__(self, model: FlowModel) -> None:
         self._model = model
+        self._tried = False
 
     def __call__(self, first: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._tried:
+            _try_out(self._model)
+            self._tried = True
         height, width = first.shape[1:]
         scale = max(1.0, _MODEL_SIDE / min(height, width))
         size = [ceil(side * scale / 8) * 8 for side in (height, width)]
-        pair = resample(torch.stack([frame, first]), *size) * 2 - 1
-        parameter = next(iter(getattr(self._model, "parameters", tuple)()), None)
-        if parameter is not None:
-            pair = pair.to(parameter)
-        with torch.no_grad():
-            flow = self._model(pair, pair.flip(0))
-        if isinstance(flow, (list, tuple)) and flow:
-            flow = flow[-1]
-        if not isinstance(flow, Tensor) or tuple(flow.shape) != (2, 2, *size):
-            got = tuple(flow.shape) if isinstance(flow, Tensor) else type(flow).__name__
-            raise FlowError(
-                f"the flow model must return (B,2,H,W), here {(2, 2, *size)}, or a list of such, "
-                f"got {got}: use a RAFT-like model"
-            )
-        flow = flow.float().cpu()
-        if not torch.isfinite(flow).all():
-            raise FlowError("the flow model returned NaN or infinite values: try it in float32")
+        flow = _ask(self._model, resample(torch.stack([frame, first]), *size) * 2 - 1)
         backward, forward = (_shrunk(direction, height, width) for direction in flow)
         return backward, forward
 
     def still(self, frame: Tensor) -> None:
         """Nothing to do: pairs don't depend on one another."""
+
+
+def _ask(model: FlowModel, pair: Tensor) -> Tensor:
+    """A model's flow from each of two images (2,3,h,w) to the other, (2,2,h,w)."""
+    parameter = next(iter(getattr(model, "parameters", tuple)()), None)
+    if parameter is not None:
+        pair = pair.to(parameter)
+    with torch.no_grad():
+        flow = model(pair, pair.flip(0))
+    if isinstance(flow, (list, tuple)) and flow:
+        flow = flow[-1]
+    if not isinstance(flow, Tensor) or tuple(flow.shape) != (2, 2, *pair.shape[2:]):
+        got = tuple(flow.shape) if isinstance(flow, Tensor) else type(flow).__name__
+        raise FlowError(
+            f"the flow model must return (B,2,H,W), here {(2, 2, *pair.shape[2:])}, or a list of "
+            f"such, got {got}: use a RAFT-like model"
+        )
+    flow = flow.float().cpu().contiguous()  # the median of an expanded tensor is NaN
+    if not torch.isfinite(flow).all():
+        raise FlowError("the flow model returned NaN or infinite values: try it in float32")
+    return flow
+
+
+def _try_out(model: FlowModel) -> None:
+    """Refuse a model that doesn't measure a known shift: RAFT is published in many conventions.
+
+    They differ in the range of the pictures, the unit of the flow, its direction and its order.
+    """
+    x, y = _TRIAL_SHIFT
+    side, margin = _MODEL_SIDE, max(map(abs, _TRIAL_SHIFT))
+    canvas = clouds(1, side + 2 * margin)[0]
+    first, second = (
+        canvas[:, top : top + side, left : left + side]
+        for top, left in ((margin, margin), (margin - y, margin - x))
+    )
+    pair = torch.stack([first, second])
+
+    def measured(low: float, high: float) -> Tensor:
+        return _ask(model, low + (high - low) * pair).flatten(2).median(dim=2).values
+
+    def right(found: Tensor) -> bool:
+        there, back = found - found.new_tensor([_TRIAL_SHIFT, (-x, -y)])
+        return max(there.norm(), back.norm()) <= _TRIAL_ERROR
+
+    try:
+        found = measured(-1, 1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, (FlowError, torch.cuda.OutOfMemoryError)):
+            raise
+        raise FlowError(
+            f"the flow model fails on two pictures (2,3,{side},{side}) in [-1,1] "
+            f"({type(error).__name__}: {error}): use a RAFT-like model"
+        ) from error
+    if right(found):
+        return
+    other = [f"[{low},{high}]" for low, high in ((0, 1), (0, 255)) if right(measured(low, high))]
+    hint = f"; it wants pictures in {other[0]}, and gets them in [-1,1]" if other else ""
+    raise FlowError(
+        f"the flow model must see that a picture moved by ({x}, {y}) pixels, but measured "
+        f"({found[0, 0]:.3g}, {found[0, 1]:.3g}), and back ({found[1, 0]:.3g}, "
+        f"{found[1, 1]:.3g}){hint}: use a model with torchvision's conventions, such as its "
+        "raft_large with trained weights, or the method dis"
+    )
 
 
 def _make_estimator(method: str | FlowModel) -> _Estimator:

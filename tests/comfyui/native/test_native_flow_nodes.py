@@ -2,20 +2,9 @@
 
 import pytest
 import torch
+from flow_models import PanModel
 
 pytestmark = pytest.mark.comfyui
-
-
-class PanModel(torch.nn.Module):
-    """Stands in for RAFT: everything came from 4 pixels to the right."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor([4.0, 0.0]))
-
-    def forward(self, first, second):
-        sign = torch.tensor([1, -1]).view(2, 1, 1, 1)
-        return [(sign * self.weight.view(1, 2, 1, 1)).expand(-1, -1, *first.shape[2:])]
 
 
 def frames(count: int, channels: int = 3) -> torch.Tensor:
@@ -27,7 +16,8 @@ def test_an_optical_flow_model_is_used(rig, wrapped):
     from comfy.model_patcher import ModelPatcher
 
     cpu = torch.device("cpu")
-    model = ModelPatcher(PanModel(), cpu, cpu) if wrapped else PanModel()
+    model = PanModel(4.0, 0.0)
+    model = ModelPatcher(model, cpu, cpu) if wrapped else model
     (flow,) = rig.run("S2DMEstimateFlow", frames=frames(3), method="model", optical_flow=model)
     assert (flow.frames, flow.height, flow.width) == (3, 128, 136)
     assert flow.displacement[1, 0].unique().tolist() == [4.0]
@@ -37,6 +27,30 @@ def test_an_optical_flow_model_is_used(rig, wrapped):
 def test_a_missing_model_says_what_to_do(rig, connected):
     with pytest.raises(ValueError, match=r"^Estimate Flow \(S2DM\): .*choose dis or farneback"):
         rig.run("S2DMEstimateFlow", frames=frames(2), method="model", optical_flow=connected)
+
+
+@pytest.mark.parametrize(
+    ("connected", "got"),
+    [
+        (torch.zeros(2, 8, 8, 2), r"a Tensor of shape \(2, 8, 8, 2\)"),
+        (torch.zeros(2, 8, 8, 2).numpy(), r"a ndarray of shape \(2, 8, 8, 2\)"),
+        ([torch.zeros(8, 8, 2).numpy()] * 2, "a list of 2"),
+    ],
+)
+def test_flow_of_other_packs_is_told_from_a_model(rig, connected, got):
+    """Some call flow that is measured already OPTICAL_FLOW, between neighbouring frames."""
+    with pytest.raises(ValueError, match=f"got {got}, flow that is measured already.*choose dis"):
+        rig.run("S2DMEstimateFlow", frames=frames(2), method="model", optical_flow=connected)
+
+
+def test_a_model_that_measures_something_else_is_refused(rig):
+    with pytest.raises(ValueError, match=r"^Estimate Flow \(S2DM\): .*but measured \(0, 0\)"):
+        rig.run(
+            "S2DMEstimateFlow",
+            frames=frames(2),
+            method="model",
+            optical_flow=lambda first, second: torch.zeros_like(first[:, :2]),
+        )
 
 
 def test_alpha_is_dropped_and_one_frame_is_still(rig):
