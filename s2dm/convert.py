@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import re
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .files import replacing
-from .models import PARTS, Checkpoint, FlowAdapter, S2DMConfig, load_checkpoint, save_checkpoint
-from .models.checkpoint import METADATA_KEY
+from .models import Checkpoint, FlowAdapter, S2DMConfig, load_checkpoint, save_checkpoint
+from .models.checkpoint import CONFIG_TENSOR, METADATA_KEY
+from .models.impostors import impostor, is_pickle
 from .models.lfdm import PREFIX as LFDM_PREFIX
 from .models.lfdm import from_lfdm, lfdm_config
 from .models.presets import SD15
+from .models.spellings import SpellingError, holds_unet, spelled_our_way
 from .models.tokenizer import read_tokenizer
 
+_INDEX = "model_index.json"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 # What unpickling raises, depending on where the bytes stop making sense.
 _UNREADABLE = (
@@ -33,7 +38,13 @@ _UNREADABLE = (
     ValueError,
     TypeError,
     AttributeError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    ImportError,
+    OSError,
     struct.error,
+    zipfile.BadZipFile,
 )
 # Where training codes of this family put the weights inside what they pickle.
 _NESTED = ("state_dict", "model", "module")
@@ -56,8 +67,9 @@ def convert(
     - a diffusers folder (of `save_pretrained`) to an S2DM checkpoint `.safetensors`
     - an S2DM checkpoint `.safetensors` to a diffusers folder, or to another `.safetensors` with
       the same parts
-    - Stable Diffusion 1.x, as a diffusers folder, a `.safetensors` or a pickled file, to an S2DM
-      checkpoint whose flow adapter is new: without effect, and ready for training
+    - Stable Diffusion 1.x, as a diffusers folder, a `.safetensors` or a pickled file, however its
+      weights are named, to an S2DM checkpoint whose flow adapter is new: without effect, and ready
+      for training
     - other pickled weights (`.ckpt`, `.pt`, `.pth`, `.bin`) to `.safetensors`, key by key
     - LFDM's pickled diffusion model (`flowdiff_*.pth`) to an S2DM checkpoint that holds the flow
       generator alone. It is LFDM's network, with LFDM's inputs and outputs: features of LFDM's own
@@ -82,7 +94,7 @@ def convert(
     if not source.exists():
         raise ConversionError(f"There is nothing at {source}.")
     to_file = target.suffix.lower() == ".safetensors"
-    pickled = source.is_file() and source.suffix.lower() in PICKLE_SUFFIXES
+    pickled = source.is_file() and _is_pickled(source)
     plain = not pickled and _is_stable_diffusion(source)
     if (pickled or plain) and not to_file:
         raise ConversionError(
@@ -125,6 +137,7 @@ def _load(source: Path) -> Any:
 
     if source.is_file():
         return open_pipeline(source, _stored_type([source]))
+    _read_index(source)
     variant, files = _stored(source.glob("*/*"))
     return open_pipeline(source, _stored_type(files), variant=variant)
 
@@ -142,8 +155,12 @@ def _stored_type(files: Iterable[Path]) -> torch.dtype:
     """The one type of all floating-point weights in these files, float32 where there are more."""
     stored = set()
     for file in files:
-        with safe_open(file, framework="pt") as weights:
-            stored |= {weights.get_slice(name).get_dtype() for name in weights.keys()}
+        try:
+            with safe_open(file, framework="pt") as weights:
+                stored |= {weights.get_slice(name).get_dtype() for name in weights.keys()}
+        except (SafetensorError, OSError) as error:
+            found = impostor(file) or "one that is damaged. Download or copy it again."
+            raise ConversionError(f"{file}: expected a safetensors file, got {found}") from error
     names = {"F16": torch.float16, "BF16": torch.bfloat16}
     kinds = {names.get(name, torch.float32) for name in stored if not name.startswith(("I", "U"))}
     return kinds.pop() if len(kinds) == 1 else torch.float32
@@ -152,42 +169,63 @@ def _stored_type(files: Iterable[Path]) -> torch.dtype:
 def _is_stable_diffusion(source: Path) -> bool:
     """Whether a folder or a `.safetensors` file is Stable Diffusion without a flow adapter."""
     if source.is_dir():
-        index = source / "model_index.json"
-        return index.is_file() and not _FLOW & set(json.loads(index.read_text("utf-8")))
+        return (source / _INDEX).is_file() and not _FLOW & set(_read_index(source))
     try:
         with safe_open(source, framework="pt") as file:
-            return METADATA_KEY not in (file.metadata() or {}) and _is_ldm(file.keys())
-    except SafetensorError:
+            names = set(file.keys())
+            described = METADATA_KEY in (file.metadata() or {}) or CONFIG_TENSOR in names
+            return not described and holds_unet(names)
+    except (SafetensorError, OSError):
         return False  # whoever reads it as a checkpoint says what is wrong
 
 
-def _is_ldm(names: Iterable[str]) -> bool:
-    return any(name.startswith(PARTS["unet"].prefix) for name in names)
+def _is_pickled(source: Path) -> bool:
+    """Whether a file is a pickle, whatever its name says."""
+    try:
+        if found := impostor(source):
+            raise ConversionError(f"{source.name}: expected weights, got {found}")
+        with source.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise ConversionError(f"{source}: could not be read ({error.strerror}).") from error
+    named = source.suffix.lower() in PICKLE_SUFFIXES and start[8:] != b"{"
+    return is_pickle(start) or named
+
+
+def _read_index(source: Path) -> dict[str, Any]:
+    """What a folder of diffusers says that it holds."""
+    index = source / _INDEX
+    if not index.is_file():
+        raise ConversionError(f"{source} is no diffusers folder: it has no {_INDEX}.")
+    try:
+        content = json.loads(index.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{index} could not be read ({error}). Copy it again.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{index}: expected a dictionary, got {type(content).__name__}.")
+    return content
 
 
 def _read_folder(source: Path) -> dict[str, Tensor]:
-    """The weights of a diffusers folder of Stable Diffusion 1.x under the names of its one file."""
+    """The weights of a diffusers folder of Stable Diffusion 1.x, the part's name before each."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from .pipelines.modules import text_encoder_state, unet_state, vae_state
-
-    parts = {
-        "unet": (UNet2DConditionModel, unet_state),
-        "text_encoder": (CLIPTextModel, text_encoder_state),
-        "vae": (AutoencoderKL, vae_state),
-    }
+    parts = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
     weights = {}
-    for part, (kind, state) in parts.items():
+    for part, kind in parts.items():
+        if not (source / part).is_dir():
+            continue  # what is missing is said for all parts at once
         try:
             variant, files = _stored((source / part).glob("*"))
             network = kind.from_pretrained(
                 source / part, variant=variant, torch_dtype=_stored_type(files)
             )
-            named = state(network, getattr(SD15, part))
+        except ConversionError:
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             raise _not_sd15(source, f"its {part}: {str(error).splitlines()[0]}") from error
-        weights |= {PARTS[part].prefix + name: weight for name, weight in named.items()}
+        weights |= {f"{part}.{name}": weight for name, weight in network.state_dict().items()}
     return weights
 
 
@@ -198,17 +236,16 @@ def _add_adapter(
     half: bool,
     recommend: Mapping[str, Any] | None,
 ) -> None:
-    """Stable Diffusion 1.x, under the names of its one file, as a checkpoint with a new adapter."""
-    states: dict[str, dict[str, Tensor]] = {}
-    for part in ("unet", "text_encoder", "vae"):
-        prefix, keys = PARTS[part]
-        states[part] = {}
-        for key in keys(getattr(SD15, part)):
-            weight = weights.get(prefix + key.ldm)
-            if weight is None or tuple(weight.shape) != key.ldm_shape:
-                found = "nothing" if weight is None else tuple(weight.shape)
-                raise _not_sd15(source, f"{key.ldm_shape} at {prefix + key.ldm}, found {found}")
-            states[part][key.ldm] = weight
+    """Stable Diffusion 1.x, in any spelling, as a checkpoint with a new adapter."""
+    try:
+        states = spelled_our_way(weights, SD15)
+    except SpellingError as error:
+        raise _not_sd15(source, str(error)) from error
+    # Weights that share memory, as in some pickles, can't be saved.
+    states = {
+        part: {name: _alone(weight) for name, weight in state.items()}
+        for part, state in states.items()
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         states["flow_adapter"] = FlowAdapter(SD15.flow_adapter).state_dict()
@@ -235,10 +272,15 @@ def _tokenizer_of(source: Path) -> dict[str, Any]:
         ) from error
 
 
-def _not_sd15(source: Path, expected: str) -> ConversionError:
+def _alone(weight: Tensor) -> Tensor:
+    """The weight, in memory that holds nothing else."""
+    return weight if weight.untyped_storage().nbytes() == weight.nbytes else weight.clone()
+
+
+def _not_sd15(source: Path, found: str) -> ConversionError:
     return ConversionError(
-        f"{source.name}: expected Stable Diffusion 1.x, {expected}. Other kinds, such as SDXL, 2.x "
-        "or an inpainting model, can't follow flow here."
+        f"{source.name}: expected Stable Diffusion 1.x, {found}. Other models, such as SDXL, 2.x "
+        "or one for inpainting, can't be converted."
     )
 
 
@@ -246,7 +288,7 @@ def _unpickle(source: Path, target: Path, half: bool, recommend: Mapping[str, An
     """Pickled weights to safetensors, with S2DM's metadata if the pickle holds them."""
     content = _read_pickle(source)
     weights = _weights_in(content)
-    if _is_ldm(weights) and METADATA_KEY not in content:
+    if holds_unet(weights) and METADATA_KEY not in content:
         _add_adapter(weights, source, target, half, recommend)
         return
     if recommend:
@@ -295,11 +337,15 @@ def _read_pickle(source: Path) -> Any:
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # Not torch's own words: they advise to load without this protection.
+        if held := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ConversionError(
+                f"{source.name} holds Python objects beside the weights ({held[1]}), which could "
+                "run code and are not loaded. Ask its author for a .safetensors file."
+            ) from error
         raise ConversionError(
-            f"{source} could not be read as plain weights ({first_line}). It is damaged, or it "
-            "holds Python objects beside the weights, which could run code and are not loaded. "
-            "Ask its author for a .safetensors file."
+            f"{source.name} could not be read as pickled weights: it is truncated or damaged, or "
+            "of another kind. Download it again."
         ) from error
 
 

@@ -59,7 +59,7 @@ def impostor(path: Path) -> str | None:
     for magic, name in _ARCHIVES.items():
         if start.startswith(magic):
             return f"a {name} archive. Unpack it, and use what is inside."
-    if start[:2] == b"PK" and not zipfile.is_zipfile(path):
+    if start[:2] == b"PK" and not _has_directory(path):
         return f"the first {size} bytes of a longer file: it is truncated. " + _AGAIN
     text = start.removeprefix(b"\xef\xbb\xbf").decode("latin-1").lstrip().lower()
     # A safetensors file has its brace after eight bytes of length.
@@ -69,6 +69,14 @@ def impostor(path: Path) -> str | None:
     if size < _START and start.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in start):
         return "a short text. " + _AGAIN
     return None
+
+
+def _has_directory(path: Path) -> bool:
+    """Whether a zip archive has its table of contents, which stands at its end."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def is_pickle(start: bytes) -> bool:
