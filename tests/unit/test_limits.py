@@ -1,0 +1,96 @@
+"""What the benchmark of limits does to clips, and how it reads clothes and rooms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+pytest.importorskip("cv2")
+
+import limits
+
+from s2dm.data.puppets import PERSONS, caption, render_clip
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return render_clip(3, 26, 1000, size=64, frames=4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda frames, flow: limits.moved(frames, flow, 8),
+        lambda frames, flow: limits.moved(frames, flow, -8),
+        lambda frames, flow: limits.smaller(frames, flow, 0.75),
+        lambda frames, flow: limits.panned(frames, flow, 9),
+    ],
+    ids=["right", "left", "smaller", "panned"],
+)
+def test_a_changed_clip_still_moves_as_its_flow_says(clip, change):
+    def unexplained(frames, flow):
+        difference = (flow.warp(frames[:1]) - frames).abs().mean(1, keepdim=True)
+        return difference[1:][flow.occlusion[1:] < 0.5].mean().item()
+
+    frames, flow = change(clip.frames, clip.flow)
+    assert frames.shape == clip.frames.shape
+    assert flow.displacement.shape == clip.flow.displacement.shape
+    assert (frames - clip.frames).abs().mean() > 0.02  # it is another clip
+    assert unexplained(frames, flow) < 1.5 * unexplained(clip.frames, clip.flow) + 0.002
+    still = torch.zeros_like(flow.displacement)
+    assert unexplained(frames, dataclasses.replace(flow, displacement=still)) > 2 * unexplained(
+        frames, flow
+    )
+
+
+def test_a_pan_moves_everything_and_hides_what_comes_in(clip):
+    _, flow = limits.panned(clip.frames, clip.flow, 9)
+    assert (flow.displacement[-1, 0, 0, :50] == 9).all()  # a pixel of the wall came from the right
+    assert flow.occlusion[-1, 0, 0].tolist() == [0] * 55 + [1] * 9
+
+
+def test_a_thing_that_comes_and_goes_changes_the_room():
+    generator = torch.Generator().manual_seed(0)
+    frames = 0.5 + 0.02 * torch.randn(16, 3, 32, 48, generator=generator)
+    still = torch.ones(1, 1, 32, 48, dtype=torch.bool)
+    assert limits.largest_change(frames, still) < 10
+    frames[7:9, :, 8:20, 8:20] += 0.3
+    assert limits.largest_change(frames, still) == pytest.approx(0.3 * 255, rel=0.1)
+    still[..., 6:22, 6:22] = False  # where the person is
+    assert limits.largest_change(frames, still) < 10
+    assert math.isnan(limits.largest_change(frames, ~still & still))  # nothing stands still
+
+
+@pytest.mark.parametrize("person", [1, 9, 18, 22])
+def test_clothes_are_read_off_true_puppets(person):
+    who = PERSONS[person]
+    (frame,) = render_clip(person, 26, 1000, frames=1).frames
+    assert all(limits.dressed(frame, person, 26, who).values())
+    others = {
+        "top": dataclasses.replace(who, top_colour="blue"),
+        "trousers": dataclasses.replace(who, trousers_colour="green"),
+        "length": dataclasses.replace(
+            who, trousers="jeans" if who.trousers == "shorts" else "shorts"
+        ),
+    }
+    for name, other in others.items():
+        assert not limits.dressed(frame, person, 26, other)[name], name
+
+
+def test_an_unseen_outfit_is_worn_by_nobody_and_by_the_same_person():
+    worn = {caption(person, 0).split(" wearing ")[1] for person in range(len(PERSONS))}
+    for person, member in enumerate(PERSONS):
+        other = limits.unseen(member, random.Random(person))
+        assert other == limits.unseen(member, random.Random(person))
+        assert caption(other, 0).split(" wearing ")[1] not in worn
+        assert (other.gender, other.glasses, other.height) == (
+            member.gender, member.glasses, member.height
+        )  # fmt: skip
