@@ -11,6 +11,7 @@ from typing import Any
 
 import ablation
 import flow_generation
+import limits
 import noise_in_training
 import table1
 import two_stage
@@ -49,7 +50,7 @@ def _flow_following(result: dict[str, Any]) -> str:
     lines = [
         "## Flow following and stillness",
         "",
-        f"![Sheet of held-out puppets](results/{result['sheet']})",
+        _sheet(result, "Sheet of held-out puppets"),
         "",
         "Held-out puppets: for each clip the true frames, the flow that was given, what the model "
         "makes of caption and flow with shared and with independent noise, and what it makes of "
@@ -117,6 +118,15 @@ def _section(result: dict[str, Any], title: str, *paragraphs: str) -> str:
     return "\n\n".join([f"## {title}", *paragraphs, ""]) + _protocol(result).lstrip("\n")
 
 
+def _sheet(result: dict[str, Any], title: str) -> str:
+    """The picture; `sheet_frames` is in files whose sheet was made when sheets left frames out."""
+    picture = f"![{title}](results/{result['sheet']})"
+    if "sheet_frames" not in result:
+        return picture
+    frames = result["protocol"]["frames"]
+    return f"{picture}\n\n*Shown are {result['sheet_frames']} of the {frames} frames of each clip.*"
+
+
 def _protocol(result: dict[str, Any]) -> str:
     return "\n" + protocol_markdown(result["protocol"]) + "\n"
 
@@ -125,7 +135,7 @@ def _flow_generation(result: dict[str, Any]) -> str:
     return _section(
         result,
         "Stage 1: flow from prompt and first frame",
-        f"![True and generated flow](results/{result['sheet']})",
+        _sheet(result, "True and generated flow"),
         "Held-out puppets: for each clip the true frames, their flow, and what stage 1 makes of "
         "the prompt and the first frame.",
         flow_generation.markdown(result["table"]),
@@ -136,10 +146,34 @@ def _two_stage(result: dict[str, Any]) -> str:
     return _section(
         result,
         "Text to video in two stages",
-        f"![Twelve prompts](results/{result['sheet']})",
+        _sheet(result, "Twelve prompts"),
         "Twelve prompts that training never saw, drawn and sampled by the seeds 0 to 11 and not "
         "selected, above the flow that stage 1 made for them.",
         two_stage.markdown(result),
+    )
+
+
+def _limits(result: dict[str, Any]) -> str:
+    motion, rooms, outfits = (
+        _sheet({**result, "sheet": result["sheets"][name]}, title)
+        for name, title in (
+            ("motion", "Other places, sizes and cameras, and real clips"),
+            ("rooms", "Clips from captions alone"),
+            ("outfits", "Outfits of the cast, and others"),
+        )
+    )
+    return _section(
+        result,
+        "Limits of the bundled checkpoint",
+        motion,
+        "For each kind of clip the given frames, their flow, and what the model makes of a caption "
+        "and that flow. It was trained on people at one place and size before a camera that stands "
+        "still.",
+        rooms,
+        "Clips from captions alone, with the largest change of a still part of the room.",
+        outfits,
+        "First frames in clothes that the cast wears, and in clothes that nobody wears.",
+        limits.markdown(result["table"]),
     )
 
 
@@ -147,7 +181,7 @@ def _table1(result: dict[str, Any]) -> str:
     return _section(
         result,
         "Table 1: given flow, two stages, baselines",
-        f"![Given flow and two stages](results/{result['sheet']})",
+        _sheet(result, "Given flow and two stages"),
         "Held-out puppets: for each clip the true frames, their flow, what the model makes of "
         "caption and flow, and what it makes of the caption alone, which has a flow of its own. "
         "Below them what the [baselines](training.md#baselines) make of the caption; LVDM knows "
@@ -173,7 +207,7 @@ def _ablation(result: dict[str, Any]) -> str:
     return _section(
         result,
         "Table 2: shared noise in training and in sampling",
-        f"![The cells of the ablation](results/{result['sheet']})",
+        _sheet(result, "The cells of the ablation"),
         "Held-out puppets: for each clip the true frames, the flow that was given, and what each "
         "cell makes of it. The trainings differ in the named setting alone "
         "([commands](training.md#ablation)). Ratios of FVD are to be compared with those of the "
@@ -197,6 +231,7 @@ def _noise_in_training(result: dict[str, Any]) -> str:
 
 SECTIONS = {
     "flow_following": _flow_following,
+    "limits": _limits,
     "ablation": _ablation,
     "noise_in_training": _noise_in_training,
     "table1": _table1,
