@@ -88,7 +88,7 @@ def contact_sheet(files: list[Path], path: Path) -> Path:
     """Lay out the given clip, its motion and the new video of a run, one row each."""
     video, _ = read_clip(pick(files, RESULT))
     given, _ = read_clip(CLIP)
-    write_contact_sheet(path, [given[: len(video)], shown(files), video], PANELS)
+    write_contact_sheet(path, [given[: len(video)], shown(files), video], PANELS, columns=8)
     return path
 
 
