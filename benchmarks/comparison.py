@@ -21,6 +21,7 @@ from common import RUNS, TAKE
 from torch import Tensor
 
 from s2dm.cli.options import sampling_entries
+from s2dm.data import DataConfig, build_dataset
 from s2dm.evaluation.distances import bootstrap, frechet_distance, interval
 from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.report import take_groups
@@ -29,8 +30,6 @@ from s2dm.evaluation.store import stored_frames
 from s2dm.evaluation.tables import mean_over_seeds
 from s2dm.flow import flow_to_image
 from s2dm.models import load_checkpoint, read_config
-from s2dm.training.config import DataConfig
-from s2dm.training.datasets import build_dataset, pixels
 from s2dm.training.loop import training_of
 from s2dm.video import write_contact_sheet
 
@@ -370,7 +369,7 @@ def write_sheet(
     pictures, labels = [], []
     for index in shuffled(len(clips))[: options.clips or None][:SHEET_CLIPS]:
         clip = clips[index]
-        pictures += [pixels(clip.frames), flow_to_image(clip.flow)]
+        pictures += [clip.pixels, flow_to_image(clip.flow)]
         labels += [clip.caption, "its flow"]
         for name, folder in found.folders.items():
             pictures.append(stored_frames(folder, index, options.seeds[0]))

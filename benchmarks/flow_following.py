@@ -22,11 +22,11 @@ from common import RESULTS, RUNS, TAKE
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.cli.options import sampling_entries
+from s2dm.data import DataConfig
 from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.run import EvaluationConfig, evaluate
 from s2dm.evaluation.tables import markdown_table
 from s2dm.files import write_json
-from s2dm.training.config import DataConfig
 
 VARIANTS = tuple(
     map(Variant.parse, ("given-flow", "given-flow:independent", "zero-flow", "true", "autoencoder"))

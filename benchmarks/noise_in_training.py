@@ -21,7 +21,7 @@ from common import RESULTS, ROOT, RUNS
 
 from s2dm.evaluation.protocol import ProtocolCard, file_hash
 from s2dm.files import write_json
-from s2dm.training.config import read_settings
+from s2dm.settings import read_settings
 from s2dm.training.cpu import plain_attention, speed_up
 from s2dm.training.loop import step_generator
 from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task

@@ -88,7 +88,7 @@ def convert(
         ConversionError: the two can't be converted into each other, or a pickle holds something
             else than weights. Code in a pickle is never run.
         CheckpointError: a checkpoint is broken.
-        ConfigError: a recommendation is unknown or out of its range.
+        SettingsError: a recommendation is unknown or out of its range.
     """
     source, target = Path(source), Path(target)
     if not source.exists():

@@ -24,12 +24,12 @@ PACK = Path(__file__).resolve().parent.parent
 sys.path.append(str(PACK))
 
 from s2dm.cli.options import DEFAULT_CHECKPOINT, positive  # noqa: E402
+from s2dm.data import build_dataset  # noqa: E402
 from s2dm.evaluation.modes import Generator, Variant  # noqa: E402
 from s2dm.evaluation.run import shuffled  # noqa: E402
 from s2dm.files import replacing  # noqa: E402
 from s2dm.models import read_config  # noqa: E402
 from s2dm.training.config import DataConfig  # noqa: E402
-from s2dm.training.datasets import build_dataset  # noqa: E402
 from s2dm.video import DEFAULT_FPS, to_uint8  # noqa: E402
 
 ROWS = {

@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from video_diffusion_training import VideoDiffusionTrainingConfig, train
 
 from s2dm.cli import leave_processes
-from s2dm.training.config import add_arguments, config_from_arguments
+from s2dm.settings import add_arguments, from_arguments
 
 CONFIG = Path(__file__).with_name("puppets.toml")
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.overrides.append(f"text={json.dumps(options.network == 'vdm')}")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        train(config_from_arguments(VideoDiffusionTrainingConfig, options))
+        train(from_arguments(VideoDiffusionTrainingConfig, options))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py {options.network}: {error}")
     finally:

@@ -24,8 +24,8 @@ from s2dm.models import ScheduleConfig
 from s2dm.models.flow_generator import Head, UNet3D, per_frame
 from s2dm.pipelines.flow_to_video import ddim_scheduler
 from s2dm.sector import NoiseSharing, guide, sample
+from s2dm.settings import from_dict
 from s2dm.training.cache import weights_hash
-from s2dm.training.config import config_from_dict
 
 _METADATA_KEY = "video_diffusion"
 
@@ -170,6 +170,6 @@ def load_network(path: Path) -> tuple[VideoDiffusion, str]:
             f"{path.name}: expected the export of benchmarks/baselines/train.py, got another file."
         )
     description = json.loads(metadata[_METADATA_KEY])
-    network = VideoDiffusion(config_from_dict(VideoDiffusionConfig, description["config"]))
+    network = VideoDiffusion(from_dict(VideoDiffusionConfig, description["config"]))
     network.load_state_dict(state)
     return network.eval(), description["trained_on"]

@@ -20,12 +20,12 @@ from video_diffusion import (
 )
 
 from s2dm.cli import DEFAULT_CHECKPOINT
+from s2dm.data import held_out_clips
 from s2dm.models import load_checkpoint
 from s2dm.pipelines.modules import build, build_tokenizer
 from s2dm.sector import add_noise, training_target
 from s2dm.training.cache import clip_latents, training_clips
 from s2dm.training.config import TrainingConfig
-from s2dm.training.datasets import held_out_clips, pixels
 from s2dm.training.loop import Progress, run_training, sheet_seed
 from s2dm.training.models import frozen_vae
 from s2dm.training.schedule import alpha_bars, draw_timesteps
@@ -165,7 +165,7 @@ def build_task(config: VideoDiffusionTrainingConfig, device: torch.device) -> Vi
     half = config.mixed_precision == "bf16"
     latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
     held_out = [
-        {"frames": pixels(clip.frames), "caption": clip.caption, "text": None}
+        {"frames": clip.pixels, "caption": clip.caption, "text": None}
         for clip in held_out_clips(config.data, config.validation_clips)
     ]
     encoder = texts = None

@@ -87,11 +87,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    from ..data import DataConfig
     from ..evaluation.modes import Variant
     from ..evaluation.run import EvaluationConfig, evaluate
     from ..evaluation.tables import markdown_table
     from ..models import FlowSampling, read_config
-    from ..training.config import DataConfig, read_settings
+    from ..settings import read_settings
 
     check_exists(options.checkpoint)
     if options.checkpoint.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..training.config import add_arguments, config_from_arguments
+from ..settings import add_arguments, from_arguments
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -29,16 +29,16 @@ def run(options: argparse.Namespace) -> None:
     if options.network == "vae":
         from ..training.vae import VAETrainingConfig, train_vae
 
-        train_vae(config_from_arguments(VAETrainingConfig, options))
+        train_vae(from_arguments(VAETrainingConfig, options))
     elif options.network == "text":
         from ..training.text import TextTrainingConfig, train_text
 
-        train_text(config_from_arguments(TextTrainingConfig, options))
+        train_text(from_arguments(TextTrainingConfig, options))
     elif options.network == "stage1":
         from ..training.stage1 import Stage1TrainingConfig, train_stage1
 
-        train_stage1(config_from_arguments(Stage1TrainingConfig, options))
+        train_stage1(from_arguments(Stage1TrainingConfig, options))
     else:
         from ..training.stage2 import Stage2TrainingConfig, train_stage2
 
-        train_stage2(config_from_arguments(Stage2TrainingConfig, options))
+        train_stage2(from_arguments(Stage2TrainingConfig, options))

@@ -1,17 +1,9 @@
-"""Data sets. `puppets`: procedural people with exact optical flow; `videos`: a folder of clips."""
+"""Data sets of clips. `puppets`: drawn people with exact flow; `videos`: a folder of clips."""
 
-from .puppets import (
-    ACTIONS,
-    PERSONS,
-    Clip,
-    PuppetClips,
-    caption,
-    render_clip,
-    split,
-)
-from .videos import VideoClip, VideoClips
+from .clip import Clip, Garment
+from .sets import ClipDataset, DataConfig, build_dataset, held_out_clips, register_dataset
 
 __all__ = [
-    "ACTIONS", "PERSONS", "Clip", "PuppetClips", "VideoClip", "VideoClips", "caption",
-    "render_clip", "split",
+    "Clip", "ClipDataset", "DataConfig", "Garment", "build_dataset", "held_out_clips",
+    "register_dataset",
 ]  # fmt: skip

@@ -5,36 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from ..files import in_order, is_left_by_systems, read_text
-from ..flow import FlowField, estimate_flow
+from ..flow import estimate_flow
 from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
+from .clip import Clip
 
 _SPLITS = ("train", "test")
 _HELD_OUT = 0.1
 """Share of the clips that is held out where the folder doesn't say which."""
 _READING = b"upright, spread in time"
 """How clips are read; with another way of reading what was prepared by this one is stale."""
-
-
-@dataclass(frozen=True, eq=False)
-class VideoClip:
-    """A clip that was read.
-
-    Attributes:
-        frames: (N, 3, H, W) float32 in [0, 1].
-        flow: estimated from the frames.
-        caption: what happens in it.
-    """
-
-    frames: torch.Tensor
-    flow: FlowField
-    caption: str
 
 
 class VideoClips:
@@ -102,7 +85,7 @@ class VideoClips:
                 digest.update(f"{file.name} {state.st_mtime_ns} {state.st_size}\n".encode())
         return digest.hexdigest()
 
-    def __getitem__(self, index: int) -> VideoClip:
+    def __getitem__(self, index: int) -> Clip:
         """Read a clip and estimate its flow.
 
         Raises:
@@ -111,7 +94,7 @@ class VideoClips:
         if not 0 <= index < len(self):
             raise IndexError(f"Clip {index} of {len(self)}.")
         frames, _ = read_clip(self.paths[index], self._frames, (self._size, self._size))
-        return VideoClip(frames, estimate_flow(frames), self.captions[index])
+        return Clip(frames, estimate_flow(frames), self.captions[index])
 
 
 def _clips(folder: Path) -> list[Path]:

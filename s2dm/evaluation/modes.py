@@ -17,7 +17,6 @@ from torch import Tensor
 from ..flow import FlowField
 from ..models import FlowSampling, SamplingConfig
 from ..sector import SHARED, NoiseSharing
-from ..training.datasets import pixels
 from .clip_metrics import still_region
 
 if TYPE_CHECKING:
@@ -135,8 +134,8 @@ class Mode:
 
 def _beside(clip: Any, frames: Tensor) -> Made:
     """Frames that are to move as a clip of the data set does."""
-    still = getattr(clip, "still", None)
-    return Made(frames, clip.flow, still_region(clip.flow) if still is None else still)
+    still = still_region(clip.flow) if clip.still is None else clip.still
+    return Made(frames, clip.flow, still)
 
 
 def _given_flow(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
@@ -158,14 +157,14 @@ def _two_stage(generator: Generator, clip: Any, variant: Variant, seed: int) -> 
 
 
 def _autoencoder(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
-    from ..training.vae import reconstruct
+    from ..pipelines.modules import reconstruct
 
-    frames = reconstruct(generator.pipeline.vae, pixels(clip.frames), generator.chunk_size)
+    frames = reconstruct(generator.pipeline.vae, clip.pixels, generator.chunk_size)
     return _beside(clip, frames)
 
 
 def _true(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
-    return _beside(clip, pixels(clip.frames))
+    return _beside(clip, clip.pixels)
 
 
 MODES = {

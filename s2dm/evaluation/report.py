@@ -10,7 +10,6 @@ import numpy as np
 
 from ..files import replacing, write_json, write_text
 from ..flow import flow_to_image
-from ..training.datasets import pixels
 from ..video import write_contact_sheet
 from .clip_metrics import MOVING
 from .distances import sample_size_problem
@@ -120,7 +119,7 @@ def _write_sheet(run: Run, path: Path) -> None:
     rows, labels = [], []
     for index in run.chosen[: run.config.sheet_clips]:
         clip = run.data[index]
-        rows += [pixels(clip.frames), flow_to_image(clip.flow)]
+        rows += [clip.pixels, flow_to_image(clip.flow)]
         labels += [clip.caption, "its flow"]
         for variant in run.config.variants:
             if variant != TRUE:

@@ -23,11 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import ClipDataset, DataConfig, build_dataset
 from ..files import replacing
 from ..flow import FlowField, estimate_flow
 from ..models import FlowSampling, read_config
-from ..training.config import DataConfig
-from ..training.datasets import ClipDataset, build_dataset, pixels
 from .clip_metrics import (
     Total,
     attribute_accuracy,
@@ -251,7 +250,7 @@ class Run:
             totals["warp_error"] = warp_error(frames, made.flow)
         if still is not None:
             totals["flicker"] = flicker(frames, still)
-        totals["attributes"] = attribute_accuracy(frames[0], getattr(clip, "garments", ()))
+        totals["attributes"] = attribute_accuracy(frames[0], clip.garments)
         return stored, totals
 
     # ---------------------------------------------------------------------------- features
@@ -321,7 +320,7 @@ def _fingerprint(data: ClipDataset) -> str:
     clip = data[0]
     digest = hashlib.sha256(clip.caption.encode())
     digest.update(getattr(data, "fingerprint", "").encode())
-    digest.update(as_bytes(pixels(clip.frames)))
+    digest.update(as_bytes(clip.pixels))
     digest.update(clip.flow.displacement.cpu().float().contiguous().numpy())
     return digest.hexdigest()
 

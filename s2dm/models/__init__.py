@@ -14,7 +14,6 @@ from .checkpoint import (
 from .config import (
     FORMAT_VERSION,
     FUSIONS,
-    ConfigError,
     FlowAdapterConfig,
     FlowGeneratorConfig,
     S2DMConfig,
@@ -42,7 +41,6 @@ __all__ = [
     "STAGE_2",
     "Checkpoint",
     "CheckpointError",
-    "ConfigError",
     "FlowAdapter",
     "FlowAdapterConfig",
     "FlowGenerator",

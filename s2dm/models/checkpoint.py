@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import replacing
-from .config import FORMAT_VERSION, ConfigError, S2DMConfig
+from ..settings import SettingsError
+from .config import FORMAT_VERSION, S2DMConfig
 from .impostors import impostor, is_pickle
 from .keys import (
     Key,
@@ -377,7 +378,7 @@ def _check_tokenizer(config: S2DMConfig) -> None:
         return
     size = len(vocabulary(spec))
     if size != encoder.vocab_size:
-        raise ConfigError(
+        raise SettingsError(
             f"tokenizer: expected {encoder.vocab_size} tokens, as the text encoder has, got {size}."
         )
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..sector import BETA_SCHEDULES, NOISE_SHARING
+from ..settings import SettingsError, from_dict
 
 FORMAT_VERSION = 1
 """Version of the checkpoint format that this code writes, and the newest that it reads."""
@@ -36,10 +37,6 @@ _MOST_STEPS = 10**5
 _HUGE = 1e30
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be built."""
-
-
 _C = TypeVar("_C", bound="_Config")
 _LAYER = re.compile(r"(input|middle|output)_[0-9]{1,3}_[0-9]{1,3}")
 
@@ -56,32 +53,17 @@ class _Config:
         """Build a config from ``to_dict`` output. Missing entries take their defaults.
 
         Raises:
-            ConfigError: if an entry is unknown, has the wrong type or a value out of range.
+            SettingsError: if an entry is unknown, has the wrong type or a value out of range.
         """
-        what = cls.__name__
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{what}: expected a dictionary, got {type(values).__name__}.")
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ConfigError(f"{what}: expected entries among {sorted(known)}, got {unknown}.")
-        arguments = {}
-        for name, value in values.items():
-            nested = known[name].metadata.get("config")
-            if nested is not None and value is not None:
-                value = nested.from_dict(value)
-            elif isinstance(value, list):
-                value = _tuples(value)
-            arguments[name] = value
         try:
-            return cls(**arguments)
+            return from_dict(cls, values, check_types=False)
         except TypeError as error:
-            raise ConfigError(f"{what}: {error}.") from error
+            raise SettingsError(f"{cls.__name__}: {error}.") from error
 
     def _expect(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
             got = getattr(self, name)
-            raise ConfigError(f"{type(self).__name__}.{name}: expected {expected}, got {got!r}.")
+            raise SettingsError(f"{type(self).__name__}.{name}: expected {expected}, got {got!r}.")
 
     def _expect_positive(self, *names: str, most: int = _MOST) -> None:
         for name in names:
@@ -127,10 +109,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -359,7 +337,7 @@ class SamplingConfig(_Config):
         """Return these settings with some entries in place of their own.
 
         Raises:
-            ConfigError: if one is unknown, or its value out of range.
+            SettingsError: if one is unknown, or its value out of range.
         """
         return SamplingConfig.from_dict({**self.to_dict(), **(entries or {})})
 
@@ -404,9 +382,7 @@ class FlowGeneratorConfig(_Config):
     frames: int = 40
     displacement_scale: float = 1.0
     motion: float = 0.0
-    schedule: ScheduleConfig = field(
-        default=ScheduleConfig(beta_schedule="cosine"), metadata={"config": ScheduleConfig}
-    )
+    schedule: ScheduleConfig = ScheduleConfig(beta_schedule="cosine")
     threshold: float = 0.9
 
     def __post_init__(self) -> None:
@@ -471,19 +447,13 @@ class S2DMConfig(_Config):
     """
 
     format_version: int = FORMAT_VERSION
-    unet: UNetConfig | None = field(default=None, metadata={"config": UNetConfig})
-    vae: VAEConfig | None = field(default=None, metadata={"config": VAEConfig})
-    text_encoder: TextEncoderConfig | None = field(
-        default=None, metadata={"config": TextEncoderConfig}
-    )
-    flow_adapter: FlowAdapterConfig | None = field(
-        default=None, metadata={"config": FlowAdapterConfig}
-    )
-    flow_generator: FlowGeneratorConfig | None = field(
-        default=None, metadata={"config": FlowGeneratorConfig}
-    )
-    schedule: ScheduleConfig = field(default=ScheduleConfig(), metadata={"config": ScheduleConfig})
-    sampling: SamplingConfig = field(default=SamplingConfig(), metadata={"config": SamplingConfig})
+    unet: UNetConfig | None = None
+    vae: VAEConfig | None = None
+    text_encoder: TextEncoderConfig | None = None
+    flow_adapter: FlowAdapterConfig | None = None
+    flow_generator: FlowGeneratorConfig | None = None
+    schedule: ScheduleConfig = ScheduleConfig()
+    sampling: SamplingConfig = SamplingConfig()
     tokenizer: dict[str, Any] | None = None
     resolution: tuple[int, int] = (128, 128)
     frames: int = 16
@@ -532,7 +502,7 @@ class S2DMConfig(_Config):
         """Return the config with these entries of ``sampling`` in place of its own.
 
         Raises:
-            ConfigError: if one is unknown, or its value out of range.
+            SettingsError: if one is unknown, or its value out of range.
         """
         return dataclasses.replace(self, sampling=self.sampling.replacing(entries))
 

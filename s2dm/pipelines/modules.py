@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -191,3 +193,17 @@ def to_checkpoint(config: S2DMConfig, modules: Mapping[str, nn.Module]) -> Check
         part: ENGINES[part].state(module, getattr(config, part)) for part, module in modules.items()
     }
     return Checkpoint(config, states)
+
+
+@torch.no_grad()
+def reconstruct(vae: nn.Module, pictures: Tensor, chunk: int = 8) -> Tensor:
+    """(N,3,H,W) in [0,1] through the autoencoder, without posterior noise; float32 on the CPU."""
+    height, width = pictures.shape[2:]
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    # What is no whole latent cell would be dropped: the border is repeated up to the next one.
+    pictures = F.pad(pictures, (0, -width % factor, 0, -height % factor), mode="replicate")
+    outputs = []
+    for part in pictures.split(chunk):
+        latents = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
+        outputs.append((vae.decode(latents).sample.float().cpu() + 1) / 2)
+    return torch.cat(outputs).clamp(0, 1)[..., :height, :width]

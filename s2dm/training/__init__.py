@@ -4,6 +4,8 @@
 The trainers import diffusers and transformers and are imported by name.
 """
 
-from .config import DataConfig, TrainingConfig, TrainingConfigError, read_settings
+from ..data import DataConfig
+from ..settings import SettingsError, read_settings
+from .config import TrainingConfig
 
-__all__ = ["DataConfig", "TrainingConfig", "TrainingConfigError", "read_settings"]
+__all__ = ["DataConfig", "SettingsError", "TrainingConfig", "read_settings"]

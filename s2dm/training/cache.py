@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from ..data import ClipDataset, DataConfig, build_dataset
 from ..files import read_json_lines, write_text
 from ..flow import estimate_flow
-from .config import DataConfig, TrainingConfig, config_to_dict
-from .datasets import ClipDataset, build_dataset, pixels
+from ..settings import to_dict
+from .config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class _Prepared(Dataset):
 
     def _arrays(self, index: int) -> Arrays:
         clip = self.clips[index]
-        frames = pixels(clip.frames)
+        frames = clip.pixels
         share = self.estimated_flow
         estimated = int((index + 1) * share) > int(index * share)
         flow = estimate_flow(frames) if estimated else clip.flow
@@ -92,7 +93,7 @@ def cache_folder(
     root: str | Path, data: DataConfig, split: str, fingerprint: str | None = None
 ) -> Path:
     """Where the clips of a split are cached: another data config, or files, another folder."""
-    values = config_to_dict(data)
+    values = to_dict(data)
     values.pop("validation_split")
     values["split"] = split
     if fingerprint is not None:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ..files import read_json_lines, write_json, write_text
-from .config import TrainingConfig, TrainingConfigError, config_to_dict
+from ..settings import SettingsError, to_dict
+from .config import TrainingConfig
 from .cpu import plain_attention, speed_up
 from .curves import save_curves
 
@@ -261,7 +262,7 @@ class TrainingLoop:
         resumed = self._resume()
         if self.config.export_only:
             if not resumed:
-                raise TrainingConfigError(
+                raise SettingsError(
                     f"export_only needs a run that was saved, and there is none in "
                     f"{self.folder.path}: look at the output folder, or train first."
                 )
@@ -270,7 +271,7 @@ class TrainingLoop:
                 self.folder.append({"step": self.progress.step})  # of the export: see training_of
             return self.progress
         if self.accelerator.is_main_process:
-            write_json(self.folder.path / "config.json", config_to_dict(self.config))
+            write_json(self.folder.path / "config.json", to_dict(self.config))
         saved = sampled = time.monotonic()
         bar = tqdm(
             total=self.config.steps,

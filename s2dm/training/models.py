@@ -13,7 +13,7 @@ from ..models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ..models.config import S2DMConfig, VAEConfig
 from ..models.keys import to_ldm, vae_keys
 from ..pipelines.modules import build_vae, to_checkpoint
-from .config import TrainingConfigError
+from ..settings import SettingsError
 from .cpu import speed_up
 
 
@@ -24,7 +24,7 @@ def preset(name: str) -> S2DMConfig:
         known = [
             key.lower() for key, value in vars(presets).items() if isinstance(value, S2DMConfig)
         ]
-        raise TrainingConfigError(f"unknown preset {name!r}; known: {', '.join(known)}.")
+        raise SettingsError(f"unknown preset {name!r}; known: {', '.join(known)}.")
     return config
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data import held_out_clips
 from ..flow import flow_to_image
 from ..flow.geometry import resample
 from ..models import FlowGenerator, decode_flow, encode_flow, mean_motion
@@ -23,11 +24,11 @@ from ..models.config import S2DMConfig
 from ..pipelines.flow_generation import embed_prompts, flow_scheduler, generate_flow
 from ..pipelines.modules import build, build_flow_generator, build_tokenizer
 from ..sector import add_noise, training_target
+from ..settings import SettingsError
 from ..video import write_contact_sheet
 from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
-from .config import TrainingConfig, TrainingConfigError
-from .datasets import held_out_clips, pixels
+from .config import TrainingConfig
 from .loop import Progress, measured_once, run_training, sheet_seed
 from .models import frozen_vae, load_model, preset, save_model
 from .schedule import alpha_bars, draw_timesteps
@@ -63,7 +64,7 @@ class Stage1TrainingConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.checkpoint:
-            raise TrainingConfigError(
+            raise SettingsError(
                 "stage 1 needs a checkpoint with a VAE and a text encoder: set checkpoint to the "
                 "export of the stage-2 trainer."
             )
@@ -234,7 +235,7 @@ def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Sta
 def _check(config: Stage1TrainingConfig, model_config: S2DMConfig) -> None:
     lacking = [part for part in ("vae", "text_encoder") if getattr(model_config, part) is None]
     if lacking:
-        raise TrainingConfigError(
+        raise SettingsError(
             f"stage 1 needs a checkpoint with a VAE and a text encoder, got {config.checkpoint} "
             f"without {' and '.join(lacking)}. Use the export of the stage-2 trainer."
         )
@@ -248,7 +249,7 @@ def _with_flow_generator(
         return model_config
     network = preset(config.preset).flow_generator
     if network is None:
-        raise TrainingConfigError(f"the preset {config.preset!r} has no flow generator.")
+        raise SettingsError(f"the preset {config.preset!r} has no flow generator.")
     scale, motion = measured_once(config, "scales", lambda: _scales(clips))
     network = dataclasses.replace(
         network,
@@ -275,7 +276,7 @@ def _scales(clips: ClipCache) -> tuple[float, float]:
         count += len(moving)
         motion += float(mean_motion(condition))
     if not count:
-        raise TrainingConfigError("stage 1 learns motion, and in these clips nothing moves.")
+        raise SettingsError("stage 1 learns motion, and in these clips nothing moves.")
     return (squares / count) ** 0.5, motion / len(clips)
 
 
@@ -302,7 +303,7 @@ def _validation(
 ) -> list[dict[str, Any]]:
     clips = []
     for clip in held_out_clips(config.data, config.validation_clips):
-        frame = pixels(clip.frames)[0]
+        frame = clip.pixels[0]
         latents = vae.encode(frame[None].to(device) * 2 - 1).latent_dist.mode() * scale
         clips.append(
             {"frame": frame, "reference": latents[0], "flow": clip.flow, "caption": clip.caption}

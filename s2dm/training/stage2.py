@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data import held_out_clips
 from ..flow import FlowField, flow_to_image
 from ..models.config import FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
@@ -29,11 +30,11 @@ from ..pipelines.modules import (
     tokenize,
 )
 from ..sector import NoiseSharing, sector_loss
+from ..settings import SettingsError
 from ..video import write_contact_sheet
 from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
-from .config import TrainingConfig, TrainingConfigError
-from .datasets import held_out_clips, pixels
+from .config import TrainingConfig
 from .loop import Progress, measured_once, run_training, sheet_seed
 from .models import (
     frozen_vae,
@@ -96,10 +97,10 @@ class Stage2TrainingConfig(TrainingConfig):
         try:
             self.sharing  # noqa: B018 (it checks mode and share)
         except ValueError as error:
-            raise TrainingConfigError(f"noise_sharing, noise_share: {error}") from error
+            raise SettingsError(f"noise_sharing, noise_share: {error}") from error
         unknown = sorted(set(self.train) - set(PARTS))
         if unknown or not self.train:
-            raise TrainingConfigError(
+            raise SettingsError(
                 f"train must name some of {', '.join(PARTS)}, got {list(self.train)}."
             )
 
@@ -236,7 +237,7 @@ class Stage2Task:
             keep = sorted(set(spread(len(clip.frames), self.config.sample_frames)))
             clips.append(
                 {
-                    "frames": pixels(clip.frames)[keep],
+                    "frames": clip.pixels[keep],
                     "flow": clip.flow.select(keep),
                     "caption": clip.caption,
                 }
@@ -314,7 +315,7 @@ def _start(
         start = load_model(config.checkpoint)
         model_config, states = start.config, start.states
         if "unet" not in start:
-            raise TrainingConfigError(
+            raise SettingsError(
                 f"stage 2 needs a checkpoint with a U-Net, got {config.checkpoint} without. Leave "
                 "checkpoint empty to start from random weights; a VAE or a text encoder alone is "
                 "given as vae or text_encoder."
@@ -338,7 +339,7 @@ def _start(
         vae_config, states["vae"] = load_model(config.vae, ["vae"])["vae"]
         model_config = dataclasses.replace(model_config, vae=vae_config)
     if "vae" not in states:
-        raise TrainingConfigError(
+        raise SettingsError(
             "stage 2 needs a trained VAE: set vae to a file that holds one, for example the "
             "export of the VAE trainer."
         )
@@ -362,7 +363,7 @@ def _leave_stage_1_its_text(config: Stage2TrainingConfig) -> None:
     """Stage 1 reads the prompt with the same text encoder, and isn't here to follow a change."""
     if "text_encoder" not in config.train and not config.text_encoder:
         return
-    raise TrainingConfigError(
+    raise SettingsError(
         f"{config.checkpoint} holds stage 1, which reads the prompt with the same text encoder: "
         f"expected one that stays as it is, got train={list(config.train)} and "
         f"text_encoder={config.text_encoder!r}. Leave it out of both, "

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from ..models.config import S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..pipelines.modules import build_text_encoder, build_tokenizer, tokenize
+from ..settings import SettingsError
 from .cache import training_clips
-from .config import TrainingConfig, TrainingConfigError
+from .config import TrainingConfig
 from .loop import Progress, measured_once, run_training
 from .models import load_model, preset, save_model
 
@@ -56,7 +57,7 @@ class TextTrainingConfig(TrainingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep_weight < 0 or (self.keep_weight > 0 and not self.checkpoint):
-            raise TrainingConfigError(
+            raise SettingsError(
                 "keep_weight must be at least 0, and above 0 it needs a checkpoint whose states "
                 f"to keep, got {self.keep_weight} and checkpoint {self.checkpoint!r}."
             )
@@ -175,7 +176,7 @@ def build_text_task(config: TextTrainingConfig) -> TextTask:
         start = load_model(config.checkpoint)
         model_config, states = start.config, start.states
         if model_config.text_encoder is None:
-            raise TrainingConfigError(
+            raise SettingsError(
                 f"{config.checkpoint} has no text encoder to go on from: leave checkpoint empty "
                 "to train a new one."
             )

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data import DataConfig, held_out_clips
 from ..models.config import VAEConfig
-from ..pipelines.modules import build_vae
+from ..pipelines.modules import build_vae, reconstruct
+from ..settings import SettingsError
 from ..video import write_contact_sheet
 from .adversarial import LEAST_PIXELS, AdversarialLoss
 from .cache import ClipCache, training_clips
-from .config import DataConfig, TrainingConfig, TrainingConfigError
-from .datasets import held_out_clips, pixels
+from .config import TrainingConfig
 from .loop import Progress, run_training
 from .models import load_model, preset, save_vae
 
@@ -272,27 +273,13 @@ def normalise_latents(state: dict[str, Tensor], mean: Tensor, std: Tensor) -> No
     state["post_quant_conv.weight"] = weight * std.to(weight).reshape(1, -1, 1, 1)
 
 
-@torch.no_grad()
-def reconstruct(vae: nn.Module, pictures: Tensor, chunk: int = 8) -> Tensor:
-    """(N,3,H,W) in [0,1] through the autoencoder, without posterior noise; float32 on the CPU."""
-    height, width = pictures.shape[2:]
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    # What is no whole latent cell would be dropped: the border is repeated up to the next one.
-    pictures = F.pad(pictures, (0, -width % factor, 0, -height % factor), mode="replicate")
-    outputs = []
-    for part in pictures.split(chunk):
-        latents = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
-        outputs.append((vae.decode(latents).sample.float().cpu() + 1) / 2)
-    return torch.cat(outputs).clamp(0, 1)[..., :height, :width]
-
-
 def build_vae_task(config: VAETrainingConfig) -> VAETask:
     """Prepare data and model for ``config``."""
     data = training_clips(config)
     held_out = held_out_frames(config.data, config.validation_clips)
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
     if config.freeze_encoder and not config.checkpoint:
-        raise TrainingConfigError("freeze_encoder needs a checkpoint whose encoder stays as it is.")
+        raise SettingsError("freeze_encoder needs a checkpoint whose encoder stays as it is.")
     if config.checkpoint:
         vae_config, state = load_model(config.checkpoint, ["vae"])["vae"]
         vae = build_vae(vae_config, state)
@@ -302,11 +289,11 @@ def build_vae_task(config: VAETrainingConfig) -> VAETask:
         _quiet_posterior(vae, vae_config.latent_channels)
     for name, side in (("crop", config.crop), ("data.size", config.data.size)):
         if side % vae_config.factor:
-            raise TrainingConfigError(
+            raise SettingsError(
                 f"{name} must be a multiple of the VAE's factor {vae_config.factor}, got {side}."
             )
     if config.adversarial_weight > 0 and config.crop < LEAST_PIXELS:
-        raise TrainingConfigError(
+        raise SettingsError(
             f"crop must be at least {LEAST_PIXELS} with an adversarial loss, got {config.crop}."
         )
     return VAETask(config, vae_config, vae, data, held_out)
@@ -327,7 +314,7 @@ def held_out_frames(config: DataConfig, clips: int) -> Tensor:
     """First and middle frame of ``clips`` held-out clips, (2n,3,H,W)."""
     frames = []
     for clip in held_out_clips(config, clips):
-        picture = pixels(clip.frames)
+        picture = clip.pixels
         frames += [picture[0], picture[len(picture) // 2]]
     return torch.stack(frames)
 

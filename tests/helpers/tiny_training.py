@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from s2dm.data import Clip, DataConfig, register_dataset
 from s2dm.flow import FlowField
-from s2dm.training.config import DataConfig, config_from_dict
-from s2dm.training.datasets import register_dataset
+from s2dm.settings import from_dict
 from s2dm.training.stage2 import Stage2TrainingConfig
 from s2dm.training.vae import VAETrainingConfig
 
@@ -27,13 +25,6 @@ _RUN = {
     "learning_rate": 1e-3,
     "log_every": 2,
 }
-
-
-@dataclass
-class Clip:
-    frames: Tensor
-    flow: FlowField
-    caption: str
 
 
 class Squares:
@@ -70,13 +61,13 @@ register_dataset("squares", Squares)
 
 def data_config(**settings: Any) -> DataConfig:
     """The squares, in so many settings."""
-    return config_from_dict(DataConfig, {**DATA, **settings})
+    return from_dict(DataConfig, {**DATA, **settings})
 
 
 def vae_config(folder: Path, **settings: Any) -> VAETrainingConfig:
     """A run of the VAE trainer; it needs the fixture `tiny_preset`."""
     values = {"output": str(folder), "batch_size": 2, "crop": 16, "validation_clips": 2}
-    return config_from_dict(VAETrainingConfig, {**_RUN, **values, **settings})
+    return from_dict(VAETrainingConfig, {**_RUN, **values, **settings})
 
 
 def stage2_config(folder: Path, vae: Path | str, **settings: Any) -> Stage2TrainingConfig:
@@ -91,4 +82,4 @@ def stage2_config(folder: Path, vae: Path | str, **settings: Any) -> Stage2Train
         "sample_steps": 2,
         "adapter_gain": 1.0,
     }
-    return config_from_dict(Stage2TrainingConfig, {**_RUN, **values, **settings})
+    return from_dict(Stage2TrainingConfig, {**_RUN, **values, **settings})

@@ -22,7 +22,7 @@ from s2dm.data.puppets import PuppetClips
 from s2dm.evaluation.modes import MODES, Generator, Variant
 from s2dm.flow import FlowField
 from s2dm.models import FlowSampling, S2DMConfig, SamplingConfig
-from s2dm.training.config import config_from_dict, read_settings
+from s2dm.settings import from_dict, read_settings
 from s2dm.training.loop import RunFolder, step_generator
 
 # As for a script, the folder of the command; here at the end.
@@ -83,7 +83,7 @@ def values(folder: Path, checkpoint: Path, **settings) -> dict:
 
 
 def config(folder: Path, checkpoint: Path, **settings) -> VideoDiffusionTrainingConfig:
-    return config_from_dict(VideoDiffusionTrainingConfig, values(folder, checkpoint, **settings))
+    return from_dict(VideoDiffusionTrainingConfig, values(folder, checkpoint, **settings))
 
 
 def arguments(folder: Path, checkpoint: Path, name: str) -> list[str]:
@@ -97,7 +97,7 @@ def arguments(folder: Path, checkpoint: Path, name: str) -> list[str]:
 def make(text_dim: int = 6) -> VideoDiffusion:
     """A network, disturbed so that nothing is zero merely because it starts at zero."""
     torch.manual_seed(0)
-    sizes = config_from_dict(VideoDiffusionConfig, {**NETWORK, "text_dim": text_dim})
+    sizes = from_dict(VideoDiffusionConfig, {**NETWORK, "text_dim": text_dim})
     network = VideoDiffusion(sizes).eval()
     with torch.no_grad():
         for weight in network.parameters():

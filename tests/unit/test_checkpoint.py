@@ -339,10 +339,10 @@ def test_future_format_version(saved):
         (lambda v: v["schedule"].update(beta_start="low"), "ScheduleConfig.beta_start: expected"),
         (lambda v: v.update(noise_sharing="some"), "noise_sharing: expected one of"),
         (lambda v: v["flow_adapter"].update(fusion="sum"), "fusion: expected one of"),
-        (lambda v: v.update(unet=3), "UNetConfig: expected a dictionary, got int"),
+        (lambda v: v.update(unet=3), "unet: expected a table of settings, got 3"),
         (lambda v: v.update(schedule=None), "S2DMConfig.schedule: expected"),
         (lambda v: v.update(sampling=None), "S2DMConfig.sampling: expected"),
-        (lambda v: v.update(sampling={"cfg": 2}), "SamplingConfig: expected entries among"),
+        (lambda v: v.update(sampling={"cfg": 2}), "SamplingConfig: unknown setting sampling.'cfg'"),
         (lambda v: v["sampling"].update(steps=0), "SamplingConfig.steps: expected a whole number"),
         (
             lambda v: v["sampling"].update(guidance_scale=None),

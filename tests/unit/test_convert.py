@@ -16,7 +16,6 @@ from s2dm.models import (
     PARTS,
     Checkpoint,
     CheckpointError,
-    ConfigError,
     FlowGeneratorConfig,
     SamplingConfig,
     load_checkpoint,
@@ -26,6 +25,7 @@ from s2dm.models import (
 from s2dm.models.lfdm import lfdm_keys
 from s2dm.pipelines.attention import attach_adapter
 from s2dm.pipelines.modules import build
+from s2dm.settings import SettingsError
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_recommendation_is_changed_entry_by_entry_and_kept(tmp_path, checkpoin
     convert(tmp_path / "folder", tmp_path / "other.safetensors", recommend={"guidance_scale": 3.0})
     assert read_config(tmp_path / "other.safetensors").sampling == SamplingConfig(7, 3.0, 1.0)
     for recommend, message in (({"cfg": 2}, "cfg"), ({"steps": 0}, "steps: expected a whole")):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(SettingsError, match=message):
             convert(told, tmp_path / "wrong.safetensors", recommend=recommend)
     torch.save({"some.weight": torch.ones(2)}, tmp_path / "plain.pt")
     with pytest.raises(ConversionError, match="recommend no sampling"):

@@ -18,7 +18,7 @@ pytest.importorskip("diffusers")
 from random_checkpoint import TINY, write_random_checkpoint
 from tiny_training import data_config, stage2_config, vae_config
 
-from s2dm.training.config import config_from_dict
+from s2dm.settings import from_dict
 from s2dm.training.loop import step_generator
 from s2dm.training.stage1 import Stage1TrainingConfig, build_stage1_task
 from s2dm.training.stage2 import build_stage2_task
@@ -45,7 +45,7 @@ def decoder_task(folder, vae_file):
 
 def text_task(folder, vae_file, **settings):
     return build_text_task(
-        config_from_dict(
+        from_dict(
             TextTrainingConfig,
             {
                 "output": str(folder),
@@ -66,7 +66,7 @@ def text_task_that_keeps_its_states(folder, vae_file):
 def stage1_task(folder, vae_file):
     start = write_random_checkpoint(folder / "start.safetensors", TINY)
     return build_stage1_task(
-        config_from_dict(
+        from_dict(
             Stage1TrainingConfig,
             {
                 "output": str(folder / "run"),

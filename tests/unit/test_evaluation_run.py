@@ -15,6 +15,7 @@ import torch
 from random_checkpoint import tiny_config, write_random_checkpoint
 
 from s2dm import cli
+from s2dm.data import DataConfig, register_dataset
 from s2dm.data.puppets import PuppetClips
 from s2dm.evaluation import report, run, tables
 from s2dm.evaluation.distances import frechet_distance, kvd
@@ -25,8 +26,6 @@ from s2dm.evaluation.run import EvaluationConfig, evaluate
 from s2dm.flow import FlowField
 from s2dm.models import FlowSampling, SamplingConfig
 from s2dm.sector import NoiseSharing
-from s2dm.training.config import DataConfig
-from s2dm.training.datasets import register_dataset
 
 pytest.importorskip("cv2")
 pytest.importorskip("matplotlib")

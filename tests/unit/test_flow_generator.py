@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_flow_generator import SMALL, draw, largest, make, on_meta
 
 from s2dm.models import FlowGeneratorConfig
-from s2dm.models.config import ConfigError
+from s2dm.settings import SettingsError
 
 LFDM = FlowGeneratorConfig()
 
@@ -224,5 +224,5 @@ def test_config_turns_into_plain_data_and_back():
     ],
 )
 def test_config_refuses(entry):
-    with pytest.raises(ConfigError, match=next(iter(entry))):
+    with pytest.raises(SettingsError, match=next(iter(entry))):
         FlowGeneratorConfig.from_dict(entry)

@@ -15,10 +15,10 @@ pytest.importorskip("matplotlib")
 
 import gallery
 
+from s2dm.data import DataConfig
 from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.run import EvaluationConfig, evaluate
 from s2dm.models import SamplingConfig
-from s2dm.training.config import DataConfig
 from s2dm.video import to_uint8
 
 COLOURS = [(255, 0, 0), (0, 160, 0), (0, 0, 255), (255, 160, 0), (0, 160, 255), (160, 0, 160)]

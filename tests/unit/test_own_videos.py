@@ -21,9 +21,9 @@ pytest.importorskip("cv2")
 from torch.utils.data import get_worker_info
 
 from s2dm.cli import main
+from s2dm.data import DataConfig
 from s2dm.models import read_config
 from s2dm.training.cache import ClipError, _load, _Prepared, build_clip_cache
-from s2dm.training.config import DataConfig
 from s2dm.video import write_clip
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,8 +144,8 @@ if __name__ == "__main__":
     import cv2
 
     from s2dm.training.cache import build_clip_cache
-    from s2dm.training.config import DataConfig
-    from s2dm.training.datasets import build_dataset
+    from s2dm.data import DataConfig
+    from s2dm.data import build_dataset
 
     folder = sys.argv[1]
     data = DataConfig(name="videos", size=32, frames=4, options={"folder": folder})

@@ -13,13 +13,14 @@ import torch
 from random_checkpoint import random_states, tiny_config
 from tiny_training import stage2_config
 
+from s2dm.data import DataConfig
 from s2dm.evaluation import run
 from s2dm.evaluation.distances import frechet_distance
 from s2dm.evaluation.i3d import VideoFeatures
 from s2dm.evaluation.modes import Variant
 from s2dm.models import Checkpoint, S2DMConfig, save_checkpoint
 from s2dm.sector import SHARED, NoiseSharing
-from s2dm.training.config import DataConfig, read_settings
+from s2dm.settings import read_settings
 from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2dm.data import (
+from s2dm.data.puppets import (
     ACTIONS,
     PERSONS,
     PuppetClips,

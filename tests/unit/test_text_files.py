@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("av")
 
-from s2dm.data import VideoClips
+from s2dm.data.videos import VideoClips
 from s2dm.files import in_order, is_left_by_systems, read_text
-from s2dm.training.config import TrainingConfig, TrainingConfigError, read_settings
+from s2dm.settings import SettingsError, read_settings
+from s2dm.training.config import TrainingConfig
 
 CAPTION = "Ein Mann im grünen Mantel, 10 €"
 MARKED = ["utf-8-sig", "utf-16", "utf-32"]  # Python writes their byte-order mark
@@ -93,7 +94,7 @@ def test_settings_that_are_none_name_their_file(tmp_path, name, content, message
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         read_settings(TrainingConfig, tmp_path / name)
-    assert isinstance(error.value, TrainingConfigError) or "UTF-8" in message
+    assert isinstance(error.value, SettingsError) or "UTF-8" in message
 
 
 LEFT = [

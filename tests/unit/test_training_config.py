@@ -11,13 +11,8 @@ pytest.importorskip("diffusers")
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.models import SamplingConfig, read_config
-from s2dm.training.config import (
-    TrainingConfig,
-    TrainingConfigError,
-    config_from_dict,
-    config_to_dict,
-    read_settings,
-)
+from s2dm.settings import SettingsError, from_dict, read_settings, to_dict
+from s2dm.training.config import TrainingConfig
 from s2dm.training.stage1 import Stage1TrainingConfig
 from s2dm.training.stage2 import Stage2TrainingConfig
 from s2dm.training.text import TextTrainingConfig
@@ -25,8 +20,8 @@ from s2dm.training.vae import VAETrainingConfig
 
 
 def test_unknown_setting_is_named():
-    with pytest.raises(TrainingConfigError, match=r"data\.'colour'"):
-        config_from_dict(TrainingConfig, {"data": {"colour": 1}})
+    with pytest.raises(SettingsError, match=r"data\.'colour'"):
+        from_dict(TrainingConfig, {"data": {"colour": 1}})
 
 
 @pytest.mark.parametrize(
@@ -44,16 +39,16 @@ def test_unknown_setting_is_named():
     ],
 )
 def test_wrong_settings_are_refused(values, message):
-    with pytest.raises(TrainingConfigError, match=message):
-        config_from_dict(TrainingConfig, values)
+    with pytest.raises(SettingsError, match=message):
+        from_dict(TrainingConfig, values)
 
 
 def test_stage2_settings_are_checked():
-    with pytest.raises(TrainingConfigError, match=r"noise_sharing, .*not 'sometimes'\."):
+    with pytest.raises(SettingsError, match=r"noise_sharing, .*not 'sometimes'\."):
         Stage2TrainingConfig(noise_sharing="sometimes")
-    with pytest.raises(TrainingConfigError, match=r"noise_share: .*from 0 to 1, not 1\.5"):
+    with pytest.raises(SettingsError, match=r"noise_share: .*from 0 to 1, not 1\.5"):
         Stage2TrainingConfig(noise_sharing="mixed", noise_share=1.5)
-    with pytest.raises(TrainingConfigError, match="train must name"):
+    with pytest.raises(SettingsError, match="train must name"):
         Stage2TrainingConfig(train=("vae",))
 
 
@@ -63,7 +58,7 @@ def test_overrides_reach_into_tables(tmp_path):
     config = read_settings(TrainingConfig, file, ["data.size=64", "output=somewhere", "threads=2"])
     assert (config.steps, config.data.takes, config.data.size) == (5, 3, 64)
     assert (config.output, config.threads) == ("somewhere", 2)
-    assert config_from_dict(TrainingConfig, config_to_dict(config)) == config
+    assert from_dict(TrainingConfig, to_dict(config)) == config
 
 
 @pytest.mark.parametrize(

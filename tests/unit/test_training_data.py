@@ -12,7 +12,9 @@ pytest.importorskip("diffusers")
 
 from tiny_training import Squares, data_config
 
+from s2dm.data import DataConfig, build_dataset, held_out_clips
 from s2dm.flow import estimate_flow
+from s2dm.settings import SettingsError
 from s2dm.training.cache import (
     CONDITION_SIZE,
     ClipCache,
@@ -20,18 +22,17 @@ from s2dm.training.cache import (
     clip_latents,
     training_clips,
 )
-from s2dm.training.config import DataConfig, TrainingConfig, TrainingConfigError
-from s2dm.training.datasets import build_dataset, held_out_clips, pixels
+from s2dm.training.config import TrainingConfig
 
 
 def test_unknown_data_set_lists_the_known():
-    with pytest.raises(TrainingConfigError, match=r"unknown data set 'films'.*puppets"):
+    with pytest.raises(SettingsError, match=r"unknown data set 'films'.*puppets"):
         build_dataset(DataConfig(name="films"))
 
 
 @pytest.mark.parametrize("option", ["colour", "takes"])
 def test_unknown_option_of_the_puppets_lists_the_known(option):
-    with pytest.raises(TrainingConfigError, match=f"unknown option '{option}'.*first_take"):
+    with pytest.raises(SettingsError, match=f"unknown option '{option}'.*first_take"):
         build_dataset(DataConfig(options={option: 2}))
 
 
@@ -102,7 +103,7 @@ def test_a_share_of_the_clips_carries_estimated_flow(tmp_path, share, expected):
         clip = clips[number]
         given, guessed = (
             flow.condition(*CONDITION_SIZE).half()
-            for flow in (clip.flow, estimate_flow(pixels(clip.frames)))
+            for flow in (clip.flow, estimate_flow(clip.pixels))
         )
         assert not torch.equal(given, guessed)
         stored = torch.from_numpy(cache.conditions[number].copy())

@@ -22,7 +22,8 @@ pytest.importorskip("diffusers")
 from tiny_training import stage2_config
 
 from s2dm.models import load_checkpoint
-from s2dm.training.config import TrainingConfig, TrainingConfigError
+from s2dm.settings import SettingsError
+from s2dm.training.config import TrainingConfig
 from s2dm.training.loop import (
     EMA,
     Progress,
@@ -145,7 +146,7 @@ def test_export_only_leaves_the_run_alone(tmp_path, vae_file):
 
 def test_export_only_of_a_run_that_is_not_there_is_refused(tmp_path, vae_file):
     config = stage2_config(tmp_path, vae_file, export_only=True)
-    with pytest.raises(TrainingConfigError, match="export_only needs a run that was saved"):
+    with pytest.raises(SettingsError, match="export_only needs a run that was saved"):
         train_stage2(config)
     assert not (tmp_path / "export.safetensors").exists()
 

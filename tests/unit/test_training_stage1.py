@@ -19,9 +19,8 @@ from s2dm.models import load_checkpoint, mean_motion, presets, read_config
 from s2dm.pipelines import embed_prompts
 from s2dm.pipelines.modules import build, build_tokenizer
 from s2dm.sector import implied_prediction
+from s2dm.settings import SettingsError, from_dict
 from s2dm.training import stage1
-from s2dm.training.config import TrainingConfigError, config_from_dict
-from s2dm.training.datasets import pixels
 from s2dm.training.loop import RunFolder, step_generator
 from s2dm.training.stage1 import (
     Stage1Model,
@@ -65,7 +64,7 @@ def _config(folder: Path, checkpoint: Path, **settings) -> Stage1TrainingConfig:
         "sample_frames": 2,
         "sample_steps": 2,
     }
-    return config_from_dict(Stage1TrainingConfig, {**values, **settings})
+    return from_dict(Stage1TrainingConfig, {**values, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +166,7 @@ def test_the_reference_is_frame_1_as_the_vae_has_it(task, stage2_file):
     references = torch.from_numpy(task.references.astype("float32"))
     for number, clip in enumerate(Squares(data_config(), "train")[i] for i in range(6)):
         with torch.no_grad():
-            latents = vae.encode(pixels(clip.frames) * 2 - 1).latent_dist.mode()
+            latents = vae.encode(clip.pixels * 2 - 1).latent_dist.mode()
         latents = latents * checkpoint.config.vae.scaling_factor
         apart = (latents - references[number]).abs().amax((1, 2, 3))
         assert apart[0] < 0.01 < apart[1:].min()
@@ -250,18 +249,18 @@ def test_a_checkpoint_with_stage_1_is_gone_on_from(tmp_path, stage2_file, preset
 
 
 def test_bad_settings_are_refused(tmp_path):
-    with pytest.raises(TrainingConfigError, match="set checkpoint"):
+    with pytest.raises(SettingsError, match="set checkpoint"):
         Stage1TrainingConfig(output=str(tmp_path))
 
 
 def test_a_checkpoint_without_text_encoder_is_refused(tmp_path, preset):
     config = tiny_config(text_encoder=None, tokenizer=None, flow_generator=None, unet=None)
     path = write_random_checkpoint(tmp_path / "vae.safetensors", config)
-    with pytest.raises(TrainingConfigError, match="without text_encoder"):
+    with pytest.raises(SettingsError, match="without text_encoder"):
         build_stage1_task(_config(tmp_path, path), CPU)
 
 
 def test_clips_in_which_nothing_moves_are_refused(tmp_path, stage2_file, preset):
     one_frame = {**DATA, "frames": 1}
-    with pytest.raises(TrainingConfigError, match="nothing moves"):
+    with pytest.raises(SettingsError, match="nothing moves"):
         build_stage1_task(_config(tmp_path, stage2_file, data=one_frame), CPU)

@@ -15,7 +15,7 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import FRAMES, SIZE, stage2_config
 
 from s2dm.models import SamplingConfig, load_checkpoint
-from s2dm.training.config import TrainingConfigError
+from s2dm.settings import SettingsError
 from s2dm.training.loop import RunFolder, step_generator
 from s2dm.training.stage2 import build_stage2_task, train_stage2
 
@@ -69,7 +69,7 @@ def two_stages(tmp_path_factory):
 )
 def test_the_text_encoder_of_stage_1_stays(tmp_path, two_stages, settings):
     config = stage2_config(tmp_path, "", checkpoint=str(two_stages), **settings)
-    with pytest.raises(TrainingConfigError, match=r"both\.safetensors holds stage 1.*Leave it out"):
+    with pytest.raises(SettingsError, match=r"both\.safetensors holds stage 1.*Leave it out"):
         build_stage2_task(config, torch.device("cpu"))
 
 
@@ -157,5 +157,5 @@ def test_stage2_learns(tmp_path, vae_file):
 
 def test_a_checkpoint_without_unet_is_refused(tmp_path, vae_file):
     config = stage2_config(tmp_path, vae_file, checkpoint=str(vae_file))
-    with pytest.raises(TrainingConfigError, match="a checkpoint with a U-Net, got"):
+    with pytest.raises(SettingsError, match="a checkpoint with a U-Net, got"):
         build_stage2_task(config, torch.device("cpu"))

@@ -17,8 +17,8 @@ from tiny_training import DATA, stage2_config
 
 from s2dm.models import load_checkpoint, read_config
 from s2dm.pipelines.modules import build, build_tokenizer, tokenize
+from s2dm.settings import SettingsError, from_dict
 from s2dm.training import text
-from s2dm.training.config import TrainingConfigError, config_from_dict
 from s2dm.training.loop import RunFolder, step_generator
 from s2dm.training.models import load_model
 from s2dm.training.stage2 import build_stage2_task
@@ -43,7 +43,7 @@ def _config(folder: Path, **settings) -> TextTrainingConfig:
         "warmup_steps": 1,
         "log_every": 1,
     }
-    return config_from_dict(TextTrainingConfig, {**values, **settings})
+    return from_dict(TextTrainingConfig, {**values, **settings})
 
 
 def test_the_export_is_a_text_encoder_that_stage_2_takes(tmp_path, vae_file):
@@ -151,11 +151,11 @@ def test_it_says_who_reads_the_text_encoder_of_a_checkpoint(tmp_path, caplog, pa
 
 
 def test_bad_settings_are_refused(tmp_path):
-    with pytest.raises(TrainingConfigError, match="keep_weight"):
+    with pytest.raises(SettingsError, match="keep_weight"):
         _config(tmp_path, keep_weight=1.0)
     start = write_random_checkpoint(
         tmp_path / "start.safetensors",
         tiny_config(text_encoder=None, tokenizer=None, unet=None, flow_generator=None),
     )
-    with pytest.raises(TrainingConfigError, match="no text encoder"):
+    with pytest.raises(SettingsError, match="no text encoder"):
         build_text_task(_config(tmp_path, checkpoint=str(start)))

@@ -14,10 +14,10 @@ from random_checkpoint import TINY
 from tiny_training import DATA, SIZE, vae_config
 
 from s2dm.models import load_checkpoint
-from s2dm.pipelines.modules import build, build_vae
-from s2dm.training.config import TrainingConfigError
+from s2dm.pipelines.modules import build, build_vae, reconstruct
+from s2dm.settings import SettingsError
 from s2dm.training.loop import RunFolder, step_generator
-from s2dm.training.vae import PyramidLoss, build_vae_task, normalise_latents, reconstruct, train_vae
+from s2dm.training.vae import PyramidLoss, build_vae_task, normalise_latents, train_vae
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
 
@@ -57,7 +57,7 @@ def test_frozen_encoder_keeps_its_latents(tmp_path, vae_file):
     encoder = [same[key] for key in same if key.startswith(("encoder.", "quant_conv."))]
     assert encoder and all(encoder)
     assert not all(same[key] for key in same if key.startswith("decoder."))
-    with pytest.raises(TrainingConfigError, match="needs a checkpoint"):
+    with pytest.raises(SettingsError, match="needs a checkpoint"):
         build_vae_task(vae_config(tmp_path, freeze_encoder=True))
 
 
@@ -121,12 +121,12 @@ def test_random_weights_depend_on_the_seed_alone(tmp_path):
 
 
 def test_crop_must_fit_the_vae(tmp_path):
-    with pytest.raises(TrainingConfigError, match="multiple of the VAE's factor 8"):
+    with pytest.raises(SettingsError, match="multiple of the VAE's factor 8"):
         build_vae_task(vae_config(tmp_path, crop=18))
 
 
 def test_an_adversarial_loss_below_its_least_crop_is_refused(tmp_path):
-    with pytest.raises(TrainingConfigError, match="at least 12"):
+    with pytest.raises(SettingsError, match="at least 12"):
         build_vae_task(vae_config(tmp_path, crop=8, adversarial_weight=0.5))
 
 
@@ -149,7 +149,7 @@ def test_sizes_between_whole_cells_go_through_the_autoencoder(tmp_path):
 
 
 def test_clips_that_are_no_whole_cells_are_refused(tmp_path):
-    with pytest.raises(TrainingConfigError, match=r"data.size must be a multiple of .*, got 33"):
+    with pytest.raises(SettingsError, match=r"data.size must be a multiple of .*, got 33"):
         build_vae_task(vae_config(tmp_path, data={**DATA, "size": 33}))
 
 

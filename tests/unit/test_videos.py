@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("diffusers")
 
-from s2dm.data import VideoClips
+from s2dm.data import DataConfig
+from s2dm.data.videos import VideoClips, build_dataset
 from s2dm.flow import estimate_flow
+from s2dm.settings import SettingsError
 from s2dm.training.cache import build_clip_cache
-from s2dm.training.config import DataConfig, TrainingConfigError
-from s2dm.training.datasets import build_dataset
 from s2dm.video import VideoError, write_clip
 
 
@@ -138,7 +138,7 @@ def test_the_data_set_has_a_name_for_the_trainers(tmp_path):
     ],
 )
 def test_settings_that_videos_do_not_have(settings, message):
-    with pytest.raises(TrainingConfigError, match=message):
+    with pytest.raises(SettingsError, match=message):
         build_dataset(DataConfig(name="videos", **settings), "train")
 
 

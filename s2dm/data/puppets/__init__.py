@@ -4,9 +4,8 @@ from .actions import ACTIONS
 from .captions import caption
 from .dataset import PuppetClips, split
 from .persons import PERSONS, Person
-from .render import Clip, Garment, render_clip
+from .render import render_clip
 
 __all__ = [
-    "ACTIONS", "PERSONS", "Clip", "Garment", "Person", "PuppetClips", "caption", "render_clip",
-    "split",
+    "ACTIONS", "PERSONS", "Person", "PuppetClips", "caption", "render_clip", "split",
 ]  # fmt: skip

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..clip import Clip
 from .actions import ACTIONS
 from .persons import PERSONS
-from .render import Clip, render_clip
+from .render import render_clip
 
 _HELD_OUT = 0.1
 

@@ -7,59 +7,22 @@ frame 1, without estimation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from ...flow import FlowField
+from ..clip import Clip, Garment
 from .actions import ACTIONS, poses
 from .backgrounds import paint_room
 from .captions import caption
 from .figure import Wardrobe
-from .persons import PERSONS, TOP_COLOURS, TROUSER_COLOURS, Colour, Person
+from .persons import PERSONS, TOP_COLOURS, TROUSER_COLOURS, Person
 from .skeleton import Placement, View, body, place
 
 _SUB = 3  # samples per pixel and axis
 _ZOOM, _FEET = 1.115, 0.94
 # The pieces that are cloth all over, or nearly so: sleeves and trouser legs may be short.
 _GARMENTS = {"torso": "top", "pelvis": "trousers", "thigh": "trousers"}
-
-
-@dataclass(frozen=True, eq=False)
-class Garment:
-    """A piece of clothing whose colour the caption names.
-
-    Attributes:
-        name: "top" or "trousers".
-        colour: the word in the caption.
-        palette: every word that captions have for it, with its RGB in [0, 1].
-        mask: (H, W) bool, the pixels of frame 1 where the body part that wears it is seen.
-    """
-
-    name: str
-    colour: str
-    palette: dict[str, Colour]
-    mask: torch.Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """A rendered clip.
-
-    Attributes:
-        frames: (N, 3, H, W) float32 in [0, 1].
-        flow: the exact backward flow and occlusion.
-        caption: what happens in it.
-        still: (1, 1, H, W) bool, the background that no frame covers.
-        garments: top and trousers.
-    """
-
-    frames: torch.Tensor
-    flow: FlowField
-    caption: str
-    still: torch.Tensor
-    garments: tuple[Garment, ...]
 
 
 def render_clip(
