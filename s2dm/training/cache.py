@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,7 @@ def _load(prepared: _Prepared, indices: list[int], workers: int) -> Iterator[Arr
     loader = DataLoader(
         Subset(prepared, indices), batch_size=None, num_workers=workers, worker_init_fn=_one_thread
     )
-    with _opencv_without_threads():
+    with _opencv_without_threads() if workers else nullcontext():
         try:
             for arrays in loader:
                 if isinstance(arrays, str):
