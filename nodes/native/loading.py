@@ -35,6 +35,7 @@ from ...s2dm.models.tokenizer import write_tokenizer
 from .adapter import apply_adapter
 from .compat import is_dynamic, load_weights, make_clip, patcher_class
 from .flow_generator import MODEL_TYPES, Stage1, load_network
+from .parts import CheckedVAE
 from .previews import fit_preview
 
 _LATENT_FACTOR = 8
@@ -294,7 +295,7 @@ def load_vae(config: VAEConfig, state: State) -> comfy.sd.VAE:
         "dropout": 0.0,
     }
     params = {"ddconfig": details, "embed_dim": config.latent_channels}
-    vae = comfy.sd.VAE(sd=dict(state), config={"params": params})
+    vae = CheckedVAE(sd=dict(state), config={"params": params})
     # Core knows these only of the autoencoders that it recognises by their weights.
     vae.latent_channels = config.latent_channels
     vae.downscale_ratio = vae.upscale_ratio = config.factor
