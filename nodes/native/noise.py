@@ -8,6 +8,7 @@ fix the initial noise alone. Here one draw serves all frames, in each step of an
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,10 @@ from torch import Tensor
 
 from ...s2dm.sector import SHARED, NoiseSharing, StepNoise, next_seed
 from ...s2dm.sector.noise import BrownianPath
+from .labels import LABEL
+from .wrappers import held_adapter
+
+log = logging.getLogger(__name__)
 
 _BROWNIAN = {f"sample_dpmpp_{name}" for name in ("sde", "2m_sde", "2m_sde_heun", "3m_sde")}
 """Core's samplers that ask for noise of overlapping intervals. "_gpu" ones draw on the GPU."""
@@ -80,6 +85,7 @@ class SharedNoiseSampler(KSAMPLER):
         disable_pbar: bool = False,
     ) -> Tensor:
         """Run the sampler. Arguments and result are those of core's KSAMPLER."""
+        _warn_of_ignored_flow(model_wrap)
         rest = (noise, latent_image, denoise_mask, disable_pbar)
         inner = self.inner
         if self.sharing.mode == "independent":
@@ -121,6 +127,15 @@ class SharedNoiseSampler(KSAMPLER):
             )
 
         return self.sharing.brownian(path, noise, seed)
+
+
+def _warn_of_ignored_flow(guider: Any) -> None:
+    labels = [entry.get(LABEL) for entries in guider.conds.values() for entry in entries]
+    if any(labels) and held_adapter(guider.model_patcher) is None:
+        log.warning(
+            "S2DM: the MODEL has no flow adapter, so it ignores the flow of Encode Flow. Put "
+            "Apply Flow Adapter (S2DM) on it."
+        )
 
 
 def takes_noise_sampler(function: Callable[..., Any]) -> bool:

@@ -11,6 +11,7 @@ from ...s2dm.models import FlowAdapter
 from .attention import with_flow
 from .chunks import LEAST_FRAMES, ChunkSizes, about_chunk, in_chunks, needs_the_whole_clip
 from .labels import TABLES, attach_labels, encode_labels, remove_labels, tokens_of_call
+from .parts import check_parts
 from .recommended import recommended, resolve_labels
 from .windows import check_context_windows
 
@@ -36,6 +37,7 @@ class Wrappers:
     def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Before anything is loaded: move the flow labels to where core batches conditions."""
         guider = executor.class_obj
+        check_parts(guider.model_patcher, guider.conds, noise)
         sampling = recommended(guider.model_patcher)
         resolve_labels(guider.conds, sampling, getattr(guider, "cfg", None))
         attach_labels(guider.conds, noise.shape[0])
