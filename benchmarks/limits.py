@@ -53,7 +53,7 @@ from s2dm.evaluation.clip_metrics import (
     still_region,
 )
 from s2dm.evaluation.distances import bootstrap_interval
-from s2dm.evaluation.modes import Generator, Sampling, Variant
+from s2dm.evaluation.modes import ClipSampler, Sampling, Variant
 from s2dm.evaluation.protocol import ProtocolCard, file_hash
 from s2dm.evaluation.run import shuffled
 from s2dm.files import replacing, write_json
@@ -231,7 +231,7 @@ class Store:
         return stored["made"]
 
 
-def measure_motion(generator: Generator, store: Store, clips: int) -> tuple[dict, list, list]:
+def measure_motion(generator: ClipSampler, store: Store, clips: int) -> tuple[dict, list, list]:
     """Rows by title; given flow and what was made of it of one clip of each, for the sheet."""
     config = read_config(generator.checkpoint)
     data = PuppetClips("test", takes=1, first_take=TAKE)
@@ -282,7 +282,7 @@ def measure_motion(generator: Generator, store: Store, clips: int) -> tuple[dict
     return rows, pictures, labels
 
 
-def measure_outfits(generator: Generator, store: Store) -> tuple[dict, list, list]:
+def measure_outfits(generator: ClipSampler, store: Store) -> tuple[dict, list, list]:
     """Right answers of 24 by kind of outfit, and the frames that were looked at."""
     rows, pictures, labels = {}, [], []
     size = read_config(generator.checkpoint).resolution
@@ -309,7 +309,7 @@ def measure_outfits(generator: Generator, store: Store) -> tuple[dict, list, lis
     return rows, pictures, labels
 
 
-def measure_rooms(generator: Generator, store: Store, clips: int) -> tuple[dict, list, list]:
+def measure_rooms(generator: ClipSampler, store: Store, clips: int) -> tuple[dict, list, list]:
     """The largest change of each clip's room, and the clips."""
     config = read_config(generator.checkpoint)
     size = (config.frames, *config.resolution)
@@ -371,7 +371,7 @@ def main() -> None:
     key = json.dumps([weights, dataclasses.asdict(sampling)])
     folder = RUNS / "limits" / hashlib.sha256(key.encode()).hexdigest()[:12]
     store = Store(folder, card.code)
-    generator = Generator(options.checkpoint, sampling)
+    generator = ClipSampler(options.checkpoint, sampling)
     motion, *motion_sheet = measure_motion(generator, store, options.clips)
     rooms, *room_sheet = measure_rooms(generator, store, options.rooms)
     outfits, *outfit_sheet = measure_outfits(generator, store)

@@ -147,7 +147,7 @@ class EncodeFlow(io.ComfyNode):
         of_negative = {LABEL: None if guide_flow == "on" else label, AUTO: guide_flow == "auto"}
         size = (_latents(height or flow.height), _latents(width or flow.width))
         samples = torch.zeros(
-            flow.frames, 4, *size, device=comfy.model_management.intermediate_device()
+            flow.num_frames, 4, *size, device=comfy.model_management.intermediate_device()
         )
         return io.NodeOutput(
             node_helpers.conditioning_set_values(positive, {LABEL: label}),
@@ -178,8 +178,8 @@ def _check(flow: FlowField, start: float, end: float, mask: torch.Tensor | None)
         )
     if mask is None:
         return
-    if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] not in (1, flow.frames)):
+    if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] not in (1, flow.num_frames)):
         raise ValueError(
-            f"expected one mask, or one for each of the {flow.frames} frames, got "
+            f"expected one mask, or one for each of the {flow.num_frames} frames, got "
             f"{tuple(mask.shape)}. Repeat or pick masks to match the flow."
         )

@@ -14,7 +14,7 @@ from comfy_api.latest import io, ui
 from ..s2dm.flow import FlowField, estimate_flow, flow_to_image
 from ..s2dm.flow.estimate import METHODS, FlowModel
 from ..s2dm.models import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling
-from .native.flow_generator import MIN_FRAMES, Stage1, generate_flow
+from .native.stage1 import MIN_FRAMES, Stage1, generate_flow
 from .schema import advanced, cfg_input, named_errors, schema, seed_input, steps_input
 from .types import Flow, FlowGenerator, OpticalFlowModel
 

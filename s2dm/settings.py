@@ -83,9 +83,9 @@ def _tuples(value: Any) -> Any:
 
 
 def read_settings(cls: type[C], path: str | Path | None, overrides: Iterable[str] = ()) -> C:
-    """Read a config file (``.toml`` or ``.json``) and apply ``key=value`` overrides.
+    """Read a config file (`.toml` or `.json`) and apply `key=value` overrides.
 
-    A dotted key reaches into a table (``data.takes=2``). Values are read as JSON and, where that
+    A dotted key reaches into a table (`data.takes=2`). Values are read as JSON and, where that
     fails, as plain text.
     """
     values = _read_file(Path(path)) if path else {}
@@ -142,7 +142,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def from_arguments(cls: type[C], arguments: Namespace) -> C:
-    """The settings that the options of :func:`add_arguments` describe."""
+    """The settings that the options of `add_arguments` describe."""
     overrides = list(arguments.overrides)
     if arguments.output:
         overrides.append(f"output={json.dumps(str(arguments.output))}")

@@ -25,7 +25,7 @@ sys.path.append(str(PACK))
 
 from s2dm.cli.options import DEFAULT_CHECKPOINT, positive  # noqa: E402
 from s2dm.data import build_dataset  # noqa: E402
-from s2dm.evaluation.modes import Generator, Variant  # noqa: E402
+from s2dm.evaluation.modes import ClipSampler, Variant  # noqa: E402
 from s2dm.evaluation.run import shuffled  # noqa: E402
 from s2dm.files import replacing  # noqa: E402
 from s2dm.models import read_config  # noqa: E402
@@ -50,7 +50,7 @@ def columns(checkpoint: Path, count: int) -> list[Column]:
     """The first `count` held-out clips, and what a checkpoint makes of each."""
     config = read_config(checkpoint)
     data = build_dataset(DataConfig(size=config.resolution[0], frames=config.frames), "test")
-    generator = Generator(checkpoint, config.sampling)
+    generator = ClipSampler(checkpoint, config.sampling)
     made = []
     for index in shuffled(len(data))[:count]:
         clip = data[index]

@@ -24,7 +24,7 @@ from video_diffusion import VideoDiffusion, generate_latents, input_hash, load_n
 from warping import warping
 
 from s2dm import cli
-from s2dm.evaluation.modes import MODES, Generator, Made, Make, Mode, Variant
+from s2dm.evaluation.modes import MODES, ClipSampler, Made, Make, Mode, Variant
 from s2dm.evaluation.protocol import file_hash
 from s2dm.models import load_checkpoint
 from s2dm.pipelines import embed_prompts
@@ -35,7 +35,7 @@ from s2dm.training.loop import training_of
 def video_diffusion(network: VideoDiffusion, guidance: float | None) -> Make:
     """The mode of VDM or LVDM. guidance: None for that of the evaluation."""
 
-    def make(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
+    def make(generator: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
         pipeline, sampling, config = generator.pipeline, generator.sampling, network.config
         network.to(generator.device, generator.dtype)
         text = None
@@ -47,7 +47,7 @@ def video_diffusion(network: VideoDiffusion, guidance: float | None) -> Make:
         latents = generate_latents(
             network,
             text,
-            (clip.flow.frames, config.latent_channels, *cells),
+            (clip.flow.num_frames, config.latent_channels, *cells),
             sampling.steps,
             sampling.guidance_scale if guidance is None else guidance,
             torch.Generator().manual_seed(seed),

@@ -37,11 +37,11 @@ from s2dm.video import write_contact_sheet
 class VideoDiffusionTrainingConfig(TrainingConfig):
     """Settings of the trainer.
 
-    ``checkpoint`` holds the VAE and the text encoder, which stay as they are, and the schedule,
-    which is that of its stage 2. ``text`` is true for VDM, false for LVDM. ``network`` has the
+    `checkpoint` holds the VAE and the text encoder, which stay as they are, and the schedule,
+    which is that of its stage 2. `text` is true for VDM, false for LVDM. `network` has the
     sizes; what it works on comes from the checkpoint.
 
-    A batch is ``clips`` whole clips. ``text_null`` is the probability of the null label.
+    A batch is `clips` whole clips. `text_dropout` is the probability of the null label.
     """
 
     output: str = "runs/video_diffusion"
@@ -49,7 +49,7 @@ class VideoDiffusionTrainingConfig(TrainingConfig):
     text: bool = True
     network: VideoDiffusionConfig = field(default_factory=VideoDiffusionConfig)
     clips: int = 8
-    text_null: float = 0.1
+    text_dropout: float = 0.1
     validation_clips: int = 4
     sample_steps: int = 20
     guidance_scale: float = 2.0
@@ -66,7 +66,7 @@ class VideoDiffusionModel(nn.Module):
         self.register_buffer("alpha_bars", alpha_bars(schedule), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch of :meth:`VideoDiffusionTask.batch`; each frame has noise of its own."""
+        """The batch of `VideoDiffusionTask.batch`; each frame has noise of its own."""
         clean, noise = batch["latents"], batch["noise"]
         alpha_bar = self.alpha_bars[batch["timesteps"]]
         prediction = self.network(
@@ -117,7 +117,7 @@ class VideoDiffusionTask:
             "noise": torch.randn(latents.shape, generator=generator),
             "timesteps": timesteps,
             "text": None if self.texts is None else self.texts[chosen],
-            "keep_text": torch.rand(count, generator=generator) >= self.config.text_null,
+            "keep_text": torch.rand(count, generator=generator) >= self.config.text_dropout,
         }
         return {key: None if v is None else v.to(device) for key, v in values.items()}
 
@@ -152,7 +152,7 @@ class VideoDiffusionTask:
 
 
 def build_task(config: VideoDiffusionTrainingConfig, device: torch.device) -> VideoDiffusionTask:
-    """Prepare data, latents and model for ``config``.
+    """Prepare data, latents and model for `config`.
 
     Raises:
         ValueError: settings, data or checkpoint that don't fit together.
@@ -189,9 +189,9 @@ def build_task(config: VideoDiffusionTrainingConfig, device: torch.device) -> Vi
 
 
 def train(config: VideoDiffusionTrainingConfig) -> Progress:
-    """Train as ``config`` says, or go on with the run in its folder.
+    """Train as `config` says, or go on with the run in its folder.
 
-    The folder's ``export.safetensors`` is the network with averaged weights, as of the newest
+    The folder's `export.safetensors` is the network with averaged weights, as of the newest
     sample sheet.
     """
     return run_training(config, lambda device: build_task(config, device))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from s2dm.evaluation.clip_metrics import still_region
-from s2dm.evaluation.modes import Generator, Made, Variant
+from s2dm.evaluation.modes import ClipSampler, Made, Variant
 from s2dm.flow import FlowField
 from s2dm.models import FlowSampling, decode_flow
 from s2dm.pipelines import TextToVideoPipeline, embed_prompts, flow_scheduler, generate_flow
@@ -48,9 +48,9 @@ def imagine_flow(
     return decode_flow(sample[0].cpu(), network.config, height, width)
 
 
-def warping(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
+def warping(generator: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
     """The mode: a clip from the caption alone."""
-    count, height, width = clip.flow.frames, clip.flow.height, clip.flow.width
+    count, height, width = clip.flow.num_frames, clip.flow.height, clip.flow.width
     pipeline, caption = generator.pipeline, clip.caption
     still = FlowField.zeros(1, height, width)
     reference = generator.follow(caption, still, variant, seed, output_type="latent")

@@ -83,10 +83,10 @@ def attach_labels(conditions: dict[str, list[dict[str, Any]]], frames: int) -> N
     for entries in conditions.values():
         for entry in entries:
             label = entry.get(LABEL)
-            if label is not None and label.flow.frames != frames:
+            if label is not None and label.flow.num_frames != frames:
                 raise FlowLabelError(
                     f"S2DM flow: expected a flow of {frames} frames, one for each latent, got "
-                    f"{label.flow.frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
+                    f"{label.flow.num_frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
                     "make the flow from a clip of as many frames."
                 )
             model_conditions = {**entry.get("model_conds", {}), _ROW: _LabelCondition(label)}

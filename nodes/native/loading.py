@@ -34,9 +34,9 @@ from ...s2dm.models.checkpoint import Part, State
 from ...s2dm.models.tokenizer import write_tokenizer
 from .adapter import apply_adapter
 from .compat import is_dynamic, load_weights, make_clip, patcher_class
-from .flow_generator import MODEL_TYPES, Stage1, load_network
 from .parts import CheckedVAE
 from .previews import fit_preview
+from .stage1 import MODEL_TYPES, Stage1, load_network
 
 _LATENT_FACTOR = 8
 # Core calls by "linear" what others call "scaled_linear": linear in the root of beta.

@@ -1,6 +1,6 @@
 """Data sets by name: sequences of clips that a configuration chooses.
 
-A data set whose clips may change while its settings stay the same has a ``fingerprint`` of them, a
+A data set whose clips may change while its settings stay the same has a `fingerprint` of them, a
 string, so that clips that were prepared before are not taken for them.
 """
 
@@ -21,9 +21,9 @@ from .videos import VideoClips
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which clips. ``options`` goes to the data set as it is (a folder, for one).
+    """Which clips. `options` goes to the data set as it is (a folder, for one).
 
-    In a share ``estimated_flow`` of the clips, spread evenly, the flow is estimated from the
+    In a share `estimated_flow` of the clips, spread evenly, the flow is estimated from the
     frames as a user's would be, in place of the data set's own.
     """
 
@@ -54,12 +54,12 @@ _FACTORIES: dict[str, Factory] = {}
 
 
 def register_dataset(name: str, factory: Factory) -> None:
-    """Make ``factory(config, split)`` available as ``data.name = name``."""
+    """Make `factory(config, split)` available as `data.name = name`."""
     _FACTORIES[name] = factory
 
 
 def build_dataset(config: DataConfig, split: str | None = None) -> ClipDataset:
-    """The data set that ``config`` names, in ``split`` (default: ``config.split``)."""
+    """The data set that `config` names, in `split` (default: `config.split`)."""
     if config.name not in _FACTORIES:
         known = ", ".join(sorted(_FACTORIES))
         raise SettingsError(f"unknown data set {config.name!r}; known data sets: {known}.")
@@ -67,7 +67,7 @@ def build_dataset(config: DataConfig, split: str | None = None) -> ClipDataset:
 
 
 def held_out_clips(config: DataConfig, count: int) -> list[Clip]:
-    """``count`` clips spread over the validation split, or all of it if it has no more."""
+    """`count` clips spread over the validation split, or all of it if it has no more."""
     data = build_dataset(config, config.validation_split)
     chosen = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
     return [data[index] for index in chosen.tolist()]

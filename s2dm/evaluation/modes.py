@@ -39,7 +39,7 @@ class Made:
     still: Tensor | None
 
 
-class Generator:
+class ClipSampler:
     """A checkpoint that generates clips. It is loaded when it is first needed.
 
     Args:
@@ -110,7 +110,7 @@ class Generator:
 
 # ------------------------------------------------------------------------------------ modes
 
-Make = Callable[["Generator", Any, "Variant", int], Made]
+Make = Callable[["ClipSampler", Any, "Variant", int], Made]
 
 
 @dataclass(frozen=True)
@@ -138,32 +138,32 @@ def _beside(clip: Any, frames: Tensor) -> Made:
     return Made(frames, clip.flow, still)
 
 
-def _given_flow(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
-    return _beside(clip, generator.follow(clip.caption, clip.flow, variant, seed))
+def _given_flow(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
+    return _beside(clip, sampler.follow(clip.caption, clip.flow, variant, seed))
 
 
-def _zero_flow(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
+def _zero_flow(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
     # Equal conditions and shared noise make equal frames: one is enough.
-    count = 1 if variant.sharing.mode == "shared" else clip.flow.frames
+    count = 1 if variant.sharing.mode == "shared" else clip.flow.num_frames
     flow = FlowField.zeros(count, clip.flow.height, clip.flow.width)
-    frames = generator.follow(clip.caption, flow, variant, seed)
-    return _beside(clip, frames.expand(clip.flow.frames, -1, -1, -1))
+    frames = sampler.follow(clip.caption, flow, variant, seed)
+    return _beside(clip, frames.expand(clip.flow.num_frames, -1, -1, -1))
 
 
-def _two_stage(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
-    size = (clip.flow.frames, clip.flow.height, clip.flow.width)
-    frames, flow = generator.imagine(clip.caption, size, variant, seed)
+def _two_stage(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
+    size = (clip.flow.num_frames, clip.flow.height, clip.flow.width)
+    frames, flow = sampler.imagine(clip.caption, size, variant, seed)
     return Made(frames, flow, still_region(flow))
 
 
-def _autoencoder(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
+def _autoencoder(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
     from ..pipelines.modules import reconstruct
 
-    frames = reconstruct(generator.pipeline.vae, clip.pixels, generator.chunk_size)
+    frames = reconstruct(sampler.pipeline.vae, clip.pixels, sampler.chunk_size)
     return _beside(clip, frames)
 
 
-def _true(generator: Generator, clip: Any, variant: Variant, seed: int) -> Made:
+def _true(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
     return _beside(clip, clip.pixels)
 
 
@@ -237,8 +237,8 @@ class Variant:
         share = f" ({self.sharing.share:g})" if self.sharing.mode == "mixed" else ""
         return f"{mode.title}, {self.sharing.mode} noise{share}"
 
-    def make(self, generator: Generator, clip: Any, seed: int) -> Made:
-        return MODES[self.mode].make(generator, clip, self, seed)
+    def make(self, sampler: ClipSampler, clip: Any, seed: int) -> Made:
+        return MODES[self.mode].make(sampler, clip, self, seed)
 
 
 TRUE = Variant("true")

@@ -72,7 +72,7 @@ def take_groups(indices: Sequence[int], count: int, takes: int) -> list[int]:
 def _card(run: Run) -> ProtocolCard:
     config, data = run.config, run.config.data
     options = "".join(f", {name} {value}" for name, value in data.options.items())
-    dtype = str(run.generator.dtype).removeprefix("torch.")
+    dtype = str(run.sampler.dtype).removeprefix("torch.")
     sampling = f"{run.sampling}, {dtype}"
     if any(variant.stage_1 for variant in config.variants):
         sampling += (

@@ -38,7 +38,7 @@ from .clip_metrics import (
     warp_error,
 )
 from .i3d import LEAST_FRAMES, load_i3d
-from .modes import TRUE, Generator, Made, Variant
+from .modes import TRUE, ClipSampler, Made, Variant
 from .protocol import code_version, file_hash
 from .report import write_report
 from .store import Task, as_bytes, as_frames, read_frames, store
@@ -172,7 +172,7 @@ class Run:
         self.i3d = None if config.i3d is None else load_i3d(config.i3d, state.device)
         half = torch.bfloat16 if state.device.type == "cpu" else torch.float16
         dtype = half if config.half else torch.float32
-        self.generator = Generator(
+        self.sampler = ClipSampler(
             config.checkpoint,
             self.sampling,
             config.flow_sampling,
@@ -197,7 +197,7 @@ class Run:
         config = self.config
         made_by = [self.data_hash, dataclasses.asdict(config.data), config.method, str(variant)]
         if variant != TRUE:  # the truth is every checkpoint's
-            made_by += [self.weights, str(self.generator.dtype)]
+            made_by += [self.weights, str(self.sampler.dtype)]
         if variant.sampled:
             made_by += [self.sampling.to_dict(), dataclasses.asdict(config.flow_sampling)]
         if variant.recipe:
@@ -222,7 +222,7 @@ class Run:
                     path = self.path(task)
                     if not path.exists():
                         clip = self.data[index] if clip is None else clip
-                        made = task.variant.make(self.generator, clip, task.noise_seed)
+                        made = task.variant.make(self.sampler, clip, task.noise_seed)
                         self._check_finite(made, task)
                         store(path, *self._measured(made, clip), self.code)
                     bar.update()

@@ -22,7 +22,7 @@ from .modes import Variant
 class Task:
     """One clip of one row: the number of a clip of the data set, and the seed.
 
-    The clip is made from noise ``100000 * seed + index``.
+    The clip is made from noise `100000 * seed + index`.
     """
 
     variant: Variant

@@ -36,10 +36,10 @@ class FlowField:
     def __post_init__(self) -> None:
         _check("displacement", self.displacement, channels=2)
         _check("occlusion", self.occlusion, channels=1)
-        frames, _, height, width = self.displacement.shape
-        if tuple(self.occlusion.shape) != (frames, 1, height, width):
+        num_frames, _, height, width = self.displacement.shape
+        if tuple(self.occlusion.shape) != (num_frames, 1, height, width):
             raise FlowError(
-                f"occlusion must be {(frames, 1, height, width)} to match the displacement, "
+                f"occlusion must be {(num_frames, 1, height, width)} to match the displacement, "
                 f"got {tuple(self.occlusion.shape)}"
             )
         if self.displacement.device != self.occlusion.device:
@@ -58,9 +58,11 @@ class FlowField:
             )
 
     @classmethod
-    def zeros(cls, frames: int, height: int, width: int) -> FlowField:
+    def zeros(cls, num_frames: int, height: int, width: int) -> FlowField:
         """A clip in which nothing moves."""
-        return cls(torch.zeros(frames, 2, height, width), torch.zeros(frames, 1, height, width))
+        return cls(
+            torch.zeros(num_frames, 2, height, width), torch.zeros(num_frames, 1, height, width)
+        )
 
     @classmethod
     def from_condition(cls, condition: Tensor, height: int, width: int) -> FlowField:
@@ -77,7 +79,7 @@ class FlowField:
         return cls(condition[:, :2] * half_frame * first, condition[:, 2:].clamp(0, 1) * first)
 
     @property
-    def frames(self) -> int:
+    def num_frames(self) -> int:
         return self.displacement.shape[0]
 
     @property
@@ -89,7 +91,7 @@ class FlowField:
         return self.displacement.shape[3]
 
     def __len__(self) -> int:
-        return self.frames
+        return self.num_frames
 
     def resize(self, height: int, width: int) -> FlowField:
         """The same motion at another size: vectors grow and shrink with the picture."""
@@ -118,7 +120,7 @@ class FlowField:
 
     def reverse(self) -> FlowField:
         """The clip played backwards: the last frame becomes the reference (see `select`)."""
-        return self.select(range(self.frames - 1, -1, -1))
+        return self.select(range(self.num_frames - 1, -1, -1))
 
     def select(self, indices: Sequence[int]) -> FlowField:
         """The clip made of these frames, in this order; the first of them is the new reference.
@@ -132,7 +134,7 @@ class FlowField:
         moving body keeps its own motion. Where no such s exists the pixel is marked occluded
         and takes the displacement of its surroundings.
         """
-        order = [range(self.frames)[index] for index in indices]
+        order = [range(self.num_frames)[index] for index in indices]
         if not order:
             raise FlowError("a clip needs at least one frame, got an empty selection")
         reference = order[0]
@@ -179,16 +181,16 @@ class FlowField:
         position = torch.where(found, position, start)
         return position - grid, (~found)[None].to(back.dtype)
 
-    def retime(self, frames: int) -> FlowField:
+    def retime(self, num_frames: int) -> FlowField:
         """The same motion in another number of frames, linear in time.
 
         The first and the last frame stay; one frame is the first alone.
         """
-        if frames < 1:
-            raise FlowError(f"a clip needs at least one frame, got {frames}")
-        if frames == self.frames:
+        if num_frames < 1:
+            raise FlowError(f"a clip needs at least one frame, got {num_frames}")
+        if num_frames == self.num_frames:
             return self
-        time = torch.linspace(0, self.frames - 1, frames, dtype=torch.float64)
+        time = torch.linspace(0, self.num_frames - 1, num_frames, dtype=torch.float64)
         before = time.floor().long()
         after = time.ceil().long()
         share = (time - before).to(self.displacement).view(-1, 1, 1, 1)
@@ -205,15 +207,15 @@ class FlowField:
         lies there in frame 1.
         """
         size = (self.height, self.width)
-        if image.ndim != 4 or image.shape[0] not in (1, self.frames) or image.shape[2:] != size:
+        if image.ndim != 4 or image.shape[0] not in (1, self.num_frames) or image.shape[2:] != size:
             raise FlowError(
-                f"to warp, give an image of (1 or {self.frames}, C, {self.height}, {self.width}), "
-                f"got {tuple(image.shape)}; resize the field or the image"
+                f"to warp, give an image of (1 or {self.num_frames}, C, {self.height}, "
+                f"{self.width}), got {tuple(image.shape)}; resize the field or the image"
             )
         grid = pixel_grid(*size, self.displacement)
         position = (grid + self.displacement).to(image.device)
         # In float32: half precision can't tell the pixels of a larger picture apart.
-        frames = image.float().expand(self.frames, -1, -1, -1)
+        frames = image.float().expand(self.num_frames, -1, -1, -1)
         return sample_at(frames, position).to(image.dtype)
 
     def condition(self, height: int, width: int) -> Tensor:

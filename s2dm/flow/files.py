@@ -65,9 +65,9 @@ def save_flow(
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **parts)
     elif path.suffix.lower() == ".flo":
-        if field.frames != 2:
+        if field.num_frames != 2:
             raise FlowError(
-                f"a .flo file holds one frame besides the first, got a field of {field.frames} "
+                f"a .flo file holds one frame besides the first, got a field of {field.num_frames} "
                 "frames: give a folder for a clip of another length, or use .npz"
             )
         with replacing(path) as temporary:

@@ -2,8 +2,8 @@
 
 The paper (arXiv 2403.13408, section 3.3) joins the flow with the prompt's embedding along
 the channels, ahead of cross-attention. Concatenation along channels is a sum after the
-projection, ``[tau; f] W = tau W_tau + f W_f``, so the U-Net keeps its own weights ``W_tau``
-and the adapter holds the flow encoder and ``W_f`` for K and V of each cross-attention layer.
+projection, `[tau; f] W = tau W_tau + f W_f`, so the U-Net keeps its own weights `W_tau`
+and the adapter holds the flow encoder and `W_f` for K and V of each cross-attention layer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class FlowAdapter(nn.Module):
 
     Args:
         config: sizes, fusion and layers.
-        operations: where ``Linear``, ``Conv2d``, ``GroupNorm`` and ``LayerNorm`` come from.
+        operations: where `Linear`, `Conv2d`, `GroupNorm` and `LayerNorm` come from.
             Another engine may pass layers that cast their weights at use.
         device, dtype: where and how to create the weights.
     """
@@ -64,7 +64,7 @@ class FlowAdapter(nn.Module):
         """Turn flow conditions into tokens.
 
         Args:
-            condition: (N, 3, h, w) of any size, as ``FlowField.condition`` makes it:
+            condition: (N, 3, h, w) of any size, as `FlowField.condition` makes it:
                 displacement in half-frames and occlusion in [0, 1]. The result has its dtype,
                 which has to be that of the weights unless the operations cast them.
 
@@ -120,7 +120,7 @@ class FlowEncoder(nn.Module):
     """Flow condition (N, 3, h, w) to tokens (N, rows * columns, width), one for each cell.
 
     Three convolutions of stride 2 shrink the resized condition to the grid. The displacement
-    goes in together with sines and cosines of it (as many octaves as ``frequencies``),
+    goes in together with sines and cosines of it (as many octaves as `frequencies`),
     because motions of a few pixels are tiny numbers in half-frames, and because the
     normalisations that follow would otherwise hide how fast a motion is.
     """
@@ -179,11 +179,11 @@ def fuse_attention(
         q: queries (B, pixels, inner).
         k, v: the prompt's keys and values (B, length, inner).
         flow_k, flow_v: the flow's, (B, tokens, inner).
-        fusion: ``"channel"`` is the paper's: keys and values of prompt and flow are summed
+        fusion: `"channel"` is the paper's: keys and values of prompt and flow are summed
             token by token, with the flow tokens repeated along a longer prompt.
-            ``"token"``: the flow tokens have a softmax of their own, and the two results are
+            `"token"`: the flow tokens have a softmax of their own, and the two results are
             summed, so that zero values leave the result as it was.
-        attention_fn: ``(q, k, v) -> out``, heads included, all of shape (B, *, inner).
+        attention_fn: `(q, k, v) -> out`, heads included, all of shape (B, *, inner).
 
     Returns:
         (B, pixels, inner), ahead of the output projection.
@@ -221,7 +221,7 @@ def _octaves(condition: Tensor, count: int) -> Tensor:
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize (N, C, h, w), linear when it grows and anti-aliased when it shrinks.
 
-    Two matrix products, because not every device has an anti-aliased ``interpolate``.
+    Two matrix products, because not every device has an anti-aliased `interpolate`.
     """
     if tuple(image.shape[2:]) == tuple(size):
         return image  # in training, where autocast would round the products

@@ -1,7 +1,7 @@
 """Attention of the flow generator: along time, within a frame, and linear within a frame.
 
 All three read and write clips of shape (B, N, C, h, w) and are residual: normalise over the
-channels, attend, add. Only ``TemporalAttention`` lets a frame see the others. The layers are
+channels, attend, add. Only `TemporalAttention` lets a frame see the others. The layers are
 those of LFDM (arXiv 2303.13744), which are those of Video Diffusion Models (2204.03458).
 """
 
@@ -75,7 +75,7 @@ class TemporalAttention(Attention):
     """Every place attends to itself in all frames of the clip.
 
     Positions enter twice: queries and keys are turned by rotary angles (arXiv 2104.09864),
-    and ``bias`` (heads, N, N) from ``RelativePositionBias`` is added to the scores.
+    and `bias` (heads, N, N) from `RelativePositionBias` is added to the scores.
     """
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class RelativePositionBias(nn.Embedding):
 def rotate(x: Tensor) -> Tensor:
     """Turn neighbouring pairs of dimensions of (*, N, head_dim) by angles that grow with time.
 
-    In float32 whatever the type of ``x``, because angles of many radians lose their phase in
+    In float32 whatever the type of `x`, because angles of many radians lose their phase in
     half precision.
     """
     dims = min(_ROTARY_DIMS, x.shape[-1])

@@ -2,11 +2,11 @@
 
 U-Net, text encoder and VAE lie under the usual keys of Stable Diffusion 1.x, so that a
 full-size file opens as plain Stable Diffusion anywhere; our own parts have prefixes of their
-own. The metadata entry ``s2dm`` is the JSON of an ``S2DMConfig``. An adapter alone is the
+own. The metadata entry `s2dm` is the JSON of an `S2DMConfig`. An adapter alone is the
 same file without the Stable Diffusion parts.
 
 Programs that save weights keep tensors and drop metadata that they don't know. So the JSON may
-also ride as a tensor of bytes, ``s2dm.config``; what else such a file holds is left alone.
+also ride as a tensor of bytes, `s2dm.config`; what else such a file holds is left alone.
 
 Reading checks format version, keys, shapes and types from the file's header before a weight
 is read, and that all weights are finite before anything is built from them.
@@ -91,10 +91,10 @@ class Part(NamedTuple):
 
 
 class Checkpoint:
-    """Some parts of a model with what else is known of it: ``checkpoint["unet"]`` is a `Part`.
+    """Some parts of a model with what else is known of it: `checkpoint["unet"]` is a `Part`.
 
     Args:
-        config: of the model. What ``Checkpoint.config`` keeps of it are these parts alone.
+        config: of the model. What `Checkpoint.config` keeps of it are these parts alone.
         states: for each part its weights under the ldm keys, without the part's prefix.
 
     Raises:
@@ -133,7 +133,7 @@ def load_checkpoint(
 
     Args:
         path: the file.
-        parts: names among ``PARTS`` to read; the others' weights are not touched.
+        parts: names among `PARTS` to read; the others' weights are not touched.
             All parts of the file by default.
         optional: parts to read as well where the file has them.
 
@@ -141,7 +141,7 @@ def load_checkpoint(
         The parts, with their weights as stored.
 
     Raises:
-        CheckpointError: if the file cannot be used or lacks one of ``parts``.
+        CheckpointError: if the file cannot be used or lacks one of `parts`.
     """
     path = Path(path)
     config = read_config(path)
@@ -174,7 +174,7 @@ def read_config(path: str | Path) -> S2DMConfig:
     """Read what a checkpoint says about itself, and check that its header agrees.
 
     Raises:
-        CheckpointError: for all that ``load_checkpoint`` refuses, apart from weights that
+        CheckpointError: for all that `load_checkpoint` refuses, apart from weights that
             are not finite.
     """
     path = Path(path)
@@ -210,7 +210,7 @@ def save_checkpoint(
     Args:
         path: the file; its folder is created. A file that is there is replaced.
         checkpoint: what to write.
-        dtype: store the weights as this type, for example ``torch.float16``.
+        dtype: store the weights as this type, for example `torch.float16`.
 
     Raises:
         CheckpointError: if the weights are not those that the config describes, or not finite.
@@ -236,7 +236,7 @@ def save_checkpoint(
 
 
 def parts_of(config: S2DMConfig) -> list[str]:
-    """Names among ``PARTS`` that a config describes."""
+    """Names among `PARTS` that a config describes."""
     return [part for part in PARTS if getattr(config, part) is not None]
 
 

@@ -1,7 +1,7 @@
 """Sizes and settings of every part of a checkpoint, as frozen dataclasses.
 
-The names follow the ``ldm`` code base of Stable Diffusion 1.x, because the file keeps its
-keys. All configs turn into plain JSON (``to_dict``) and back (``from_dict``), which checks
+The names follow the `ldm` code base of Stable Diffusion 1.x, because the file keeps its
+keys. All configs turn into plain JSON (`to_dict`) and back (`from_dict`), which checks
 names and values so that a broken file is refused in plain words.
 """
 
@@ -50,7 +50,7 @@ class _Config:
 
     @classmethod
     def from_dict(cls: type[_C], values: Mapping[str, Any]) -> _C:
-        """Build a config from ``to_dict`` output. Missing entries take their defaults.
+        """Build a config from `to_dict` output. Missing entries take their defaults.
 
         Raises:
             SettingsError: if an entry is unknown, has the wrong type or a value out of range.
@@ -150,11 +150,11 @@ class UNetConfig(_Config):
         return tuple(self.model_channels * mult for mult in self.channel_mult)
 
     def cross_attention_layers(self) -> tuple[tuple[str, int], ...]:
-        """Return ``(name, width)`` of each cross-attention layer, in the order they run.
+        """Return `(name, width)` of each cross-attention layer, in the order they run.
 
-        A name joins what ComfyUI reports while a layer runs: ``transformer_options["block"]``
-        and ``["block_index"]``. So ``("input", 1)`` and 0 give ``"input_1_0"``, the middle
-        block is ``"middle_0_0"``, and outputs count from 0 at the coarsest level.
+        A name joins what ComfyUI reports while a layer runs: `transformer_options["block"]`
+        and `["block_index"]`. So `("input", 1)` and 0 give `"input_1_0"`, the middle
+        block is `"middle_0_0"`, and outputs count from 0 at the coarsest level.
         """
         layers = []
         number = 1  # input block 0 is the first convolution
@@ -279,7 +279,7 @@ class FlowAdapterConfig(_Config):
 
     @classmethod
     def for_unet(cls, unet: UNetConfig, **settings: Any) -> FlowAdapterConfig:
-        """Return the config of an adapter for all cross-attention layers of ``unet``."""
+        """Return the config of an adapter for all cross-attention layers of `unet`."""
         return cls(layers=unet.cross_attention_layers(), **settings)
 
 
@@ -287,7 +287,7 @@ class FlowAdapterConfig(_Config):
 class ScheduleConfig(_Config):
     """The noise schedule; the defaults are those of Stable Diffusion 1.x.
 
-    ``beta_schedule`` "cosine" (LFDM's) has no use for ``beta_start`` and ``beta_end``.
+    `beta_schedule` "cosine" (LFDM's) has no use for `beta_start` and `beta_end`.
     """
 
     steps: int = 1000
@@ -313,8 +313,8 @@ class ScheduleConfig(_Config):
 class SamplingConfig(_Config):
     """How a checkpoint recommends to sample its clips; the defaults are the paper's.
 
-    ``steps`` are those of stage 2. ``guidance_scale`` is the prompt's, ``flow_guidance_scale``
-    the flow's: ``None`` to guide both together, as in the paper. The first ``flow_start`` of the
+    `steps` are those of stage 2. `guidance_scale` is the prompt's, `flow_guidance_scale`
+    the flow's: `None` to guide both together, as in the paper. The first `flow_start` of the
     noise schedule, 0 to 1, is sampled without the flow.
     """
 
@@ -351,18 +351,18 @@ class SamplingConfig(_Config):
 class FlowGeneratorConfig(_Config):
     """The stage-1 network, which generates flow; the defaults are LFDM's published values.
 
-    ``reference_channels`` and ``text_dim`` are the channels of the reference frame's features
-    and the width of the prompt's embedding. ``null_reference`` and ``null_text`` say what
-    stands for a dropped condition: a learned label or zeros. ``motion_strength`` adds that
-    input. ``norm`` is what a group normalisation spans: one frame, so that frames meet in
-    temporal attention only, or the whole clip as in LFDM. ``upsample`` is a transposed
+    `reference_channels` and `text_dim` are the channels of the reference frame's features
+    and the width of the prompt's embedding. `null_reference` and `null_text` say what
+    stands for a dropped condition: a learned label or zeros. `motion_strength` adds that
+    input. `norm` is what a group normalisation spans: one frame, so that frames meet in
+    temporal attention only, or the whole clip as in LFDM. `upsample` is a transposed
     convolution, or nearest neighbours and a convolution. The finest level works on squares of
-    ``patch`` x ``patch`` cells of the flow: 2 is a quarter of the work.
+    `patch` x `patch` cells of the flow: 2 is a quarter of the work.
 
-    The network was trained on ``frames`` frames of ``size`` (height, width), with displacements
-    counted in units of ``displacement_scale`` half-frames, and on clips that move by ``motion``
-    half-frames on the mean over pixels and frames (0: not known). ``schedule`` is its noise
-    schedule. ``threshold`` is the percentile of dynamic thresholding in sampling, 0 for none.
+    The network was trained on `frames` frames of `size` (height, width), with displacements
+    counted in units of `displacement_scale` half-frames, and on clips that move by `motion`
+    half-frames on the mean over pixels and frames (0: not known). `schedule` is its noise
+    schedule. `threshold` is the percentile of dynamic thresholding in sampling, 0 for none.
     """
 
     reference_channels: int = 256
@@ -437,12 +437,12 @@ class FlowGeneratorConfig(_Config):
 
 @dataclass(frozen=True)
 class S2DMConfig(_Config):
-    """Everything a checkpoint says about itself. A part that it does not hold is ``None``.
+    """Everything a checkpoint says about itself. A part that it does not hold is `None`.
 
-    ``text_encoder`` reads the prompt for both stages. ``tokenizer`` is the specification of its
-    tokenizer (see ``tokenizer.py``); ``sampling`` is what the checkpoint recommends;
-    ``resolution`` is (height, width) in pixels; ``data`` and ``licence`` are free text for people.
-    ``frames``, ``noise_sharing`` and ``noise_share`` say how stage 2 was trained. Sampling does not
+    `text_encoder` reads the prompt for both stages. `tokenizer` is the specification of its
+    tokenizer (see `tokenizer.py`); `sampling` is what the checkpoint recommends;
+    `resolution` is (height, width) in pixels; `data` and `licence` are free text for people.
+    `frames`, `noise_sharing` and `noise_share` say how stage 2 was trained. Sampling does not
     follow the last two: it shares noise unless told otherwise.
     """
 
@@ -499,7 +499,7 @@ class S2DMConfig(_Config):
             )
 
     def recommending(self, entries: Mapping[str, Any]) -> S2DMConfig:
-        """Return the config with these entries of ``sampling`` in place of its own.
+        """Return the config with these entries of `sampling` in place of its own.
 
         Raises:
             SettingsError: if one is unknown, or its value out of range.

@@ -1,7 +1,7 @@
 """Flow as the flow generator sees it, and back.
 
 Stage 1 diffuses clips of three channels: the displacement in units of the config's
-``displacement_scale``, and the occlusion brought to [-1, 1]. Frame 1 never moves.
+`displacement_scale`, and the occlusion brought to [-1, 1]. Frame 1 never moves.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from .config import FlowGeneratorConfig
 
 
 def encode_flow(condition: Tensor, config: FlowGeneratorConfig) -> Tensor:
-    """Flow conditions (..., 3, h, w) of ``FlowField.condition`` as clean samples, same shape."""
+    """Flow conditions (..., 3, h, w) of `FlowField.condition` as clean samples, same shape."""
     displacement, occlusion = condition.split((2, 1), dim=-3)
     return torch.cat([displacement / config.displacement_scale, occlusion * 2 - 1], dim=-3)
 
 
 def decode_flow(sample: Tensor, config: FlowGeneratorConfig, height: int, width: int) -> FlowField:
-    """A clean sample (N, 3, h, w) as a flow field of ``height`` x ``width`` pixels.
+    """A clean sample (N, 3, h, w) as a flow field of `height` x `width` pixels.
 
     Occlusion is clamped to [0, 1], and frame 1 is set to zero.
 
@@ -36,7 +36,7 @@ def constrain(x0: Tensor, config: FlowGeneratorConfig) -> Tensor:
     """What a guess (B, N, 3, h, w) of the clean sample becomes during sampling.
 
     Dynamic thresholding as in LFDM (arXiv 2303.13744): values beyond the percentile
-    ``config.threshold`` of the whole clip, but at least 1, are cut, and the clip is divided by
+    `config.threshold` of the whole clip, but at least 1, are cut, and the clip is divided by
     it. Then frame 1 is set to "no motion, all visible", which it is by definition.
     """
     if config.threshold > 0:

@@ -2,7 +2,7 @@
 
 Section 3.4 of the paper (arXiv 2403.13408) generates flow with a 3D U-Net, as LFDM does
 (arXiv 2303.13744). The network here is LFDM's: convolutions act within a frame, frames meet
-in temporal attention. ``FlowGeneratorConfig()`` has the published sizes, and ``lfdm.py`` the
+in temporal attention. `FlowGeneratorConfig()` has the published sizes, and `lfdm.py` the
 names of LFDM's weights. Ours beside it: normalisation frame by frame, learned null labels,
 patches, and the strength of the motion as a condition, after HiGen (arXiv 2312.04483).
 """
@@ -30,8 +30,8 @@ class UNet3D(nn.Module):
     Args:
         channels: of what the first convolution reads.
         conditions: width of the vector that stands beside the embedding of time.
-        config: the sizes, under the names of ``FlowGeneratorConfig``: ``model_channels``,
-            ``widths``, ``num_heads``, ``head_dim``, ``norm``, ``norm_groups``, ``upsample``.
+        config: the sizes, under the names of `FlowGeneratorConfig`: `model_channels`,
+            `widths`, `num_heads`, `head_dim`, `norm`, `norm_groups`, `upsample`.
     """
 
     def __init__(self, channels: int, conditions: int, config: FlowGeneratorConfig) -> None:
@@ -93,7 +93,7 @@ class UNet3D(nn.Module):
 class FlowGenerator(UNet3D):
     """Predicts the noise (or velocity) in a clip of flow conditions, all frames at once.
 
-    Each of the conditions reference, text and motion may be ``None``, or not kept for some
+    Each of the conditions reference, text and motion may be `None`, or not kept for some
     clips of the batch: its null label then stands for it, as classifier-free guidance needs.
     """
 
@@ -138,9 +138,9 @@ class FlowGenerator(UNet3D):
         All of the type of the weights, apart from time steps, motion and the masks.
 
         Args:
-            sample: noised clips (B, N, 3, h, w): flow conditions as ``FlowField.condition``
+            sample: noised clips (B, N, 3, h, w): flow conditions as `FlowField.condition`
                 makes them, on the scale that training gave them. Any N from 1; h and w are
-                multiples of ``config.factor``.
+                multiples of `config.factor`.
             timesteps: (B,), or one for all clips.
             reference: features of the reference frame (B, reference_channels, h, w), not
                 noised. Resized to (h, w) / patch if of another size.
@@ -310,7 +310,7 @@ def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of (B,) values at ``width`` / 2 frequencies from 1 to 1/10000."""
+    """Sines, then cosines, of (B,) values at `width` / 2 frequencies from 1 to 1/10000."""
     half = width // 2
     steps = torch.arange(half, device=values.device, dtype=torch.float32)
     angles = values.float()[:, None] * torch.exp(steps * (-math.log(10000) / (half - 1)))
@@ -327,7 +327,7 @@ def _upsample(width: int, kind: str) -> nn.Module:
 
 
 def _or_null(value: Tensor | None, null: Tensor | None, keep: Tensor | None) -> Tensor | None:
-    """The value where it is kept, the null label (``None``: zeros) elsewhere."""
+    """The value where it is kept, the null label (`None`: zeros) elsewhere."""
     if value is None or keep is None:
         return null if value is None else value
     keep = keep.to(value.device).view(-1, *[1] * (value.ndim - 1))

@@ -1,8 +1,8 @@
-"""Names and shapes of all weights: the ``ldm`` keys of the file, the ``diffusers`` ones beside.
+"""Names and shapes of all weights: the `ldm` keys of the file, the `diffusers` ones beside.
 
 Each table is computed from a config alone, so that a file can be checked before anything is
 built, without diffusers. The keys are those of Stable Diffusion 1.x inside their part; the
-part's prefix in the file (``model.diffusion_model.`` and so on) is ``checkpoint.py``'s.
+part's prefix in the file (`model.diffusion_model.` and so on) is `checkpoint.py`'s.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def flow_generator_keys(config: FlowGeneratorConfig) -> tuple[Key, ...]:
 def attention_names(config: UNetConfig) -> dict[str, str]:
     """Map each cross-attention module of diffusers to its layer name.
 
-    ``"down_blocks.0.attentions.0.transformer_blocks.0.attn2"`` to ``"input_1_0"``; the names
-    are those of ``UNetConfig.cross_attention_layers``.
+    `"down_blocks.0.attentions.0.transformer_blocks.0.attn2"` to `"input_1_0"`; the names
+    are those of `UNetConfig.cross_attention_layers`.
     """
     names = {}
     for block in unet_blocks(config):
@@ -219,7 +219,7 @@ def _same(name: str, shape: Shape) -> Key:
 
 
 def _pair(ldm: str, diffusers: str | None, shape: Shape, bias: bool = True) -> list[Key]:
-    """Weight of ``shape`` and, unless refused, bias. No second name: the same in both."""
+    """Weight of `shape` and, unless refused, bias. No second name: the same in both."""
     diffusers = ldm if diffusers is None else diffusers
     keys = [Key(f"{ldm}.weight", f"{diffusers}.weight", shape, shape)]
     if bias:

@@ -1,6 +1,6 @@
 """LFDM's names for the weights of a flow generator (arXiv 2303.13744), and conversion both ways.
 
-LFDM's ``diffusion`` dictionary holds its 3D U-Net under ``denoise_fn.``, beside the buffers of
+LFDM's `diffusion` dictionary holds its 3D U-Net under `denoise_fn.`, beside the buffers of
 the noise schedule. Its convolutions are 3D with a kernel of one frame, where ours are 2D, so
 that some shapes have more ones in them; the numbers are the same, in the same order.
 """
@@ -127,7 +127,7 @@ def lfdm_keys(config: FlowGeneratorConfig) -> tuple[Key, ...]:
 
 
 def lfdm_config(state: Mapping[str, Tensor]) -> FlowGeneratorConfig:
-    """Return the config of LFDM's ``diffusion`` dictionary in one of its published variants.
+    """Return the config of LFDM's `diffusion` dictionary in one of its published variants.
 
     NATOPS was trained with a learned null label, and nearest neighbours for upsampling.
     """
@@ -140,7 +140,7 @@ def lfdm_config(state: Mapping[str, Tensor]) -> FlowGeneratorConfig:
 
 
 def from_lfdm(state: Mapping[str, Tensor], config: FlowGeneratorConfig) -> dict[str, Tensor]:
-    """Turn LFDM's ``diffusion`` dictionary into the weights of a ``FlowGenerator``.
+    """Turn LFDM's `diffusion` dictionary into the weights of a `FlowGenerator`.
 
     Raises:
         ValueError: if a weight is missing, unexpected or of another shape.

@@ -1,7 +1,7 @@
 """The names and shapes under which Stable Diffusion 1.x circulates, brought to those of our file.
 
 Tools have written the same weights as diffusers names them, old and new, or half and half, with
-1x1 convolutions as matrices, without CLIP's ``text_model.``, under further prefixes, and beside a
+1x1 convolutions as matrices, without CLIP's `text_model.`, under further prefixes, and beside a
 moving average or whatever else training kept. All of that is the same model.
 """
 
@@ -78,7 +78,7 @@ def spelled_our_way(
         config: its sizes.
 
     Returns:
-        For each part its weights, in their types, as ``save_checkpoint`` wants them.
+        For each part its weights, in their types, as `save_checkpoint` wants them.
 
     Raises:
         SpellingError: a part or a weight is missing, or of another model.
@@ -125,7 +125,7 @@ def _part(
 
 
 def _spellings(key: Key) -> Iterator[str]:
-    """All names of one weight within its part, ``text_model.`` taken off."""
+    """All names of one weight within its part, `text_model.` taken off."""
     yield key.ldm.removeprefix(_TEXT_MODEL)
     yield key.diffusers.removeprefix(_TEXT_MODEL)
     side, place, rest = key.ldm.partition(_ATTENTION_PLACES[0])

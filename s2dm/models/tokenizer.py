@@ -2,10 +2,10 @@
 and CLIP's own, whose merges lie in the package, so that nothing has to be fetched.
 
 Byte-pair encoding (Sennrich et al., arXiv 1508.07909) over the bytes of each lower-case word,
-with CLIP's conventions: the last symbol of a word ends in ``</w>``, and the vocabulary is the
+with CLIP's conventions: the last symbol of a word ends in `</w>`, and the vocabulary is the
 256 bytes, the 256 bytes that end a word, the merges in order, and the two special tokens. So
 the list of merges is the whole specification, and no text is out of vocabulary. A specification is
-``{"kind": "bpe", "merges": ["a b", ...]}``, or ``{"kind": "clip"}`` for CLIP's 48,894 merges.
+`{"kind": "bpe", "merges": ["a b", ...]}`, or `{"kind": "clip"}` for CLIP's 48,894 merges.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int = 1000) -> dict[str
             word of the captions is one token.
 
     Returns:
-        The specification for ``S2DMConfig.tokenizer``:
-        ``{"kind": "bpe", "merges": ["a b", ...]}``.
+        The specification for `S2DMConfig.tokenizer`:
+        `{"kind": "bpe", "merges": ["a b", ...]}`.
 
     Raises:
-        ValueError: if ``vocab_size`` does not hold the bytes and the special tokens.
+        ValueError: if `vocab_size` does not hold the bytes and the special tokens.
     """
     room = vocab_size - len(_alphabet()) - 2
     if room < 0:
@@ -87,7 +87,7 @@ def vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
 
 
 def with_tokenizer(config: S2DMConfig, spec: Mapping[str, Any]) -> S2DMConfig:
-    """Return ``config`` with this tokenizer, and the text encoder's vocabulary to match."""
+    """Return `config` with this tokenizer, and the text encoder's vocabulary to match."""
     if config.text_encoder is None:
         raise ValueError("tokenizer: expected a config with a text encoder, got one without.")
     ids = vocabulary(spec)
@@ -98,7 +98,7 @@ def with_tokenizer(config: S2DMConfig, spec: Mapping[str, Any]) -> S2DMConfig:
 
 
 def write_tokenizer(spec: Mapping[str, Any], folder: str | Path) -> None:
-    """Write the files that transformers' ``CLIPTokenizer`` (and so ComfyUI) reads.
+    """Write the files that transformers' `CLIPTokenizer` (and so ComfyUI) reads.
 
     Args:
         spec: a specification.
@@ -120,10 +120,10 @@ def write_tokenizer(spec: Mapping[str, Any], folder: str | Path) -> None:
 
 
 def read_tokenizer(folder: str | Path) -> dict[str, Any]:
-    """Return the specification of a tokenizer that transformers' ``CLIPTokenizer`` wrote.
+    """Return the specification of a tokenizer that transformers' `CLIPTokenizer` wrote.
 
     Args:
-        folder: holds ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
+        folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
 
     Raises:
         ValueError: if it is none of CLIP's kind, or its ids are others than its merges make.

@@ -1,10 +1,9 @@
 """Diffusers pipelines: S2DM outside ComfyUI. Importing this package needs diffusers."""
 
-from .flow_adapter import FlowAdapterModel
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
-from .flow_generator import FlowGeneratorModel
 from .flow_to_video import FlowToVideoOutput, FlowToVideoPipeline
 from .text_to_video import TextToVideoOutput, TextToVideoPipeline, open_pipeline
+from .wrapped import FlowAdapterModel, FlowGeneratorModel
 
 __all__ = [
     "FlowAdapterModel",

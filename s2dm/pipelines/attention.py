@@ -14,7 +14,7 @@ from ..models.keys import attention_names
 def attach_adapter(unet: UNet2DConditionModel, adapter: FlowAdapter) -> None:
     """Let the U-Net's cross-attention read flow tokens.
 
-    From then on ``unet(..., cross_attention_kwargs={"flow_tokens": tokens})`` takes tokens
+    From then on `unet(..., cross_attention_kwargs={"flow_tokens": tokens})` takes tokens
     (N, 77, width). Without tokens the U-Net works as before. The adapter stays a module of its
     own: the U-Net does not register it, so move, train and save it beside the U-Net. Layers that
     the adapter leaves out see the prompt alone.

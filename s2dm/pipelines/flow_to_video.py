@@ -27,8 +27,8 @@ from ..models import (
 )
 from ..sector import SHARED, NoiseSharing, guide, sample
 from .attention import attach_adapter, is_attached
-from .flow_adapter import FlowAdapterModel
 from .modules import build, build_tokenizer, to_checkpoint
+from .wrapped import FlowAdapterModel
 
 OUTPUT_TYPES = ("pt", "pil", "latent")
 """The forms that a clip comes in: a tensor, PIL images, latents."""

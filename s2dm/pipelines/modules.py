@@ -157,7 +157,7 @@ def text_encoder_state(encoder: CLIPTextModel, config: TextEncoderConfig) -> dic
 
 
 def _has_text_model(encoder: CLIPTextModel) -> bool:
-    """Transformers 4 wraps the layers in ``text_model``, transformers 5 does not."""
+    """Transformers 4 wraps the layers in `text_model`, transformers 5 does not."""
     return hasattr(encoder, "text_model")
 
 

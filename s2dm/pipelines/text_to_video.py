@@ -33,11 +33,10 @@ from ..sector import SHARED, NoiseSharing, seed_of_flow
 from ..video import cover
 from ..video.frames import from_uint8
 from ..video.read import image_pixels
-from .flow_adapter import FlowAdapterModel
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
-from .flow_generator import FlowGeneratorModel
 from .flow_to_video import FlowToVideoPipeline, check_arguments
 from .modules import build
+from .wrapped import FlowAdapterModel, FlowGeneratorModel
 
 _WITHOUT_STAGE_1 = (
     "expected the part flow_generator (stage 1, which makes flow from the prompt), got stage 2 "

@@ -45,7 +45,7 @@ class PatchDiscriminator(nn.Module):
 class AdversarialLoss(nn.Module):
     """The two losses of a decoder and its discriminator, as one that both can descend.
 
-    For the first ``warmup_steps`` the discriminator learns alone. Against one that knows nothing
+    For the first `warmup_steps` the discriminator learns alone. Against one that knows nothing
     the decoder would win at once, and neither would learn anything.
     """
 
@@ -64,7 +64,7 @@ class AdversarialLoss(nn.Module):
             output, target: reconstructions and pictures, (N,3,H,W) in [-1,1].
             reconstruction: the loss beside it, a scalar.
             last: the weight of the decoder's last layer, where the two losses are brought to
-                gradients of one size (VQGAN, Eq. 7), times ``weight``.
+                gradients of one size (VQGAN, Eq. 7), times `weight`.
             steps: how many have been trained, a scalar.
         """
         judge = self.discriminator
@@ -79,7 +79,7 @@ class AdversarialLoss(nn.Module):
 
 
 def _balance(one: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-    """By how much the gradient of ``one`` at a weight is larger than that of ``other``."""
+    """By how much the gradient of `one` at a weight is larger than that of `other`."""
     (first,) = torch.autograd.grad(one, weight, retain_graph=True)
     (second,) = torch.autograd.grad(other, weight, retain_graph=True)
     return (first.norm() / second.norm().clamp_min(1e-6)).clamp(max=_LARGEST)

@@ -2,7 +2,7 @@
 
 A cache folder holds, for every clip of a data set: the frames (uint8), the flow condition
 (float16, at the flow adapter's own size) and the caption; and, for each VAE, the latents
-(float16). Filling is resumable: a ``done`` array says which clips are there.
+(float16). Filling is resumable: a `done` array says which clips are there.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def cache_folder(
 def build_clip_cache(
     root: str | Path, data: DataConfig, split: str | None = None, workers: int = 0
 ) -> ClipCache:
-    """Render or read every clip of the split once, with ``workers`` processes, and cache it."""
+    """Render or read every clip of the split once, with `workers` processes, and cache it."""
     split = split or data.split
     clips = build_dataset(data, split)
     folder = cache_folder(root, data, split, getattr(clips, "fingerprint", None))
@@ -146,7 +146,7 @@ def training_clips(config: TrainingConfig, split: str | None = None) -> ClipCach
 def build_latent_cache(
     cache: ClipCache, key: str, encode: Callable[[Tensor], Tensor], device: torch.device
 ) -> np.ndarray:
-    """Latents (C,N,c,h,w) float16 of every cached frame; ``encode`` maps (N,3,H,W) in [0,1].
+    """Latents (C,N,c,h,w) float16 of every cached frame; `encode` maps (N,3,H,W) in [0,1].
 
     key: names all that makes the latents; others have a file of their own.
     """
@@ -165,7 +165,7 @@ def build_latent_cache(
 def clip_latents(
     cache: ClipCache, vae: nn.Module, scale: float, device: torch.device, half: bool
 ) -> np.ndarray:
-    """Latents of every cached frame on the scale that the U-Net sees, in bfloat16 if ``half``.
+    """Latents of every cached frame on the scale that the U-Net sees, in bfloat16 if `half`.
 
     A retrained encoder gets latents of its own, and a retrained decoder keeps those there are.
     """

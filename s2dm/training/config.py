@@ -10,14 +10,14 @@ from ..settings import SettingsError
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What every trainer shares. A run ends at ``steps`` or ``max_minutes``, whichever is first.
+    """What every trainer shares. A run ends at `steps` or `max_minutes`, whichever is first.
 
-    ``output`` is the run folder; ``cache`` (default ``<output>/cache``) holds the prepared data
-    and may be shared by several runs. ``max_minutes`` = 0 means no limit of time; the learning
-    rate is annealed over whichever of the two is nearer its end. ``threads`` = 0 leaves PyTorch's
-    number of CPU threads alone. ``compile`` runs the networks through torch.compile, which takes
+    `output` is the run folder; `cache` (default `<output>/cache`) holds the prepared data
+    and may be shared by several runs. `max_minutes` = 0 means no limit of time; the learning
+    rate is annealed over whichever of the two is nearer its end. `threads` = 0 leaves PyTorch's
+    number of CPU threads alone. `compile` runs the networks through torch.compile, which takes
     minutes to start. With
-    ``export_only`` an existing run writes its averaged weights and does not go on.
+    `export_only` an existing run writes its averaged weights and does not go on.
     """
 
     output: str = "runs/training"

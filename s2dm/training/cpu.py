@@ -69,7 +69,7 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _row(values: Tensor, like: Tensor) -> Tensor:
-    """(N, groups, C/groups) to (N, 1, C) in the type of ``like``."""
+    """(N, groups, C/groups) to (N, 1, C) in the type of `like`."""
     return values.reshape(len(values), 1, -1).to(like.dtype)
 
 

@@ -1,6 +1,6 @@
 """The training loop that all trainers share: run folder, resuming, EMA, logs, sheets, export.
 
-A trainer supplies a :class:`Task` (a model, a loss, a sample sheet, an export); the loop does
+A trainer supplies a `Task` (a model, a loss, a sample sheet, an export); the loop does
 the rest. The randomness of a step comes from a generator seeded by (seed, step, process), never
 from what ran before it, so a resumed run repeats the uninterrupted one exactly.
 """
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 class Task(Protocol):
-    """What a trainer gives to the loop. ``model(batch)`` returns a dict of scalar losses.
+    """What a trainer gives to the loop. `model(batch)` returns a dict of scalar losses.
 
-    The entry ``"loss"`` is minimised; the others are logged.
+    The entry `"loss"` is minimised; the others are logged.
     """
 
     model: nn.Module
@@ -47,17 +47,17 @@ class Task(Protocol):
     def batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]: ...
 
     def sample(self, model: nn.Module, path: Path) -> dict[str, float]:
-        """Write a sample sheet to ``path`` (PNG) and return figures to log."""
+        """Write a sample sheet to `path` (PNG) and return figures to log."""
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """Write the trained weights to ``path`` (``.safetensors``) in their final format."""
+        """Write the trained weights to `path` (`.safetensors`) in their final format."""
 
 
 class EMA:
     """Exponential moving average of a model's trainable parameters, in float32.
 
     The decay starts low and grows with the number of updates, (1 + n) / (10 + n), up to
-    ``decay``, so that the average is of use after a few steps.
+    `decay`, so that the average is of use after a few steps.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -119,7 +119,7 @@ class Progress:
 
 
 def learning_rate(config: TrainingConfig, progress: Progress) -> float:
-    """Linear warm-up, then constant or a cosine from the peak to ``final_learning_rate``."""
+    """Linear warm-up, then constant or a cosine from the peak to `final_learning_rate`."""
     warm = min(1.0, (progress.step + 1) / max(1, config.warmup_steps))
     if config.schedule == "constant":
         return config.learning_rate * warm
@@ -135,13 +135,13 @@ def step_generator(seed: int, *where: int) -> torch.Generator:
 
 
 def sheet_seed(number: int) -> int:
-    """The seed of the noise of a sheet's picture ``number``, the same at every sheet."""
+    """The seed of the noise of a sheet's picture `number`, the same at every sheet."""
     return 1000 + number
 
 
 class RunFolder:
-    """The files of one run: ``config.json``, what was `measured_once`, ``log.jsonl``,
-    ``curves.png``, ``state/``, ``samples/`` and ``export.safetensors``. All but the log, which
+    """The files of one run: `config.json`, what was `measured_once`, `log.jsonl`,
+    `curves.png`, `state/`, `samples/` and `export.safetensors`. All but the log, which
     grows, are written under a temporary name and renamed."""
 
     def __init__(self, path: str | Path) -> None:
@@ -162,7 +162,7 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the log entries past ``step``, which a resumed run is about to make again."""
+        """Drop the log entries past `step`, which a resumed run is about to make again."""
         kept = [r for r in self.records() if r["step"] <= step]
         write_text(self.log, "".join(json.dumps(r) + "\n" for r in kept))
 
@@ -187,7 +187,7 @@ def measured_once(config: TrainingConfig, name: str, measure: Callable[[], Any])
 
 
 def training_of(export: Path) -> tuple[dict[str, Any], int] | None:
-    """Settings of the run that wrote ``export.safetensors``, and the steps it had made then.
+    """Settings of the run that wrote `export.safetensors`, and the steps it had made then.
 
     None where the files of the run don't lie beside it.
     """
@@ -200,7 +200,7 @@ def training_of(export: Path) -> tuple[dict[str, Any], int] | None:
 
 
 def make_accelerator(config: TrainingConfig) -> Any:
-    """An :class:`accelerate.Accelerator` for ``config``; also sets threads and seeds."""
+    """An `accelerate.Accelerator` for `config`; also sets threads and seeds."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs, set_seed
 
@@ -216,7 +216,7 @@ def make_accelerator(config: TrainingConfig) -> Any:
 
 
 def run_training(config: TrainingConfig, build: Callable[[torch.device], Task]) -> Progress:
-    """Train what ``build(device)`` makes as ``config`` says, or go on with that run.
+    """Train what `build(device)` makes as `config` says, or go on with that run.
 
     Of several processes the main one builds first: it prepares the clips, the others find them.
     """
@@ -227,7 +227,7 @@ def run_training(config: TrainingConfig, build: Callable[[torch.device], Task]) 
 
 
 class TrainingLoop:
-    """Train ``task`` as ``config`` says; an existing run in the folder is resumed."""
+    """Train `task` as `config` says; an existing run in the folder is resumed."""
 
     def __init__(self, config: TrainingConfig, task: Task, accelerator: Any = None) -> None:
         self.config = config

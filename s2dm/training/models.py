@@ -18,7 +18,7 @@ from .cpu import speed_up
 
 
 def preset(name: str) -> S2DMConfig:
-    """The configuration that ``s2dm.models.presets`` calls ``NAME``."""
+    """The configuration that `s2dm.models.presets` calls `NAME`."""
     config = getattr(presets, name.upper(), None)
     if not isinstance(config, S2DMConfig):
         known = [
@@ -47,7 +47,7 @@ def frozen_vae(config: VAEConfig, state: Mapping[str, Tensor], device: torch.dev
 
 
 def save_vae(path: Path, config: VAEConfig, state: Mapping[str, Tensor]) -> None:
-    """Write a VAE alone, float32; ``state`` is in diffusers' keys."""
+    """Write a VAE alone, float32; `state` is in diffusers' keys."""
     weights = {"vae": to_ldm(state, vae_keys(config))}
     save_checkpoint(path, Checkpoint(S2DMConfig(vae=config), weights))
 
@@ -58,6 +58,6 @@ def save_model(
     modules: Mapping[str, nn.Module],
     others: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """Write a model in half precision: trained ``modules``, and the ``others`` as read."""
+    """Write a model in half precision: trained `modules`, and the `others` as read."""
     trained = to_checkpoint(config, modules).states
     save_checkpoint(path, Checkpoint(config, {**others, **trained}), torch.float16)

@@ -17,7 +17,7 @@ def alpha_bars(schedule: ScheduleConfig) -> Tensor:
 
 
 def draw_timesteps(count: int, schedule: ScheduleConfig, generator: torch.Generator) -> Tensor:
-    """One t for each of ``count`` clips, (count,) int64.
+    """One t for each of `count` clips, (count,) int64.
 
     Drawn in strata over the batch: the same distribution as one by one, and less variance.
     """

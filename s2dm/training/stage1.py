@@ -41,10 +41,10 @@ _MOVING = 0.01  # half-frames: what moves further sets the scale of the displace
 class Stage1TrainingConfig(TrainingConfig):
     """Settings of the stage-1 trainer.
 
-    ``checkpoint`` is a file with a VAE and a text encoder, which stay as they are; its flow
-    generator is gone on from where it holds one, else the one of ``preset`` is new.
+    `checkpoint` is a file with a VAE and a text encoder, which stay as they are; its flow
+    generator is gone on from where it holds one, else the one of `preset` is new.
 
-    A batch is ``clips`` whole clips. ``reference_null``, ``text_null`` and ``motion_null`` are
+    A batch is `clips` whole clips. `reference_dropout`, `text_dropout` and `motion_dropout` are
     the probabilities of the null labels, each drawn for itself. Where the motion is not given
     the network moves as the data do, which is the default in use: hence half of the time.
     """
@@ -53,9 +53,9 @@ class Stage1TrainingConfig(TrainingConfig):
     preset: str = "puppets"
     checkpoint: str = ""
     clips: int = 8
-    reference_null: float = 0.1
-    text_null: float = 0.1
-    motion_null: float = 0.5
+    reference_dropout: float = 0.1
+    text_dropout: float = 0.1
+    motion_dropout: float = 0.5
     validation_clips: int = 4
     sample_frames: int = 8
     sample_steps: int = 20
@@ -85,7 +85,7 @@ class Stage1Model(nn.Module):
         self.register_buffer("alpha_bars", alpha_bars(schedule), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch of :meth:`Stage1Task.batch`; each frame has noise of its own."""
+        """The batch of `Stage1Task.batch`; each frame has noise of its own."""
         clean, noise = batch["flow"], batch["noise"]
         alpha_bar = self.alpha_bars[batch["timesteps"]]
         prediction = self.flow_generator(
@@ -145,9 +145,9 @@ class Stage1Task:
             "reference": torch.from_numpy(self.references[chosen.numpy()].astype(np.float32)),
             "text": self.texts[chosen],
             "motion": mean_motion(conditions) if network.motion_strength else None,
-            "keep_reference": draw[0] >= config.reference_null,
-            "keep_text": draw[1] >= config.text_null,
-            "keep_motion": draw[2] >= config.motion_null,
+            "keep_reference": draw[0] >= config.reference_dropout,
+            "keep_text": draw[1] >= config.text_dropout,
+            "keep_motion": draw[2] >= config.motion_dropout,
         }
         return {key: None if v is None else v.to(device) for key, v in values.items()}
 
@@ -200,7 +200,7 @@ class Stage1Task:
 
 
 def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Stage1Task:
-    """Prepare data, latents and model for ``config``."""
+    """Prepare data, latents and model for `config`."""
     clips = training_clips(config)
     start = load_model(config.checkpoint)
     model_config = start.config
@@ -312,9 +312,9 @@ def _validation(
 
 
 def train_stage1(config: Stage1TrainingConfig) -> Progress:
-    """Train stage 1 as ``config`` says, or go on with the run in its folder.
+    """Train stage 1 as `config` says, or go on with the run in its folder.
 
-    The folder's ``export.safetensors`` is the whole checkpoint with averaged weights, as of the
+    The folder's `export.safetensors` is the whole checkpoint with averaged weights, as of the
     newest sample sheet.
     """
     return run_training(config, lambda device: build_stage1_task(config, device))

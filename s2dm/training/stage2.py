@@ -51,20 +51,20 @@ PARTS = ("unet", "flow_adapter", "text_encoder")
 class Stage2TrainingConfig(TrainingConfig):
     """Settings of the stage-2 trainer.
 
-    Start: ``checkpoint`` (a file with a U-Net and a text encoder; parts it lacks are new) or else
-    random weights in the sizes of ``preset``. ``vae`` and ``text_encoder`` are files to take the
-    VAE, and the text encoder with its tokenizer, from if they are not the checkpoint's. ``train``
+    Start: `checkpoint` (a file with a U-Net and a text encoder; parts it lacks are new) or else
+    random weights in the sizes of `preset`. `vae` and `text_encoder` are files to take the
+    VAE, and the text encoder with its tokenizer, from if they are not the checkpoint's. `train`
     names the parts that learn. With stage 1 in the checkpoint its text encoder has to stay.
 
-    A batch is ``clips`` clips with ``clip_frames`` frames each, drawn from the clip; with
-    probability ``first_frame`` one of them is frame 1, which the flow starts from. The
-    labels of a clip are replaced by null labels with fixed probabilities: ``both_null`` for text
-    and flow together, which guidance starts from, ``text_null`` and ``flow_null`` for one of them
-    alone. ``adapter_gain`` is the initial size of the adapter's projections: 0 keeps a pretrained
+    A batch is `clips` clips with `clip_frames` frames each, drawn from the clip; with
+    probability `first_frame` one of them is frame 1, which the flow starts from. The
+    labels of a clip are replaced by null labels with fixed probabilities: `label_dropout` for text
+    and flow together, which guidance starts from, `text_dropout` and `flow_dropout` for one of them
+    alone. `adapter_gain` is the initial size of the adapter's projections: 0 keeps a pretrained
     U-Net as it is at the start, 1 lets a new one learn sooner.
 
-    ``sampling`` is what the checkpoint is to recommend, entries of ``SamplingConfig`` in place of
-    the start's; ``sample_steps`` and ``guidance_scale`` are those of the sample sheets.
+    `sampling` is what the checkpoint is to recommend, entries of `SamplingConfig` in place of
+    the start's; `sample_steps` and `guidance_scale` are those of the sample sheets.
     """
 
     output: str = "runs/stage2"
@@ -78,9 +78,9 @@ class Stage2TrainingConfig(TrainingConfig):
     clips: int = 16
     clip_frames: int = 4
     first_frame: float = 0.25
-    both_null: float = 0.1
-    text_null: float = 0.05
-    flow_null: float = 0.05
+    label_dropout: float = 0.1
+    text_dropout: float = 0.05
+    flow_dropout: float = 0.05
     noise_sharing: str = "shared"
     noise_share: float = 0.5
     gradient_checkpointing: bool = False
@@ -124,13 +124,13 @@ class Stage2Model(nn.Module):
         attach_adapter(unet, flow_adapter)
 
     def flow_tokens(self, conditions: Tensor, null: Tensor) -> Tensor:
-        """Conditions (M,3,88,56) to tokens (M,77,d); the learned null label where ``null`` (M,)."""
+        """Conditions (M,3,88,56) to tokens (M,77,d); the learned null label where `null` (M,)."""
         tokens = self.flow_adapter.encode(conditions)
         nothing = self.flow_adapter.null_tokens(len(tokens)).to(tokens.dtype)
         return torch.where(null[:, None, None], nothing, tokens)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch of :meth:`Stage2Task.batch`; a clip's frames share text, t and null labels."""
+        """The batch of `Stage2Task.batch`; a clip's frames share text, t and null labels."""
         latents, conditions = batch["latents"], batch["conditions"]
         frames = latents.shape[1]
         text = self.text_encoder(batch["token_ids"]).last_hidden_state.repeat_interleave(frames, 0)
@@ -197,10 +197,10 @@ class Stage2Task:
         chosen = torch.randint(len(self.clips), (config.clips,), generator=generator)
         # Drawn independently, both would be null in one clip of a hundred, too few to learn it.
         draw = torch.rand(config.clips, generator=generator)
-        both_null = draw < config.both_null
-        one_null = config.both_null + config.text_null
+        both_null = draw < config.label_dropout
+        one_null = config.label_dropout + config.text_dropout
         text_null = draw < one_null
-        flow_null = both_null | ((draw >= one_null) & (draw < one_null + config.flow_null))
+        flow_null = both_null | ((draw >= one_null) & (draw < one_null + config.flow_dropout))
         timesteps = draw_timesteps(config.clips, self.model_config.schedule, generator)
         # All before any noise: runs that differ in their noise sharing see the same frames.
         frames_of = [self._frames(generator) for _ in chosen]
@@ -281,7 +281,7 @@ class Stage2Task:
 
 
 def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Stage2Task:
-    """Prepare data, latents and model for ``config``."""
+    """Prepare data, latents and model for `config`."""
     clips = training_clips(config)
     model_config, states = _start(config, clips.captions)
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
@@ -373,9 +373,9 @@ def _leave_stage_1_its_text(config: Stage2TrainingConfig) -> None:
 
 
 def train_stage2(config: Stage2TrainingConfig) -> Progress:
-    """Train stage 2 as ``config`` says, or go on with the run in its folder.
+    """Train stage 2 as `config` says, or go on with the run in its folder.
 
-    The folder's ``export.safetensors`` is the whole checkpoint with averaged weights, as of the
+    The folder's `export.safetensors` is the whole checkpoint with averaged weights, as of the
     newest sample sheet.
     """
     return run_training(config, lambda device: build_stage2_task(config, device))

@@ -37,10 +37,10 @@ _EMPTY_WEIGHT = 0.05  # of places where the prompt has no word any more
 class TextTrainingConfig(TrainingConfig):
     """Settings of the text encoder's trainer.
 
-    From random weights in the sizes of ``preset``, with a tokenizer trained on the captions, or
-    from the text encoder of ``checkpoint``. ``keep_weight`` then holds its states near what they
-    were, for the networks that read them already. A batch is ``batch_size`` captions. The layer
-    that reads them names the first ``from_start`` tokens and the last ``from_end``: places from
+    From random weights in the sizes of `preset`, with a tokenizer trained on the captions, or
+    from the text encoder of `checkpoint`. `keep_weight` then holds its states near what they
+    were, for the networks that read them already. A batch is `batch_size` captions. The layer
+    that reads them names the first `from_start` tokens and the last `from_end`: places from
     the end bring the words of different captions together that stand behind texts of different
     length.
     """
@@ -77,7 +77,7 @@ class TextModel(nn.Module):
         return self.reader(states).unflatten(-1, (-1, self.vocabulary))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch of :meth:`TextTask.batch`."""
+        """The batch of `TextTask.batch`."""
         states = self.encoder(batch["token_ids"]).last_hidden_state
         rows = torch.arange(len(states), device=states.device)[:, None]
         logits = self.read(states[rows, batch["positions"]]).float()
@@ -168,7 +168,7 @@ class TextTask:
 
 
 def build_text_task(config: TextTrainingConfig) -> TextTask:
-    """Prepare captions and model for ``config``."""
+    """Prepare captions and model for `config`."""
     captions = _captions(config, config.data.split)
     held_out = _captions(config, config.data.validation_split)
     states: dict[str, Any] = {}
@@ -215,5 +215,5 @@ def _captions(config: TextTrainingConfig, split: str) -> list[str]:
 
 
 def train_text(config: TextTrainingConfig) -> Progress:
-    """Train a text encoder as ``config`` says, or go on with the run in its folder."""
+    """Train a text encoder as `config` says, or go on with the run in its folder."""
     return run_training(config, lambda device: build_text_task(config))

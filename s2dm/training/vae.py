@@ -35,14 +35,14 @@ _QUIET = 6.0
 class VAETrainingConfig(TrainingConfig):
     """Settings of the VAE trainer.
 
-    ``preset`` names the architecture (``s2dm.models.presets``); ``checkpoint`` is a file to start
-    from instead of random weights. ``batch_size`` counts crops of ``crop`` pixels; in a share
-    ``whole_frames`` of the steps it counts as many pixels in whole frames. A share
-    ``motion_share`` of the crops is centred where something moves. For the first ``guide_steps``
+    `preset` names the architecture (`s2dm.models.presets`); `checkpoint` is a file to start
+    from instead of random weights. `batch_size` counts crops of `crop` pixels; in a share
+    `whole_frames` of the steps it counts as many pixels in whole frames. A share
+    `motion_share` of the crops is centred where something moves. For the first `guide_steps`
     steps from random weights the latents are drawn towards a thumbnail of the picture.
-    ``freeze_encoder`` trains the decoder of ``checkpoint`` alone, for latents that stay as they
-    are: a stage 2 that was trained on them remains valid. ``adversarial_weight`` above 0 adds an
-    adversarial loss (``s2dm.training.adversarial``); for the first ``adversarial_warmup`` steps
+    `freeze_encoder` trains the decoder of `checkpoint` alone, for latents that stay as they
+    are: a stage 2 that was trained on them remains valid. `adversarial_weight` above 0 adds an
+    adversarial loss (`s2dm.training.adversarial`); for the first `adversarial_warmup` steps
     its discriminator learns alone.
     """
 
@@ -108,7 +108,7 @@ class VAEModel(nn.Module):
         self.share_of_a_step = 1 / config.gradient_accumulation
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``pixels`` (N,3,H,W) in [0,1] and ``noise`` (N,C,H/8,W/8) for the posterior."""
+        """`pixels` (N,3,H,W) in [0,1] and `noise` (N,C,H/8,W/8) for the posterior."""
         pixels = batch["pixels"] * 2 - 1
         posterior = self.vae.encode(pixels).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -255,7 +255,7 @@ def normalise_latents(state: dict[str, Tensor], mean: Tensor, std: Tensor) -> No
 
     The autoencoder stays the same function of a picture, and its latents get mean 0 and
     standard deviation 1 in every channel, so that the one scaling factor of Stable Diffusion
-    (here 1) fits all of them. ``state`` is in diffusers' keys and is changed in place.
+    (here 1) fits all of them. `state` is in diffusers' keys and is changed in place.
     """
     channels = len(mean)
     for key in ("quant_conv.weight", "quant_conv.bias"):
@@ -274,7 +274,7 @@ def normalise_latents(state: dict[str, Tensor], mean: Tensor, std: Tensor) -> No
 
 
 def build_vae_task(config: VAETrainingConfig) -> VAETask:
-    """Prepare data and model for ``config``."""
+    """Prepare data and model for `config`."""
     data = training_clips(config)
     held_out = held_out_frames(config.data, config.validation_clips)
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
@@ -311,7 +311,7 @@ def _quiet_posterior(vae: nn.Module, channels: int) -> None:
 
 
 def held_out_frames(config: DataConfig, clips: int) -> Tensor:
-    """First and middle frame of ``clips`` held-out clips, (2n,3,H,W)."""
+    """First and middle frame of `clips` held-out clips, (2n,3,H,W)."""
     frames = []
     for clip in held_out_clips(config, clips):
         picture = clip.pixels
@@ -320,8 +320,8 @@ def held_out_frames(config: DataConfig, clips: int) -> Tensor:
 
 
 def train_vae(config: VAETrainingConfig) -> Progress:
-    """Train a VAE as ``config`` says, or go on with the run in its folder.
+    """Train a VAE as `config` says, or go on with the run in its folder.
 
-    The folder's ``export.safetensors`` holds the averaged weights whenever a sheet was written.
+    The folder's `export.safetensors` holds the averaged weights whenever a sheet was written.
     """
     return run_training(config, lambda device: build_vae_task(config))

@@ -1,6 +1,6 @@
 """Weights and inputs that LFDM's own network and ours can both rebuild, for the golden figures.
 
-``tests/unit/data/lfdm_golden.npz`` holds what LFDM's ``Unet3D`` (commit 3601635, with
+`tests/unit/data/lfdm_golden.npz` holds what LFDM's `Unet3D` (commit 3601635, with
 rotary-embedding-torch 0.1.5) computes from them: for each case every sixteenth number of the
 output, put into our order (B, N, 3, h, w), and its bucket of each offset from -63 to 63.
 """

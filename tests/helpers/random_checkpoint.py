@@ -67,7 +67,7 @@ TINY = with_tokenizer(
 
 
 def tiny_config(fusion: str = "channel", **changes: Any) -> S2DMConfig:
-    """`TINY` with another fusion, or without some part (``flow_generator=None``)."""
+    """`TINY` with another fusion, or without some part (`flow_generator=None`)."""
     adapter = dataclasses.replace(TINY.flow_adapter, fusion=fusion)
     return dataclasses.replace(TINY, flow_adapter=adapter, **changes)
 

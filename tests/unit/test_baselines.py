@@ -19,7 +19,7 @@ from random_checkpoint import TINY, write_random_checkpoint
 from tiny_training import DATA, FRAMES
 
 from s2dm.data.puppets import PuppetClips
-from s2dm.evaluation.modes import MODES, Generator, Variant
+from s2dm.evaluation.modes import MODES, ClipSampler, Variant
 from s2dm.flow import FlowField
 from s2dm.models import FlowSampling, S2DMConfig, SamplingConfig
 from s2dm.settings import from_dict, read_settings
@@ -183,7 +183,7 @@ def test_other_files_are_refused(tmp_path, checkpoint):
 
 
 def test_a_batch_is_whole_clips_with_noise_in_every_frame(tmp_path, checkpoint):
-    task = build_task(config(tmp_path, checkpoint, clips=64, text_null=0.25), CPU)
+    task = build_task(config(tmp_path, checkpoint, clips=64, text_dropout=0.25), CPU)
     batch = task.batch(step_generator(0, 0), CPU)
     assert batch["latents"].shape == batch["noise"].shape == (64, FRAMES, 4, 4, 4)
     assert not torch.equal(batch["noise"][:, 0], batch["noise"][:, 1])
@@ -244,8 +244,8 @@ def test_a_run_that_is_stopped_ends_where_one_that_was_not_does(tmp_path, checkp
 
 
 @pytest.fixture(scope="module")
-def generator(checkpoint) -> Generator:
-    return Generator(checkpoint, SamplingConfig(2, 2.0, 1.0), FlowSampling(3))
+def generator(checkpoint) -> ClipSampler:
+    return ClipSampler(checkpoint, SamplingConfig(2, 2.0, 1.0), FlowSampling(3))
 
 
 @pytest.fixture(scope="module")

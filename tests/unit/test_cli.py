@@ -59,7 +59,7 @@ def test_generate_from_a_clip(tmp_path, clip, checkpoint, capsys, name):
     if name == "out.mp4":
         assert fps == pytest.approx(12 * 4 / 6, rel=0.01)
     flow = load_flow(tmp_path / "flow.npz")
-    assert (flow.frames, flow.height, flow.width) == (4, 64, 48)
+    assert (flow.num_frames, flow.height, flow.width) == (4, 64, 48)
 
 
 def test_generate_from_a_flow_follows_its_size_and_length(tmp_path, checkpoint):
@@ -263,7 +263,7 @@ def test_render_writes_clip_flow_and_caption(tmp_path, capsys):
     frames, _ = read_clip(folder / "person01_action02_take0")
     flow = load_flow(folder / "person01_action02_take0.npz")
     assert frames.shape == (3, 3, 32, 32)
-    assert (flow.frames, flow.height, flow.width) == (3, 32, 32)
+    assert (flow.num_frames, flow.height, flow.width) == (3, 32, 32)
     assert (folder / "person01_action02_take0.txt").read_text().strip()
     assert (tmp_path / "sheet.png").exists()
     assert run("render", "--clips", 2, *options) == 0

@@ -20,7 +20,7 @@ from s2dm.data.puppets import PuppetClips
 from s2dm.evaluation import report, run, tables
 from s2dm.evaluation.distances import frechet_distance, kvd
 from s2dm.evaluation.i3d import VideoFeatures
-from s2dm.evaluation.modes import MODES, Generator, Variant
+from s2dm.evaluation.modes import MODES, ClipSampler, Variant
 from s2dm.evaluation.protocol import file_hash
 from s2dm.evaluation.run import EvaluationConfig, evaluate
 from s2dm.flow import FlowField
@@ -244,7 +244,7 @@ def test_protocol_names_the_code_that_made_the_clips(config, monkeypatch):
 def test_frames_that_are_not_finite_are_refused(config, monkeypatch, half):
     from s2dm.evaluation.modes import Made, Mode
 
-    def broken(generator: Generator, clip, variant, seed) -> Made:
+    def broken(generator: ClipSampler, clip, variant, seed) -> Made:
         return Made(torch.full((3, 3, 32, 32), torch.nan), clip.flow, clip.still)
 
     monkeypatch.setitem(MODES, "broken", Mode("broken", broken))
@@ -515,7 +515,7 @@ def test_seeds_and_takes_of_a_clip_count_as_one(config, monkeypatch):
 def test_a_new_mode_is_one_entry(config, monkeypatch):
     from s2dm.evaluation.modes import Made, Mode
 
-    def grey(generator: Generator, clip, variant, seed) -> Made:
+    def grey(generator: ClipSampler, clip, variant, seed) -> Made:
         return Made(torch.full_like(clip.frames, 0.5), clip.flow, clip.still)
 
     monkeypatch.setitem(MODES, "grey", Mode("grey", grey, sampled=False))
@@ -526,7 +526,7 @@ def test_a_new_mode_is_one_entry(config, monkeypatch):
 def test_a_mode_that_was_given_no_flow_is_measured_by_none(config, monkeypatch):
     from s2dm.evaluation.modes import Made, Mode
 
-    def flickering(generator: Generator, clip, variant, seed) -> Made:
+    def flickering(generator: ClipSampler, clip, variant, seed) -> Made:
         """Grey, 2 of 255 lighter in every other frame."""
         frames = torch.full_like(clip.frames, 100 / 255, dtype=torch.float32)
         frames[1::2] += 2 / 255

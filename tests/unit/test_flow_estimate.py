@@ -57,7 +57,7 @@ def square_clip(frames: int = 4, step: int = 5) -> torch.Tensor:
 )
 def test_a_pan_is_found_in_any_size(method, height, width, step):
     field = estimate_flow(panning(3, height, width, step), method)
-    assert (field.frames, field.height, field.width) == (3, height, width)
+    assert (field.num_frames, field.height, field.width) == (3, height, width)
     inner = field.displacement[:, :, 10:-10, 10:-10]
     for i in (1, 2):
         expected = torch.tensor(step).view(2, 1, 1) * i

@@ -160,7 +160,7 @@ def test_condition_and_from_condition_are_inverse(frames, height, width):
 def test_from_condition_makes_a_lawful_field_of_anything_finite():
     condition = torch.randn(3, 3, 8, 8) * 3
     field = FlowField.from_condition(condition, 16, 24)
-    assert (field.frames, field.height, field.width) == (3, 16, 24)
+    assert (field.num_frames, field.height, field.width) == (3, 16, 24)
     with pytest.raises(FlowError, match=r"must be \(N,3,h,w\)"):
         FlowField.from_condition(condition[:, :2], 16, 24)
 

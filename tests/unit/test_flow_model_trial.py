@@ -35,7 +35,7 @@ def dis(first: torch.Tensor, second: torch.Tensor, low: float, high: float) -> t
 def test_a_real_estimator_passes(clip):
     moving = torch.stack([clip[0], clip[0].roll(3, dims=2)])
     field = estimate_flow(moving, lambda first, second: dis(first, second, -1, 1))
-    assert field.frames == 2
+    assert field.num_frames == 2
 
 
 def test_a_model_is_tried_once_a_clip(clip):

@@ -32,7 +32,7 @@ def test_a_real_clip_can_be_read_and_its_flow_explains_it(real_clip):
     start = [cover(frame[None], 96, 120) for frame in itertools.islice(iter_frames(real_clip), 9)]
     frames = torch.cat(start[::2])
     flow = estimate_flow(frames)
-    assert (flow.frames, flow.height, flow.width) == (5, 96, 120)
+    assert (flow.num_frames, flow.height, flow.width) == (5, 96, 120)
     visible = flow.occlusion[1:].expand(-1, 3, -1, -1) < 0.5
     assert visible.float().mean() > 0.6
     explained = (flow.warp(frames[:1]) - frames).abs()[1:][visible].mean()

@@ -96,7 +96,7 @@ def test_log_forgets_what_is_made_again(tmp_path):
 
 
 def _stop_after(monkeypatch, steps: int, stop) -> None:
-    """Call ``stop`` while the batch of step ``steps`` is drawn, which that step still ends."""
+    """Call `stop` while the batch of step `steps` is drawn, which that step still ends."""
     original = Stage2Task.batch
     drawn = []
 

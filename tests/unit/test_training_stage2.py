@@ -114,7 +114,7 @@ def test_frames_share_their_noise_as_configured(stage2_task, sharing):
 )
 def test_null_labels_are_dropped_together_or_alone(stage2_task, both, text, flow):
     empty = stage2_task.token_ids[-1]
-    batch = _batch(stage2_task, both_null=both, text_null=text, flow_null=flow)
+    batch = _batch(stage2_task, label_dropout=both, text_dropout=text, flow_dropout=flow)
     assert bool((batch["token_ids"] == empty).all()) == bool(both or text)
     assert bool(batch["flow_null"].all()) == bool(both or flow)
 

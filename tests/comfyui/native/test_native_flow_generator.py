@@ -190,7 +190,7 @@ def test_every_input_counts(tiny):
 def test_any_number_of_frames(tiny, frames):
     """The network makes its four frames, and they are retimed."""
     flow = generate(tiny, frames=frames)
-    assert flow.frames == frames
+    assert flow.num_frames == frames
     assert torch.equal(flow.displacement, generate(tiny).retime(frames).displacement)
 
 

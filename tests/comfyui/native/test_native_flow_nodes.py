@@ -19,7 +19,7 @@ def test_an_optical_flow_model_is_used(rig, wrapped):
     model = PanModel(4.0, 0.0)
     model = ModelPatcher(model, cpu, cpu) if wrapped else model
     (flow,) = rig.run("S2DMEstimateFlow", frames=frames(3), method="model", optical_flow=model)
-    assert (flow.frames, flow.height, flow.width) == (3, 128, 136)
+    assert (flow.num_frames, flow.height, flow.width) == (3, 128, 136)
     assert flow.displacement[1, 0].unique().tolist() == [4.0]
 
 
@@ -55,7 +55,7 @@ def test_a_model_that_measures_something_else_is_refused(rig):
 
 def test_alpha_is_dropped_and_one_frame_is_still(rig):
     (flow,) = rig.run("S2DMEstimateFlow", frames=frames(1, channels=4), method="dis")
-    assert flow.frames == 1 and not flow.displacement.any()
+    assert flow.num_frames == 1 and not flow.displacement.any()
 
 
 def test_grey_moves_as_its_colour_of_three_channels_does(rig):
