@@ -10,13 +10,12 @@ import torch
 from comfy_api.latest import io
 
 from ..s2dm.flow import FlowField
+from ..s2dm.models import LATENT_CELL, whole_cells
 from .native.labels import LABEL, FlowLabel
 from .native.recommended import AUTO
 from .schema import advanced, flow_strength, named_errors, schema
 from .types import Flow
 
-_STEP = 8
-"""Pixels along each side of one latent."""
 _GUIDE_FLOW = ("auto", "on", "off")
 
 
@@ -32,7 +31,7 @@ def _side(name: str) -> io.Input:
         default=0,
         min=0,
         max=8192,
-        step=_STEP,
+        step=LATENT_CELL,
         tooltip=f"{name.capitalize()} of the clip in pixels; the flow is resized. 0: as the flow.",
     )
 
@@ -143,11 +142,17 @@ class EncodeFlow(io.ComfyNode):
             flow = _still_frame(width, height) if flow is None else flow
             _check(flow, start_percent, end_percent, mask)
         start = None if start_percent < 0 else start_percent
+        size = (height or flow.height, width or flow.width)
+        canvas = [whole_cells(side) for side in size]
+        if canvas != [*size]:
+            flow = flow.resize(*size).pad(*canvas)
         label = FlowLabel(flow, strength, start, end_percent, mask)
         of_negative = {LABEL: None if guide_flow == "on" else label, AUTO: guide_flow == "auto"}
-        size = (_latents(height or flow.height), _latents(width or flow.width))
         samples = torch.zeros(
-            flow.num_frames, 4, *size, device=comfy.model_management.intermediate_device()
+            flow.num_frames,
+            4,
+            *(side // LATENT_CELL for side in canvas),
+            device=comfy.model_management.intermediate_device(),
         )
         return io.NodeOutput(
             node_helpers.conditioning_set_values(positive, {LABEL: label}),
@@ -164,11 +169,6 @@ def _still_frame(width: int, height: int) -> FlowField:
             f"and {width}x{height}. Connect a flow, or set both."
         )
     return FlowField.zeros(1, height, width)
-
-
-def _latents(pixels: int) -> int:
-    """Latents along a side of this many pixels, at least one."""
-    return max(1, round(pixels / _STEP))
 
 
 def _check(flow: FlowField, start: float, end: float, mask: torch.Tensor | None) -> None:

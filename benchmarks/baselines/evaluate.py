@@ -26,7 +26,7 @@ from warping import warping
 from s2dm import cli
 from s2dm.evaluation.modes import MODES, ClipSampler, Made, Make, Mode, Variant
 from s2dm.evaluation.protocol import file_hash
-from s2dm.models import load_checkpoint
+from s2dm.models import load_checkpoint, whole_cells
 from s2dm.pipelines import embed_prompts
 from s2dm.pipelines.modules import build
 from s2dm.training.loop import training_of
@@ -43,7 +43,8 @@ def video_diffusion(network: VideoDiffusion, guidance: float | None) -> Make:
             text = embed_prompts(pipeline.text_encoder, pipeline.tokenizer, [clip.caption])
         height, width = clip.flow.height, clip.flow.width
         # Sizes that are no whole number of latent cells are made a little larger.
-        cells = (-(-side // pipeline.vae_factor) for side in (height, width))
+        factor = pipeline.vae_factor
+        cells = (whole_cells(side, factor) // factor for side in (height, width))
         latents = generate_latents(
             network,
             text,

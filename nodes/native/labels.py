@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...s2dm.flow import FlowField
-from ...s2dm.models import FlowAdapter
+from ...s2dm.models import LATENT_CELL, FlowAdapter
 
 LABEL = "s2dm_flow"
 """Key of a `FlowLabel`, or of None for the null label, in a conditioning entry."""
@@ -28,9 +28,6 @@ TABLES = "s2dm_tokens"
 first."""
 _ROW, _WINDOW, _MASK = "s2dm_row", "s2dm_window", "s2dm_mask"
 """Keys among the model conditions of an entry: rows of the table, sigmas, and where it is seen."""
-_FACTOR = 8
-"""Pixels along each side of one latent of Stable Diffusion."""
-
 _ALWAYS = (float("inf"), float("-inf"))
 
 
@@ -185,7 +182,8 @@ def _seen(flow: FlowField, area: tuple[int, ...] | None, size: tuple[int, int]) 
     # Straight from its own size where the whole is seen: each resize takes off sharpness.
     if area is None or tuple(area) == (*size, 0, 0):
         return flow
-    return flow.resize(*(side * _FACTOR for side in size)).crop(*(side * _FACTOR for side in area))
+    size, area = ([side * LATENT_CELL for side in sides] for sides in (size, area))
+    return flow.resize(*size).crop(*area)
 
 
 def _window(label: FlowLabel | None, sampling: Any, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from comfy.model_base import ModelType
 
 from ...s2dm.models import (
+    LATENT_CELL,
     STAGE_1,
     STAGE_2,
     Checkpoint,
@@ -38,7 +39,6 @@ from .parts import CheckedVAE
 from .previews import fit_preview
 from .stage1 import MODEL_TYPES, Stage1, load_network
 
-_LATENT_FACTOR = 8
 # Core calls by "linear" what others call "scaled_linear": linear in the root of beta.
 _BETA_SCHEDULES = {"scaled_linear": "linear"}
 
@@ -65,9 +65,9 @@ def load_all(path: str, chunk_size: int = 0) -> Loaded:
     """
     checkpoint = load_checkpoint(path, STAGE_2, optional=STAGE_1)
     config = checkpoint.config
-    if config.vae.factor != _LATENT_FACTOR or config.vae.latent_channels != config.unet.in_channels:
+    if config.vae.factor != LATENT_CELL or config.vae.latent_channels != config.unet.in_channels:
         raise CheckpointError(
-            f"vae: expected {config.unet.in_channels} latent channels of {_LATENT_FACTOR} pixels "
+            f"vae: expected {config.unet.in_channels} latent channels of {LATENT_CELL} pixels "
             f"a side, got {config.vae.latent_channels} of {config.vae.factor}. ComfyUI can't "
             "sample such latents."
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import invert, pixel_grid, resample, sample_at
@@ -110,6 +111,14 @@ class FlowField:
         """
         rows, columns = slice(top, top + height), slice(left, left + width)
         return FlowField(self.displacement[..., rows, columns], self.occlusion[..., rows, columns])
+
+    def pad(self, height: int, width: int) -> FlowField:
+        """The field at the top left of a larger picture; what is added moves as the border does."""
+        margin = (0, width - self.width, 0, height - self.height)
+        return FlowField(
+            F.pad(self.displacement, margin, mode="replicate"),
+            F.pad(self.occlusion, margin, mode="replicate"),
+        )
 
     def scale(self, factor: float) -> FlowField:
         """Move `factor` times as far (negative: the other way, 0: a still clip).

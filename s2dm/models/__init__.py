@@ -14,6 +14,7 @@ from .checkpoint import (
 from .config import (
     FORMAT_VERSION,
     FUSIONS,
+    LATENT_CELL,
     FlowAdapterConfig,
     FlowGeneratorConfig,
     S2DMConfig,
@@ -22,6 +23,7 @@ from .config import (
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
+    whole_cells,
 )
 from .flow_codec import constrain, decode_flow, encode_flow, mean_motion
 from .flow_generator import FlowGenerator
@@ -33,6 +35,7 @@ __all__ = [
     "FLOW_SAMPLERS",
     "FORMAT_VERSION",
     "FUSIONS",
+    "LATENT_CELL",
     "MAX_FRAMES",
     "PARTS",
     "PUPPETS",
@@ -62,6 +65,7 @@ __all__ = [
     "read_config",
     "save_checkpoint",
     "train_tokenizer",
+    "whole_cells",
     "with_tokenizer",
     "write_tokenizer",
 ]

@@ -23,6 +23,8 @@ FUSIONS = ("channel", "token")
 NORM_SPANS = ("frame", "clip")
 NULL_LABELS = ("learned", "zero")
 UPSAMPLINGS = ("nearest", "transposed")
+LATENT_CELL = 8
+"""Pixels along each side of one latent of Stable Diffusion."""
 NORM_GROUPS = 32  # GroupNorm groups in every block of Stable Diffusion
 
 # Far above any real model. A damaged file may claim any number, and what follows from it must
@@ -39,6 +41,11 @@ _HUGE = 1e30
 
 _C = TypeVar("_C", bound="_Config")
 _LAYER = re.compile(r"(input|middle|output)_[0-9]{1,3}_[0-9]{1,3}")
+
+
+def whole_cells(side: int, cell: int = LATENT_CELL) -> int:
+    """Pixels of the latents that hold a side of so many pixels: the next multiple of `cell`."""
+    return -(-side // cell) * cell
 
 
 class _Config:

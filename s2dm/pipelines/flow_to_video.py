@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -24,6 +23,7 @@ from ..models import (
     ScheduleConfig,
     load_checkpoint,
     save_checkpoint,
+    whole_cells,
 )
 from ..sector import SHARED, NoiseSharing, guide, sample
 from .attention import attach_adapter, is_attached
@@ -232,7 +232,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
         device = self._execution_device
         canvas = self._canvas(height, width)
         shape = (self.vae.config.latent_channels, *(side // self.vae_factor for side in canvas))
-        flow = _on_canvas(flow, (height, width), canvas)
+        if canvas != (height, width):
+            flow = flow.resize(height, width).pad(*canvas)
         labels = self._labels(prompt, negative_prompt, flow, guidance_scale, flow_guidance_scale)
         without_flow = [(text, self._null_tokens(len(flow))) for text, _ in labels]
         # As ComfyUI counts the percent of a schedule.
@@ -291,8 +292,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
 
     def _canvas(self, height: int, width: int) -> tuple[int, int]:
         """The size in pixels that is generated for a clip of this size, in whole latent cells."""
-        factor = self.vae_factor
-        return -(-height // factor) * factor, -(-width // factor) * factor
+        return whole_cells(height, self.vae_factor), whole_cells(width, self.vae_factor)
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:
@@ -391,21 +391,6 @@ def check_arguments(prompt: str, output_type: str, chunk_size: int) -> None:
         raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}.")
     if chunk_size < 1:
         raise ValueError(f"Expected chunk_size of at least 1, got {chunk_size}.")
-
-
-def _on_canvas(flow: FlowField, size: tuple[int, int], canvas: tuple[int, int]) -> FlowField:
-    """The field of a picture of `size` as a part of a larger canvas, at its top left.
-
-    What is added to the right and below moves as the border does.
-    """
-    if size == canvas:
-        return flow  # of any size: its condition doesn't depend on it
-    flow = flow.resize(*size)
-    margin = (0, canvas[1] - size[1], 0, canvas[0] - size[0])
-    return FlowField(
-        F.pad(flow.displacement, margin, mode="replicate"),
-        F.pad(flow.occlusion, margin, mode="replicate"),
-    )
 
 
 def _same_length(texts: list[Tensor]) -> list[Tensor]:
