@@ -6,9 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..s2dm.models import load_checkpoint
 from .native.adapter import apply_adapter
 from .native.files import find_file, list_files
-from .native.loading import load_adapter, load_all
+from .native.loading import load_all
+from .native.saving import keep_when_saving
 from .schema import advanced, flow_strength, named_errors, schema
 from .types import FlowGenerator
 
@@ -138,9 +140,10 @@ class ApplyFlowAdapter(io.ComfyNode):
         cls, model: Any, adapter: str, strength: float = 1.0, frames_at_once: int = 0
     ) -> io.NodeOutput:
         with named_errors(cls):
-            config, state = load_adapter(find_file(adapter))
-            return io.NodeOutput(
-                apply_adapter(
-                    model, config.flow_adapter, state, strength, frames_at_once, config.sampling
-                )
+            found = load_checkpoint(find_file(adapter), parts=("flow_adapter",))
+            sampling = found.config.sampling
+            patched = apply_adapter(
+                model, *found["flow_adapter"], strength, frames_at_once, sampling
             )
+            keep_when_saving(patched, found.config.adapter_only(), strength)
+            return io.NodeOutput(patched)

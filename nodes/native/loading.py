@@ -37,6 +37,7 @@ from .adapter import apply_adapter
 from .compat import is_dynamic, load_weights, make_clip, patcher_class
 from .parts import CheckedVAE
 from .previews import fit_preview
+from .saving import keep_when_saving
 from .stage1 import MODEL_TYPES, Stage1, load_network
 
 # Core calls by "linear" what others call "scaled_linear": linear in the root of beta.
@@ -86,7 +87,10 @@ def load_all(path: str, chunk_size: int = 0) -> Loaded:
         sampling=config.sampling,
     )
     clip = load_clip(checkpoint["text_encoder"], config.tokenizer)
-    return Loaded(config, model, clip, vae, _stage1(checkpoint, clip, vae))
+    stage1 = _stage1(checkpoint, clip, vae)
+    generator = stage1 and stage1.network.model.diffusion_model.generator
+    keep_when_saving(model, config, generator=generator)
+    return Loaded(config, model, clip, vae, stage1)
 
 
 def _stage1(checkpoint: Checkpoint, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> Stage1 | None:
@@ -95,12 +99,6 @@ def _stage1(checkpoint: Checkpoint, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> S
     config, state = checkpoint["flow_generator"]
     check_reference(config, checkpoint["vae"].config.latent_channels)
     return Stage1(checkpoint.config, load_network(config, state), clip, vae)
-
-
-def load_adapter(path: str) -> tuple[S2DMConfig, State]:
-    """The config and the weights of a flow adapter, from any S2DM file that holds one."""
-    adapter = load_checkpoint(path, parts=("flow_adapter",))
-    return adapter.config, adapter["flow_adapter"].state
 
 
 def load_model(

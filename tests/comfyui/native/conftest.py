@@ -126,8 +126,8 @@ class Rig:
 
     def adapter(self) -> tuple[Any, dict[str, torch.Tensor]]:
         """The config and the weights of the checkpoint's adapter."""
-        config, state = self.module("nodes.native.loading").load_adapter(str(self.checkpoint))
-        return config.flow_adapter, state
+        files = self.module("s2dm.models.checkpoint")
+        return files.load_checkpoint(self.checkpoint, parts=("flow_adapter",))["flow_adapter"]
 
     def plain_model(self) -> Any:
         """The U-Net as core gives it, without adapter."""
