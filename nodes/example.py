@@ -21,14 +21,18 @@ def place_example_clip() -> None:
     run. Where the folder can't be written the templates ask for a clip of the user's own.
     """
     target = Path(folder_paths.get_input_directory()) / CLIP.name
-    if target.exists():
-        return
     temporary = target.with_name(f".{CLIP.stem}-{os.getpid()}{CLIP.suffix}")
+    # A folder that can't be read, or isn't there any more, fails at every one of these steps.
     try:
-        shutil.copyfile(CLIP, temporary)
-        temporary.replace(target)
+        if target.exists():
+            return
+        try:
+            shutil.copyfile(CLIP, temporary)
+            temporary.replace(target)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         logger.warning("The example clip was not placed in the input folder: %s", error)
     else:
         logger.info("Placed the example clip of the S2DM workflows at %s", target)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import folder_paths
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "s2dm"
 _BUNDLED = " (bundled)"
@@ -12,17 +15,38 @@ _ASSETS = Path(__file__).resolve().parents[2] / "s2dm" / "assets"
 
 
 def register_folder() -> None:
-    """Make `models/s2dm` known. Folders that the user has set for it stay."""
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+    """Make `models/s2dm` known and, if it can be, there. Folders that the user has set stay.
+
+    `output/s2dm` is listed too: core's save nodes write there, under a name like s2dm/NAME.
+    """
+    folder = Path(folder_paths.models_dir) / FOLDER
+    folder_paths.add_model_folder_path(FOLDER, str(folder))
+    saved = Path(folder_paths.get_output_directory()) / FOLDER
+    folder_paths.add_model_folder_path(FOLDER, str(saved))
     # Without extensions of its own a folder lists every file.
     folders, extensions = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (folders, extensions or {".safetensors"})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("S2DM: the folder for checkpoints could not be made: %s", error)
 
 
 def list_files() -> list[str]:
-    """What the loaders offer: the bundled checkpoints first, then the user's."""
-    bundled = sorted(path.name + _BUNDLED for path in _ASSETS.glob("*.safetensors"))
-    return bundled + folder_paths.get_filename_list(FOLDER)
+    """What the loaders offer: the bundled checkpoints first, then the user's.
+
+    A folder that can't be read hides the user's: an error here would cost the pack its nodes.
+    """
+    try:
+        bundled = sorted(path.name + _BUNDLED for path in _ASSETS.glob("*.safetensors"))
+    except OSError as error:
+        logger.warning("S2DM: the bundled checkpoints could not be listed: %s", error)
+        bundled = []
+    try:
+        return bundled + folder_paths.get_filename_list(FOLDER)
+    except OSError as error:
+        logger.warning("S2DM: the checkpoints in models/%s could not be listed: %s", FOLDER, error)
+        return bundled
 
 
 def find_file(name: str) -> str:

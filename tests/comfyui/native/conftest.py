@@ -138,7 +138,7 @@ class Rig:
 
 @pytest.fixture(scope="session")
 def comfy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ComfyUI, importable, on the CPU."""
+    """ComfyUI, importable, on the CPU, with folders of its own for models, input and output."""
     named = os.environ.get("COMFYUI_PATH") or os.environ.get("S2DM_COMFYUI")
     if not named:
         pytest.skip("COMFYUI_PATH is not set; `nox -s tests` sets it")
@@ -148,11 +148,8 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from comfy.cli_args import args
 
     args.cpu = True
+    args.base_directory = str(tmp_path_factory.mktemp("base"))
     torch.set_num_threads(1)
-    import folder_paths
-
-    # Previews go there; ComfyUI's own folder stays as it is.
-    folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))
     return folder
 
 
