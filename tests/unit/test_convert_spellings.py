@@ -189,7 +189,7 @@ def test_weights_of_one_memory_are_saved(tmp_path, states):
 
 
 def test_a_folder_without_a_part(tmp_path, states):
-    from s2dm.models.build import build_text_encoder, build_unet
+    from s2dm.pipelines.modules import build_text_encoder, build_unet
 
     folder = tmp_path / "sd"
     for part, build in (("unet", build_unet), ("text_encoder", build_text_encoder)):
