@@ -53,12 +53,12 @@ from s2dm.evaluation.clip_metrics import (
     still_region,
 )
 from s2dm.evaluation.distances import bootstrap_interval
-from s2dm.evaluation.modes import ClipSampler, Sampling, Variant
+from s2dm.evaluation.modes import ClipSampler, Variant
 from s2dm.evaluation.protocol import ProtocolCard, file_hash
 from s2dm.evaluation.run import shuffled
 from s2dm.files import replacing, write_json
 from s2dm.flow import FlowField, estimate_flow, flow_to_image
-from s2dm.models import read_config
+from s2dm.models import FlowSampling, read_config
 from s2dm.video import cover, iter_frames, write_contact_sheet
 
 SHIFT, SCALE, PAN = 16, 0.75, 16  # pixels, share of the size, pixels over the whole clip
@@ -341,7 +341,7 @@ def main() -> None:
     options = parser.parse_args()
 
     config = read_config(options.checkpoint)
-    sampling = Sampling().filled(config.sampling)
+    sampling, flow_sampling = config.sampling, FlowSampling()
     weights = file_hash(options.checkpoint)
     card = ProtocolCard(
         checkpoint=f"{options.checkpoint.name} ({weights})",
@@ -352,8 +352,8 @@ def main() -> None:
         size=config.resolution,
         notes={
             "noise": "of clip, person or prompt k drawn with seed k",
-            "sampling": f"{sampling}, float32; stage 1 DPM-Solver++ 2M, {sampling.flow_steps} "
-            f"steps, guidance {sampling.flow_text_guidance:g}",
+            "sampling": f"{sampling}, float32; stage 1 DPM-Solver++ 2M, {flow_sampling.steps} "
+            f"steps, guidance {flow_sampling.guidance_scale:g}",
             "flow error": "end-point error between given flow and dis flow of the clip, where the "
             "given flow is longer than 1 pixel and not occluded, over its mean length there; 1 "
             "is as wrong as standing still",
