@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import invert, pixel_grid, resample, sample_at
+from .geometry import Inverse, invert, pixel_grid, resample, sample_at
 
 
 class FlowError(ValueError):
@@ -163,7 +163,7 @@ class FlowField:
         displacement, occlusion = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         return FlowField(displacement, occlusion)
 
-    def _rebased(self, index: int, reference: int, layers: list) -> tuple[Tensor, Tensor]:
+    def _rebased(self, index: int, reference: int, layers: list[Inverse]) -> tuple[Tensor, Tensor]:
         """Flow (2,H,W) and occlusion (1,H,W) of a frame, measured from the reference frame."""
         grid = pixel_grid(self.height, self.width, self.displacement)
         back = self.displacement[reference]
@@ -221,7 +221,7 @@ class FlowField:
                 f"to warp, give an image of (1 or {self.num_frames}, C, {self.height}, "
                 f"{self.width}), got {tuple(image.shape)}; resize the field or the image"
             )
-        grid = pixel_grid(*size, self.displacement)
+        grid = pixel_grid(self.height, self.width, self.displacement)
         position = (grid + self.displacement).to(image.device)
         # In float32: half precision can't tell the pixels of a larger picture apart.
         frames = image.float().expand(self.num_frames, -1, -1, -1)

@@ -58,12 +58,12 @@ def save_flow(
     if precision not in ("float16", "float32"):
         raise FlowError(f"precision must be float16 or float32, got {precision!r}")
     if path.suffix.lower() == ".npz":
-        parts = {
-            "displacement": _to_numpy(field.displacement, precision),
-            "occlusion": _to_numpy(field.occlusion, precision),
-        }
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **parts)
+            np.savez_compressed(
+                file,
+                displacement=_to_numpy(field.displacement, precision),
+                occlusion=_to_numpy(field.occlusion, precision),
+            )
     elif path.suffix.lower() == ".flo":
         if field.num_frames != 2:
             raise FlowError(

@@ -40,7 +40,8 @@ class Attention(nn.Module):
         """(*, length, width) to the same shape, without the residual sum."""
         flat = self.to_qkv(self.norm(tokens)).flatten(0, -3)
         qkv = flat.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = self.mix(*qkv.unbind(0), bias)  # (rows, heads, length, head_dim)
+        q, k, v = qkv.unbind(0)  # (rows, heads, length, head_dim)
+        out = self.mix(q, k, v, bias)
         return self.to_out(out.transpose(1, 2).flatten(2)).view_as(tokens)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -99,9 +100,9 @@ class RelativePositionBias(nn.Embedding):
     def __init__(self, heads: int) -> None:
         super().__init__(self.BUCKETS, heads)
 
-    def forward(self, frames: int) -> Tensor:
-        """Return (heads, frames, frames); rows are queries."""
-        position = torch.arange(frames, device=self.weight.device)
+    def forward(self, num_frames: int) -> Tensor:  # type: ignore[override]
+        """Return (heads, N, N) for N frames; rows are queries."""
+        position = torch.arange(num_frames, device=self.weight.device)
         bucket = self.bucket(position[None, :] - position[:, None])
         return super().forward(bucket).permute(2, 0, 1)
 

@@ -217,6 +217,8 @@ def save_checkpoint(
     """
     path = Path(path)
     config = checkpoint.config
+    if not checkpoint.states:
+        raise CheckpointError(f"{path.name}: not saved: expected at least one part, got none.")
     try:
         _check_tokenizer(config)
     except ValueError as error:

@@ -48,6 +48,7 @@ def whole_cells(side: int, cell: int = LATENT_CELL) -> int:
     return -(-side // cell) * cell
 
 
+@dataclass(frozen=True)
 class _Config:
     """Dictionary form and checks that all configs share."""
 
@@ -90,13 +91,14 @@ class _Config:
     def _expect_widths(self) -> None:
         """Multipliers of the levels, and what follows from them."""
         self._expect_multipliers("channel_mult")
-        good = max(self.widths) <= _MOST
+        good = max(getattr(self, "widths")) <= _MOST  # noqa: B009 (of those that have levels)
         self._expect(good, "channel_mult", f"levels of at most {_MOST} channels")
 
     def _expect_levels(self) -> None:
         self._expect_widths()
         # ldm and diffusers agree on the width of the first convolution only then.
-        self._expect(self.channel_mult[0] == 1, "channel_mult", "a list that starts with 1")
+        first, *_ = getattr(self, "channel_mult")  # noqa: B009
+        self._expect(first == 1, "channel_mult", "a list that starts with 1")
 
 
 def _is_count(value: Any, most: int = _MOST, least: int = 1) -> bool:

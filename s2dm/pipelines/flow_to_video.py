@@ -221,7 +221,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         guidance_scale, flow_guidance_scale = sampling.guidance_scale, sampling.flow_guidance_scale
         if flow_guidance_scale == guidance_scale:
             flow_guidance_scale = None  # the same from two predictions in place of three
-        check_arguments(prompt, output_type, chunk_size)
+        check_arguments(prompt, output_type, chunk_size, noise_sharing)
         if not is_attached(self.unet, self.flow_adapter.adapter):
             # Attention slicing, xFormers and fused projections put their own attention there.
             attach_adapter(self.unet, self.flow_adapter.adapter)
@@ -379,7 +379,9 @@ class FlowToVideoPipeline(DiffusionPipeline):
         return list(prediction.to(latents.dtype).chunk(len(labels)))
 
 
-def check_arguments(prompt: str, output_type: str, chunk_size: int) -> None:
+def check_arguments(
+    prompt: str, output_type: str, chunk_size: int, noise_sharing: NoiseSharing
+) -> None:
     """Check the arguments that both pipelines take.
 
     Raises:
@@ -391,6 +393,10 @@ def check_arguments(prompt: str, output_type: str, chunk_size: int) -> None:
         raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}.")
     if chunk_size < 1:
         raise ValueError(f"Expected chunk_size of at least 1, got {chunk_size}.")
+    if not isinstance(noise_sharing, NoiseSharing):
+        raise ValueError(
+            f'Expected a NoiseSharing, such as NoiseSharing("shared"), got {noise_sharing!r}.'
+        )
 
 
 def _same_length(texts: list[Tensor]) -> list[Tensor]:

@@ -180,7 +180,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         config = self.flow_generator.network.config
         num_frames = config.frames if num_frames is None else num_frames
         sampling = self._sampling(sampling)
-        check_arguments(prompt, output_type, chunk_size)
+        check_arguments(prompt, output_type, chunk_size, noise_sharing)
         flow_sampling.check(config, num_frames)
         height, width = self._size(height, width)
         picture = None if reference is None else _picture(reference, height, width)

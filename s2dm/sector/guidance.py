@@ -29,12 +29,12 @@ def guide(
     Raises:
         ValueError: only one of `flow_only` and `flow_scale` is given.
     """
-    if (flow_only is None) != (flow_scale is None):
+    if flow_only is None and flow_scale is None:
+        return unconditional + scale * (conditional - unconditional)
+    if flow_only is None or flow_scale is None:
         raise ValueError(
             "A flow scale needs the prediction with flow and null text, and vice versa."
         )
-    if flow_only is None:
-        return unconditional + scale * (conditional - unconditional)
     return (
         unconditional + flow_scale * (flow_only - unconditional) + scale * (conditional - flow_only)
     )

@@ -145,7 +145,13 @@ class StepNoise(TorchFunctionMode):
         self.generator = generator
         self.sharing = sharing
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.randn_like:
             shape, like = tuple(args[0].shape), args[0]

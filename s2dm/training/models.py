@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import presets
-from ..models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ..models.checkpoint import Checkpoint, load_checkpoint, parts_of, save_checkpoint
 from ..models.config import S2DMConfig, VAEConfig
 from ..models.keys import to_ldm, vae_keys
 from ..pipelines.modules import build_vae, to_checkpoint
@@ -59,5 +59,9 @@ def save_model(
     others: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Write a model in half precision: trained `modules`, and the `others` as read."""
-    trained = to_checkpoint(config, modules).states
-    save_checkpoint(path, Checkpoint(config, {**others, **trained}), torch.float16)
+    states = {**others, **to_checkpoint(config, modules).states}
+    if missing := set(parts_of(config)) - set(states):
+        raise ValueError(
+            f"not exported: expected weights of {', '.join(sorted(missing))}, got none."
+        )
+    save_checkpoint(path, Checkpoint(config, states), torch.float16)
