@@ -35,7 +35,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "prompt", help='such as "A man, wearing a red coat and blue jeans is squat"'
     )
     motion = parser.add_mutually_exclusive_group()
-    motion.add_argument("--clip", type=Path, help="video or folder of images to take motion from")
+    motion.add_argument(
+        "--clip", type=Path, help="video, animation or folder of images to take motion from"
+    )
     motion.add_argument(
         "--flow",
         type=Path,

@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
-from ..files import in_order, is_left_by_systems, read_text
+from ..files import is_left_by_systems, read_text
 from ..flow import estimate_flow
-from ..video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_clip
+from ..video import MOVING_SUFFIXES, VIDEO_SUFFIXES, is_clip, read_clip
 from .clip import Clip
 
 _SPLITS = ("train", "test")
 _HELD_OUT = 0.1
 """Share of the clips that is held out where the folder doesn't say which."""
-_READING = b"upright, spread in time"
+_READING = b"as a screen shows them, spread in time"
 """How clips are read; with another way of reading what was prepared by this one is stale."""
 
 
@@ -65,8 +65,8 @@ class VideoClips:
         if not self.paths:
             raise ValueError(
                 f"No clip of the split {name!r} in {folder}: expected videos "
-                f"({', '.join(VIDEO_SUFFIXES)}) or folders of images, two or more, each with a "
-                "text file of the same name beside it."
+                f"({', '.join(VIDEO_SUFFIXES)}), animations ({', '.join(MOVING_SUFFIXES)}) or "
+                "folders of images, two or more, each with a text file of the same name beside it."
             )
         self.captions = _captions(self.paths)
         self._size, self._frames = size, frames
@@ -102,7 +102,7 @@ def _clips(folder: Path) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not is_left_by_systems(name)]
-        found += [path for name in folders + files if _is_clip(path := Path(parent, name))]
+        found += [path for name in folders + files if is_clip(path := Path(parent, name))]
     return sorted(found)
 
 
@@ -116,14 +116,6 @@ def _held_out(names: list[str]) -> list[bool]:
     low = sum(int.from_bytes(digest, "big") < _HELD_OUT * 2**256 for digest in hashes)
     lowest = set(sorted(hashes)[: max(1, min(low, len(names) - 1))])
     return [digest in lowest for digest in hashes]
-
-
-def _is_clip(path: Path) -> bool:
-    if is_left_by_systems(path.name):
-        return False
-    if path.is_dir():
-        return any(file.suffix.lower() in IMAGE_SUFFIXES for file in in_order(path.iterdir()))
-    return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def _captions(clips: Iterable[Path]) -> list[str]:

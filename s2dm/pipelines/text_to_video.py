@@ -32,7 +32,7 @@ from ..models import (
 from ..sector import SHARED, NoiseSharing, seed_of_flow
 from ..video import cover
 from ..video.frames import from_uint8
-from ..video.read import image_pixels
+from ..video.pictures import image_pixels
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
 from .flow_to_video import FlowToVideoPipeline, check_arguments
 from .modules import build

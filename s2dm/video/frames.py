@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,20 @@ DEFAULT_FPS = 8.0
 
 class VideoError(ValueError):
     """A clip can't be read or written; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A frame of a clip that is being read.
+
+    Attributes:
+        time: when it is shown, in seconds; None where nothing says so.
+        pixels: gives it as (H, W, 3) uint8, until the next one is read. A reader that wants
+            only some frames calls it for those alone.
+    """
+
+    time: float | None
+    pixels: Callable[[], np.ndarray]
 
 
 def from_uint8(pixels: np.ndarray) -> Tensor:

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import in_order
-from .frames import DEFAULT_FPS, VideoError, cover, from_uint8, size_text, spread
-
-if TYPE_CHECKING:
-    import av
-    from PIL import Image
-
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".gif")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from ..files import in_order, is_left_by_systems
+from .formats import IMAGE_SUFFIXES, MOVING_SUFFIXES, VIDEO_SUFFIXES
+from .frames import DEFAULT_FPS, Moment, VideoError, cover, from_uint8, size_text, spread
+from .movie import Movie
+from .pictures import Pictures, is_animation, is_picture, picture_pixels
 
 
 def iter_frames(path: str | os.PathLike[str]) -> Iterator[Tensor]:
     """Yield the frames of a video file or of a folder of images, in order.
 
     Args:
-        path: a video that FFmpeg reads, or a folder whose images (PNG, JPEG, WebP, BMP) are the
-            frames in the order of their names, 2 before 10.
+        path: a video that FFmpeg reads, an animated GIF, WebP, PNG or AVIF, or a folder whose
+            images (PNG, JPEG, WebP, AVIF, BMP, TIFF) are the frames in the order of their names,
+            2 before 10.
 
     Yields:
-        (3, H, W) float32 tensors in [0, 1].
+        (3, H, W) float32 tensors in [0, 1], as a screen shows them: upright, mirrored where the
+        file says so, with square pixels, HDR and wide gamuts mapped to sRGB.
 
     Raises:
-        VideoError: the path is missing, is not a video, or holds no frames.
+        VideoError: the path is missing, is not a video, holds no frames, or colours or a display
+            matrix that can't be shown right.
     """
     path = Path(path)
     empty = True
-    for pixels in _iter_pixels(path):
+    for moment in _clip(path).moments():
         empty = False
-        yield from_uint8(pixels)
+        yield from_uint8(moment.pixels())
     if empty:
         raise VideoError(f"{path} holds no frames.")
 
@@ -74,16 +72,18 @@ def read_clip(
         raise ValueError(f"Expected at least 1 frame, got frames={frames}.")
     if size is not None and min(size) < 1:
         raise ValueError(f"Expected a positive (height, width), got {size}.")
-    fps = frame_rate(path)
+    clip = _clip(path)
+    fps = clip.rate()
     wanted: list[int] | None = None
     if frames is not None:
-        wanted, fps = _spread_in_time(path, _frame_times(path), frames, fps)
+        times = [moment.time for moment in clip.moments()]
+        wanted, fps = _spread_in_time(path, times, frames, fps)
     kept: list[Tensor] = []
-    for index, pixels in enumerate(_iter_pixels(path)):
+    for index, moment in enumerate(clip.moments()):
         repeats = 1 if wanted is None else wanted.count(index)
         if not repeats:
             continue
-        frame = from_uint8(pixels)
+        frame = from_uint8(moment.pixels())
         if size is not None:
             frame = cover(frame.unsqueeze(0), *size)[0]
         if kept and frame.shape != kept[0].shape:
@@ -98,7 +98,7 @@ def read_clip(
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """Read a picture (3, H, W) in [0, 1]; transparency is dropped.
+    """Read a picture (3, H, W) in [0, 1], of an animation the first; transparency is dropped.
 
     Raises:
         VideoError: the path is missing or not an image.
@@ -106,17 +106,51 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise VideoError(f"There is no image at {path}.")
-    return from_uint8(_read_pixels(path))
+    return from_uint8(picture_pixels(path))
 
 
 def frame_rate(path: str | os.PathLike[str]) -> float:
-    """Frames a second of a video file; `DEFAULT_FPS` for a folder or where the file has none."""
-    path = Path(path)
+    """Frames a second of a clip; `DEFAULT_FPS` for a folder or where the file has none."""
+    return _clip(Path(path)).rate()
+
+
+def is_clip(path: Path) -> bool:
+    """Whether a path in a folder of clips is one: a video, an animation, a folder of pictures."""
+    if is_left_by_systems(path.name):
+        return False
     if path.is_dir():
+        return any(not _is_moving(file) for file in _pictures(path))
+    return path.suffix.lower() in VIDEO_SUFFIXES or _is_moving(path)
+
+
+def _is_moving(file: Path) -> bool:
+    return file.suffix.lower() in MOVING_SUFFIXES and is_animation(file)
+
+
+class _Folder:
+    """The pictures of a folder as frames, which nothing says the times of."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def moments(self) -> Iterator[Moment]:
+        for file in _pictures(self._path):
+            yield Moment(None, partial(picture_pixels, file, still=True))
+
+    def rate(self) -> float:
         return DEFAULT_FPS
-    with _open_video(path) as (_, stream):
-        rate = stream.average_rate or stream.guessed_rate
-    return float(rate) if rate else DEFAULT_FPS
+
+
+def _clip(path: Path) -> _Folder | Pictures | Movie:
+    if path.is_dir():
+        return _Folder(path)
+    if not path.is_file():
+        raise VideoError(f"There is no clip at {path}. Give a video file or a folder of images.")
+    return Pictures(path) if is_picture(path) else Movie(path)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return in_order(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _spread_in_time(
@@ -136,81 +170,3 @@ def _spread_in_time(
     even = np.linspace(times[0], times[-1], frames)
     places = np.interp(even, times, np.arange(total)).round(6)
     return [round(place) for place in places.tolist()], rate * frames / total
-
-
-def _frame_times(path: Path) -> list[float | None]:
-    """When each frame is shown, in seconds, or None where nothing says so."""
-    if path.is_dir():
-        return [None] * len(_pictures(path))
-    return [frame.time for frame in _decode(path)]
-
-
-def _iter_pixels(path: Path) -> Iterator[np.ndarray]:
-    """Yield (H, W, 3) uint8 frames."""
-    if path.is_dir():
-        yield from map(_read_pixels, _pictures(path))
-    else:
-        yield from map(_upright_pixels, _decode(path))
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return in_order(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _decode(path: Path) -> Iterator[av.VideoFrame]:
-    import av
-
-    with _open_video(path) as (container, stream):
-        stream.thread_type = "AUTO"
-        try:
-            yield from container.decode(stream)
-        except av.FFmpegError as error:
-            raise VideoError(
-                f"{path} can't be decoded: {error}. The file may be cut short; make it anew."
-            ) from error
-
-
-def _read_pixels(file: Path) -> np.ndarray:
-    """An image as (H, W, 3) uint8, upright however the camera was held."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as image:
-            return image_pixels(image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise VideoError(f"{file} is not an image that can be read: {error}") from error
-
-
-def image_pixels(image: Image.Image) -> np.ndarray:
-    """A PIL image as (H, W, 3) uint8, upright however the camera was held; no transparency."""
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    return np.array(image.convert("RGB"))
-
-
-def _upright_pixels(frame: av.VideoFrame) -> np.ndarray:
-    """A frame of a video as (H, W, 3) uint8, turned as the file says."""
-    quarters = round(frame.rotation / 90)  # counterclockwise
-    return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
-
-
-@contextlib.contextmanager
-def _open_video(path: Path):
-    import av
-
-    if not path.is_file():
-        raise VideoError(f"There is no clip at {path}. Give a video file or a folder of images.")
-    try:
-        container = av.open(str(path))
-    except av.FFmpegError as error:
-        raise VideoError(
-            f"{path} is not a video that can be read ({error}). Expected a file such as "
-            f"{', '.join(VIDEO_SUFFIXES)} or a folder of images."
-        ) from error
-    with container:
-        if not container.streams.video:
-            raise VideoError(f"{path} has no picture track.")
-        yield container, container.streams.video[0]
