@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .ffmpeg import address
+
 # The palette is made from this many of the first frames, which bounds the memory.
 _PALETTE_FRAMES = 64
 
@@ -22,7 +24,7 @@ def write_gif(path: Path, pixels: Iterator[np.ndarray], fps: float) -> None:
     height, width = head[0].shape[:2]
     rate = max(Fraction(fps).limit_denominator(100), Fraction(1, 100))
 
-    with av.open(str(path), "w") as container:
+    with av.open(address(path), "w") as container:
         stream = container.add_stream("gif", rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "pal8"
         stream.time_base = 1 / rate
