@@ -260,12 +260,27 @@ def _make_estimator(method: str | FlowModel) -> _Estimator:
 def _import_cv2() -> ModuleType:
     try:
         import cv2
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise FlowError(
             "the methods dis and farneback need OpenCV, and it can't be imported "
             f"({error}): run `pip install opencv-python-headless`, or give a flow model"
         ) from error
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        # A library is missing on this machine, or it was built for another NumPy.
+        raise _broken_opencv((str(error).strip() or repr(error)).splitlines()[0]) from error
+    if not hasattr(cv2, "DISOpticalFlow_create"):
+        # Python takes any folder of this name for a package.
+        place = getattr(cv2, "__file__", None) or ", ".join(getattr(cv2, "__path__", ()))
+        raise _broken_opencv(f"{place} is not all of it")
     return cv2
+
+
+def _broken_opencv(reason: str) -> FlowError:
+    return FlowError(
+        "the methods dis and farneback need OpenCV, and the one that is installed doesn't work "
+        f"({reason}): run `python install.py` in the pack's folder with the Python of ComfyUI, "
+        "which mends it or says what to do, and restart; or give a flow model"
+    )
 
 
 def _check_frames(frames: Tensor) -> None:
