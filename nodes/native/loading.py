@@ -30,11 +30,14 @@ from ...s2dm.models import (
     VAEConfig,
     check_reference,
     load_checkpoint,
+    unknown_words,
+    unknown_words_message,
 )
 from ...s2dm.models.checkpoint import Part, State
 from ...s2dm.models.tokenizer import write_tokenizer
 from .adapter import apply_adapter
 from .compat import is_dynamic, load_weights, make_clip, patcher_class
+from .notices import Notice
 from .parts import CheckedVAE
 from .previews import fit_preview
 from .saving import keep_when_saving
@@ -248,6 +251,7 @@ def _clip_class(config: TextEncoderConfig) -> type[comfy.sd1_clip.SDClipModel]:
 def _tokenizer_class(config: TextEncoderConfig, tokenizer: dict[str, Any]) -> type:
     if tokenizer["kind"] == "clip":
         return comfy.sd1_clip.SD1Tokenizer
+    notice = Notice("All words of the prompt are known.")
 
     class FlowSDTokenizer(comfy.sd1_clip.SDTokenizer):
         """Core's tokenizer with the words of the checkpoint."""
@@ -266,6 +270,11 @@ def _tokenizer_class(config: TextEncoderConfig, tokenizer: dict[str, Any]) -> ty
                     embedding_size=config.hidden_size,
                     tokenizer_data=tokenizer_data or {},
                 )
+
+        def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> list[Any]:
+            words = unknown_words(text, tokenizer)
+            notice.tell(unknown_words_message(words) if words else "")
+            return super().tokenize_with_weights(text, *args, **kwargs)
 
     class FlowTokenizer(comfy.sd1_clip.SD1Tokenizer):
         def __init__(

@@ -30,6 +30,7 @@ from .flow_generator import FlowGenerator
 from .flow_sampling import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling, check_reference
 from .presets import PUPPETS, SD15
 from .tokenizer import train_tokenizer, with_tokenizer, write_tokenizer
+from .words import unknown_words, unknown_words_message
 
 __all__ = [
     "FLOW_SAMPLERS",
@@ -65,6 +66,8 @@ __all__ = [
     "read_config",
     "save_checkpoint",
     "train_tokenizer",
+    "unknown_words",
+    "unknown_words_message",
     "whole_cells",
     "with_tokenizer",
     "write_tokenizer",

@@ -86,6 +86,21 @@ def vocabulary(spec: Mapping[str, Any]) -> dict[str, int]:
     return {token: i for i, token in enumerate([*tokens, BOS, EOS])}
 
 
+def split_words(text: str) -> list[str]:
+    """The words of a text, in lower case, as tokenizers of this kind tell them apart."""
+    return _WORD.findall(text.lower())
+
+
+def word_tokens(word: str, spec: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tokens of one word of `split_words`; one token is a word that the captions had."""
+    letters = _byte_letters()
+    symbols = [letters[byte] for byte in word.encode("utf-8")]
+    tokens = (*symbols[:-1], symbols[-1] + _END)
+    for pair in _merges(spec):
+        tokens = _merge(tokens, pair)
+    return tokens
+
+
 def with_tokenizer(config: S2DMConfig, spec: Mapping[str, Any]) -> S2DMConfig:
     """Return `config` with this tokenizer, and the text encoder's vocabulary to match."""
     if config.text_encoder is None:

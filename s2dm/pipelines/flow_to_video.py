@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from ..models import (
     ScheduleConfig,
     load_checkpoint,
     save_checkpoint,
+    unknown_words,
+    unknown_words_message,
     whole_cells,
 )
 from ..sector import SHARED, NoiseSharing, guide, sample
@@ -32,6 +35,8 @@ from .wrapped import FlowAdapterModel
 
 OUTPUT_TYPES = ("pt", "pil", "latent")
 """The forms that a clip comes in: a tensor, PIL images, latents."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -98,6 +103,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
             flow_adapter=flow_adapter,
         )
         self.register_to_config(s2dm_config=s2dm_config)
+        self._told: tuple[str | None, ...] = ()
         attach_adapter(unet, flow_adapter.adapter)
 
     # ------------------------------------------------------------------ files
@@ -222,6 +228,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         if flow_guidance_scale == guidance_scale:
             flow_guidance_scale = None  # the same from two predictions in place of three
         check_arguments(prompt, output_type, chunk_size, noise_sharing)
+        self._tell_unknown_words(prompt, negative_prompt)
         if not is_attached(self.unet, self.flow_adapter.adapter):
             # Attention slicing, xFormers and fused projections put their own attention there.
             attach_adapter(self.unet, self.flow_adapter.adapter)
@@ -293,6 +300,16 @@ class FlowToVideoPipeline(DiffusionPipeline):
     def _canvas(self, height: int, width: int) -> tuple[int, int]:
         """The size in pixels that is generated for a clip of this size, in whole latent cells."""
         return whole_cells(height, self.vae_factor), whole_cells(width, self.vae_factor)
+
+    def _tell_unknown_words(self, *prompts: str | None) -> None:
+        """Warn of words that the checkpoint doesn't know, once for the same prompts in a row."""
+        if prompts == self._told:
+            return
+        self._told = prompts
+        spec = (self.config.s2dm_config or {}).get("tokenizer")
+        words = unknown_words(" ".join(prompt or "" for prompt in prompts), spec)
+        if words:
+            logger.warning("%s", unknown_words_message(words))
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> Tensor:
