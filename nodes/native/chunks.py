@@ -188,12 +188,19 @@ def _attempt(
     try:
         return call(latents, frames=frames, **arguments)
     except RuntimeError as error:
-        # Not all devices have a class of their own for it.
-        full = isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error)
-        if last or not full:
+        if last or not _is_out_of_memory(error):
             raise
     # Outside the except block, because the exception holds the tensors of the failed call.
     return None
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # Newer versions of core know errors that only say so by a code, and clear what such an
+    # error leaves on the device.
+    if getattr(comfy.model_management, "is_oom", lambda error: False)(error):
+        return True
+    # Not all devices have a class of their own for it.
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def _rows(start: int, stop: int, frames: int, conditions: int) -> list[slice]:

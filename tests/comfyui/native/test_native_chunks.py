@@ -349,6 +349,24 @@ def test_control_is_whole_after_a_chunk_that_did_not_fit(rig):
     assert torch.equal(out, torch.arange(4.0).view(4, 1))
 
 
+def test_an_error_that_core_takes_for_a_full_memory_is_one(rig, monkeypatch):
+    """Newer versions know some by their code alone."""
+    import comfy.model_management as management
+
+    chunks = rig.module("nodes.native.chunks")
+    monkeypatch.setattr(management, "is_oom", lambda error: "code 2" in str(error), raising=False)
+    seen = []
+
+    def call(x, frames):
+        seen.append(len(frames))
+        if len(frames) > 2:
+            raise RuntimeError("accelerator error, code 2")
+        return x
+
+    chunks.in_chunks(call, chunks.ChunkSizes(4), None, 1, torch.zeros(4, 1), {})
+    assert seen == [4, 2, 2]
+
+
 def test_other_errors_pass(rig):
     chunks = rig.module("nodes.native.chunks")
 
