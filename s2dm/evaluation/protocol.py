@@ -130,7 +130,7 @@ class ProtocolCard:
 
 def protocol_markdown(protocol: Mapping[str, Any]) -> str:
     """A card as read back from JSON: the command as a code block, the rest folded below it."""
-    lines = ["``", protocol["command"], "``", "", "<details><summary>Protocol</summary>", ""]
+    lines = ["```", protocol["command"], "```", "", "<details><summary>Protocol</summary>", ""]
     lines += [
         f"- {name.replace('_', ' ')}: {_text(name, value)}"
         for name, value in protocol.items()

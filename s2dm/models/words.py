@@ -27,7 +27,7 @@ def unknown_words(text: str, spec: Mapping[str, Any] | None) -> list[str]:
 
     Args:
         text: the prompt.
-        spec: of the tokenizer, as in ``S2DMConfig.tokenizer``.
+        spec: of the tokenizer, as in `S2DMConfig.tokenizer`.
     """
     if spec is None or spec.get("kind") != "bpe" or len(vocabulary(spec)) > _KNOWS_PIECES:
         return []

@@ -45,7 +45,7 @@ def test_links_lead_somewhere():
 
 @pytest.mark.slow
 def test_the_readme_has_python_that_runs(tmp_path):
-    (code,) = re.findall(r"``python\n(.*?)``", (ROOT / "README.md").read_text("utf-8"), re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     (tmp_path / "workflows").mkdir()
     example = shutil.copy(ROOT / "workflows" / "s2dm_example.mp4", tmp_path / "workflows")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -48,7 +48,7 @@ def test_card_turns_into_json_and_markdown(card):
         "- warp error: of 255",
     ):
         assert line in text.splitlines()
-    assert text.startswith("``\n" + values["command"] + "\n``")
+    assert text.startswith("```\n" + values["command"] + "\n```")
 
 
 def test_what_does_not_apply_is_left_out():

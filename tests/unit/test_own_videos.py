@@ -109,7 +109,7 @@ SMALLER = {
 def documented_commands(folder: Path) -> list[list[str]]:
     """The arguments of each `s2dm` of the documentation's block, as a shell makes them."""
     page = (ROOT / "docs" / "training.md").read_text("utf-8")
-    (block,) = (text for text in re.findall(r"``\n(.*?)``", page, re.S) if "DATA=" in text)
+    (block,) = (text for text in re.findall(r"```\n(.*?)```", page, re.S) if "DATA=" in text)
     collect = 's2dm() { printf "%s\\n" "$@" "" >> arguments; }\n'
     subprocess.run(["bash", "-euc", collect + block], cwd=folder, check=True)
     commands = (folder / "arguments").read_text("utf-8").removesuffix("\n\n").split("\n\n")
