@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.cli.options import positive
+from s2dm.data import Clip
 from s2dm.data.puppets import (
     ACTIONS,
     PERSONS,
-    Clip,
     Person,
     PuppetClips,
     caption,

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, PngImagePlugin, features
 
 from s2dm import video
-from s2dm.data import VideoClips
+from s2dm.data.videos import VideoClips
 from s2dm.video import formats
 
 pytest.importorskip("av")

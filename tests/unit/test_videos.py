@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("diffusers")
 
-from s2dm.data import DataConfig
-from s2dm.data.videos import VideoClips, build_dataset
+from s2dm.data import DataConfig, build_dataset
+from s2dm.data.videos import VideoClips
 from s2dm.flow import estimate_flow
 from s2dm.settings import SettingsError
 from s2dm.training.cache import build_clip_cache
