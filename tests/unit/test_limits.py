@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 import sys
@@ -18,6 +19,8 @@ pytest.importorskip("cv2")
 import limits
 
 from s2dm.data.puppets import PERSONS, caption, render_clip
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +97,21 @@ def test_an_unseen_outfit_is_worn_by_nobody_and_by_the_same_person():
         assert (other.gender, other.glasses, other.height) == (
             member.gender, member.glasses, member.height
         )  # fmt: skip
+
+
+def test_the_readme_quotes_the_file():
+    result = json.loads((ROOT / "docs/results/limits.json").read_text("utf-8"))
+    table, command = result["table"], result["protocol"]["command"]
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    assert command in readme
+    claims = readme.partition("## Quick start")[2].partition("## Nodes")[0]
+    for row in table["motion"].values():
+        assert f"{row['flow_error']:.2f}" in claims
+    (rooms,) = table["rooms"].values()
+    changed = sum(one["change"] > limits.CHANGED for one in rooms)
+    assert f"{changed} of {len(rooms)} clips" in claims
+    seen, unseen = table["outfits"].values()
+    assert all(one["top"] and one["trousers"] and one["length"] for one in seen)
+    for short in (False, True):
+        right = [one["length"] for one in unseen if one["shorts"] == short]
+        assert f"{sum(right)} of {len(right)}" in claims
