@@ -157,7 +157,7 @@ def _limits(result: dict[str, Any]) -> str:
     motion, rooms, outfits = (
         _sheet({**result, "sheet": result["sheets"][name]}, title)
         for name, title in (
-            ("motion", "Other places, sizes and cameras, and real clips"),
+            ("motion", "Other places, sizes and cameras, and two clips of another kind"),
             ("rooms", "Clips from captions alone"),
             ("outfits", "Outfits of the cast, and others"),
         )
