@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import Inverse, invert, pixel_grid, resample, sample_at
+from .geometry import pixel_grid, resample, sample_at
 
 
 class FlowError(ValueError):
@@ -127,68 +127,16 @@ class FlowField:
         """
         return FlowField(self.displacement * factor, self.occlusion * min(abs(factor), 1.0))
 
-    def reverse(self) -> FlowField:
-        """The clip played backwards: the last frame becomes the reference (see `select`)."""
-        return self.select(range(self.num_frames - 1, -1, -1))
-
     def select(self, indices: Sequence[int]) -> FlowField:
-        """The clip made of these frames, in this order; the first of them is the new reference.
-
-        With index 0 first, frames are only picked. With another reference r, the flow of frame
-        i is composed through frame 1: p is carried to q = p + f^i(p), and then forward to the
-        point s of frame r that f^r brings to q, the inverse of f^r at q. The inverse is found
-        by splatting -f^r into frame 1 and refined until s + f^r(s) = q. What frame 1 does not
-        show is a layer of its own: a pixel hidden in frame 1 is looked for only among the
-        pixels of frame r that were hidden too, so background that both frames see behind a
-        moving body keeps its own motion. Where no such s exists the pixel is marked occluded
-        and takes the displacement of its surroundings.
-        """
+        """The clip made of these frames, in this order. Frame 1, which all are measured from,
+        leads it."""
         order = [range(self.num_frames)[index] for index in indices]
-        if not order:
-            raise FlowError("a clip needs at least one frame, got an empty selection")
-        reference = order[0]
-        if reference == 0:
-            return FlowField(self.displacement[order], self.occlusion[order])
-
-        layers = [
-            invert(self.displacement[reference], weight)
-            for weight in (1 - self.occlusion[reference], self.occlusion[reference])
-        ]
-        pairs = [
-            (torch.zeros_like(self.displacement[0]), torch.zeros_like(self.occlusion[0]))
-            if index == reference
-            else self._rebased(index, reference, layers)
-            for index in order
-        ]
-        displacement, occlusion = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        return FlowField(displacement, occlusion)
-
-    def _rebased(self, index: int, reference: int, layers: list[Inverse]) -> tuple[Tensor, Tensor]:
-        """Flow (2,H,W) and occlusion (1,H,W) of a frame, measured from the reference frame."""
-        grid = pixel_grid(self.height, self.width, self.displacement)
-        back = self.displacement[reference]
-        hidden = self.occlusion[index] >= 0.5
-        in_first = grid + self.displacement[index]
-        visible_layer, hidden_layer = (layer.at(in_first) for layer in layers)
-        position = start = in_first + torch.where(hidden, hidden_layer, visible_layer)
-        error = position + sample_at(back, position) - in_first
-        # Shorter steps converge where the motion stretches the picture; worse ones are dropped.
-        for step in (1, 0.5, 0.25) * 3:
-            trial = position - step * error
-            trial_error = trial + sample_at(back, trial) - in_first
-            better = trial_error.norm(dim=0) < error.norm(dim=0)
-            position = torch.where(better, trial, position)
-            error = torch.where(better, trial_error, error)
-
-        inside = (position > -0.5).all(dim=0)
-        inside &= (position[0] < self.width - 0.5) & (position[1] < self.height - 0.5)
-        same_layer = (sample_at(self.occlusion[reference], position) >= 0.5) == hidden
-        # Between two motions, interpolation passes through all in between: no pixel moved so.
-        spread = sample_at(back.square(), position) - sample_at(back, position).square()
-        mixed = spread.sum(dim=0) > 1
-        found = (error.norm(dim=0) < 0.5) & inside & same_layer[0] & ~mixed
-        position = torch.where(found, position, start)
-        return position - grid, (~found)[None].to(back.dtype)
+        if not order or order[0] != 0:
+            raise FlowError(
+                f"a selection must begin with frame 1 (index 0), which flow is measured from, got "
+                f"{order or 'none'}"
+            )
+        return FlowField(self.displacement[order], self.occlusion[order])
 
     def retime(self, num_frames: int) -> FlowField:
         """The same motion in another number of frames, linear in time.
