@@ -27,7 +27,6 @@ from .models.presets import SD15
 from .models.spellings import SpellingError, holds_unet, spelled_our_way
 from .models.tokenizer import read_tokenizer
 
-_INDEX = "model_index.json"
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 # What unpickling raises, depending on where the bytes stop making sense.
 _UNREADABLE = (
@@ -137,7 +136,6 @@ def _load(source: Path) -> Any:
 
     if source.is_file():
         return open_pipeline(source, _stored_type([source]))
-    _read_index(source)
     variant, files = _stored(source.glob("*/*"))
     return open_pipeline(source, _stored_type(files), variant=variant)
 
@@ -169,7 +167,9 @@ def _stored_type(files: Iterable[Path]) -> torch.dtype:
 def _is_stable_diffusion(source: Path) -> bool:
     """Whether a folder or a `.safetensors` file is Stable Diffusion without a flow adapter."""
     if source.is_dir():
-        return (source / _INDEX).is_file() and not _FLOW & set(_read_index(source))
+        from .pipelines import read_index
+
+        return (source / "model_index.json").is_file() and not _FLOW & read_index(source).keys()
     try:
         with safe_open(source, framework="pt") as file:
             names = set(file.keys())
@@ -190,20 +190,6 @@ def _is_pickled(source: Path) -> bool:
         raise ConversionError(f"{source}: could not be read ({error.strerror}).") from error
     named = source.suffix.lower() in PICKLE_SUFFIXES and start[8:] != b"{"
     return is_pickle(start) or named
-
-
-def _read_index(source: Path) -> dict[str, Any]:
-    """What a folder of diffusers says that it holds."""
-    index = source / _INDEX
-    if not index.is_file():
-        raise ConversionError(f"{source} is no diffusers folder: it has no {_INDEX}.")
-    try:
-        content = json.loads(index.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{index} could not be read ({error}). Copy it again.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{index}: expected a dictionary, got {type(content).__name__}.")
-    return content
 
 
 def _read_folder(source: Path) -> dict[str, Tensor]:

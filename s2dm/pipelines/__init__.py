@@ -2,7 +2,7 @@
 
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
 from .flow_to_video import FlowToVideoOutput, FlowToVideoPipeline
-from .text_to_video import TextToVideoOutput, TextToVideoPipeline, open_pipeline
+from .text_to_video import TextToVideoOutput, TextToVideoPipeline, open_pipeline, read_index
 from .wrapped import FlowAdapterModel, FlowGeneratorModel
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "flow_scheduler",
     "generate_flow",
     "open_pipeline",
+    "read_index",
 ]

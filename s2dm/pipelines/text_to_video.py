@@ -320,9 +320,19 @@ def open_pipeline(
         checkpoint = load_checkpoint(path, STAGE_2, optional=STAGE_1)
         kind = TextToVideoPipeline if "flow_generator" in checkpoint else FlowToVideoPipeline
         return kind.from_checkpoint(checkpoint, torch_dtype)
-    index = path / "model_index.json"
-    if not index.is_file():
-        raise CheckpointError(f"{path} is no diffusers folder: it has no model_index.json.")
-    both = "flow_generator" in json.loads(index.read_text("utf-8"))
-    kind = TextToVideoPipeline if both else FlowToVideoPipeline
+    kind = TextToVideoPipeline if "flow_generator" in read_index(path) else FlowToVideoPipeline
     return kind.from_pretrained(path, torch_dtype=torch_dtype, **options)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a folder of diffusers says that it holds; CheckpointError if it is none."""
+    index = folder / "model_index.json"
+    try:
+        content = json.loads(index.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no diffusers folder: it has no {index.name}.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index} could not be read ({error}). Copy it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{index}: expected a dictionary, got {type(content).__name__}.")
+    return content

@@ -14,7 +14,7 @@ from random_checkpoint import random_states, tiny_config
 from safetensors.torch import save_file
 
 from s2dm.convert import ConversionError, convert
-from s2dm.models import PARTS, load_checkpoint
+from s2dm.models import PARTS, CheckpointError, load_checkpoint
 from s2dm.models.keys import to_diffusers
 
 CONFIG = tiny_config(flow_generator=None)
@@ -203,7 +203,7 @@ def test_a_folder_without_a_part(tmp_path, states):
         convert(folder, tmp_path / "out.safetensors")
     for content in ("{", "[]"):
         (folder / "model_index.json").write_text(content)
-        with pytest.raises(ConversionError, match=r"model_index\.json"):
+        with pytest.raises(CheckpointError, match=r"model_index\.json"):
             convert(folder, tmp_path / "out.safetensors")
 
 
