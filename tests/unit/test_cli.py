@@ -80,7 +80,7 @@ def test_generate_from_a_prompt_alone(tmp_path, both_stages, capsys):
     assert frames.shape == (4, 3, 64, 48)  # the frames of stage 1, the checkpoint's resolution
     assert fps == pytest.approx(8)
     first = load_flow(tmp_path / "a.npz")
-    assert (first.frames, first.height, first.width) == (4, 64, 48)
+    assert (first.num_frames, first.height, first.width) == (4, 64, 48)
     assert first.magnitude().max() > 0
 
     assert run(*base, "--frames", 6, "--size", "24x32", "-o", tmp_path / "b") == 0

@@ -131,7 +131,7 @@ def test_every_spelling_is_read(tmp_path, states, spelling, kind):
     else:
         save_file(weights, source)
     convert(source, target)
-    _, loaded = load_checkpoint(target)
+    loaded = load_checkpoint(target).states
     for part in SD:
         for name, weight in states[part].items():
             expected = weight.to(loaded[part][name].dtype)
@@ -184,7 +184,7 @@ def test_weights_of_one_memory_are_saved(tmp_path, states):
     shared = {n: p.view(w.shape) for (n, w), p in zip(weights.items(), pieces, strict=True)}
     torch.save(shared, tmp_path / "sd.ckpt")
     convert(tmp_path / "sd.ckpt", tmp_path / "out.safetensors")
-    _, loaded = load_checkpoint(tmp_path / "out.safetensors")
+    loaded = load_checkpoint(tmp_path / "out.safetensors").states
     assert torch.equal(loaded["vae"]["quant_conv.bias"], states["vae"]["quant_conv.bias"])
 
 
@@ -254,7 +254,7 @@ def test_the_content_counts_not_the_ending(tmp_path, states):
     torch.save(weights, tmp_path / "renamed.safetensors")
     for name in ("renamed.ckpt", "renamed.safetensors"):
         convert(tmp_path / name, tmp_path / "out.safetensors")
-        _, loaded = load_checkpoint(tmp_path / "out.safetensors")
+        loaded = load_checkpoint(tmp_path / "out.safetensors").states
         assert torch.equal(loaded["unet"]["out.2.bias"], states["unet"]["out.2.bias"])
 
 

@@ -15,7 +15,7 @@ import torch
 from random_checkpoint import tiny_config, write_random_checkpoint
 
 from s2dm import cli
-from s2dm.data import DataConfig, register_dataset
+from s2dm.data import Clip, DataConfig, register_dataset
 from s2dm.data.puppets import PuppetClips
 from s2dm.evaluation import report, run, tables
 from s2dm.evaluation.distances import frechet_distance, kvd
@@ -428,26 +428,19 @@ def test_two_processes_share_the_clips(config):
 # -------------------------------------------------------------------------------- data sets
 
 
-@dataclasses.dataclass
-class Plain:
-    frames: torch.Tensor
-    flow: FlowField
-    caption: str
-
-
 class Folder:
     """Clips of bytes, of which nobody knows what stands still or which colours they show."""
 
     def __len__(self) -> int:
         return 2
 
-    def __getitem__(self, index: int) -> Plain:
+    def __getitem__(self, index: int) -> Clip:
         frames = torch.full((3, 3, 32, 32), 128, dtype=torch.uint8)
         displacement = torch.zeros(3, 2, 32, 32)
         for number in range(3):
             frames[number, :, 2:8, 2 + 2 * number : 8 + 2 * number] = 30 * index
             displacement[number, 0, 2:8, 2 + 2 * number : 8 + 2 * number] = -2 * number
-        return Plain(frames, FlowField(displacement, torch.zeros(3, 1, 32, 32)), f"square {index}")
+        return Clip(frames, FlowField(displacement, torch.zeros(3, 1, 32, 32)), f"square {index}")
 
 
 register_dataset("plain-folder", lambda config, split: Folder())

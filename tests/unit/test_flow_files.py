@@ -140,7 +140,7 @@ def test_wrong_files_say_what_is_wrong(tmp_path, name, content, message):
         ),
         (
             {"displacement": np.array([{}], object), "occlusion": np.zeros((2, 1, 4, 4))},
-            "plain arrays",
+            "floating point",
         ),
         (
             {"displacement": np.array(["a"]), "occlusion": np.zeros((2, 1, 4, 4))},

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KNOWN = (
     "http://127.0.0.1",
     "https://example.com",  # reserved for examples
+    "https://git-lfs",  # how its pointers begin
     "http://www.apache.org/licenses/",
     "http://www.w3.org/",  # the name space of SVG
     "https://arxiv.org/abs/",

@@ -186,8 +186,9 @@ def test_the_command_says_it_in_one_line_too(tmp_path, capsys, tiny_preset):
     (clips / "train" / "squat.mp4").write_bytes(b"no video")
     data = {"name": "videos", "options": {"folder": str(clips)}, "size": SIZE, "frames": FRAMES}
     code = main(
-        ["train", "vae", "--output", str(tmp_path / "run"), "--set", f"data={json.dumps(data)}"]
-    )
+        ["train", "vae", "--output", str(tmp_path / "run"), "--set", f"data={json.dumps(data)}",
+         "--set", "mixed_precision=no"]
+    )  # fmt: skip
     assert code == 1
     said = [line for line in capsys.readouterr().err.splitlines() if "caching" not in line]
     assert len(said) == 1 and said[0].startswith("s2dm train: Clip 1 of 2 can't be prepared: ")

@@ -105,7 +105,7 @@ def test_text_encoder_gets_the_vocabulary(spec):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"kind": "words"}, "expected kind 'bpe', got 'words'"),
+        ({"kind": "words"}, "expected kind 'bpe' or 'clip', got 'words'"),
         ({"kind": "bpe"}, "expected a list of merges, got NoneType"),
         ({"kind": "bpe", "merges": ["a b", "abc"]}, "merges of two symbols, got 'abc'"),
         ({"kind": "bpe", "merges": ["ab c"]}, "merges of known symbols, got ab c"),

@@ -29,7 +29,7 @@ def test_unknown_setting_is_named():
     [
         ({"steps": "many"}, "steps must be of type int"),
         ({"steps": True}, "steps must be of type int"),
-        ({"data": 3}, "data must be a table"),
+        ({"data": 3}, "data: expected a table of settings, got 3"),
         ({"betas": 0.9}, "betas must be a list"),
         ({"schedule": "linear"}, "schedule must be"),
         ({"steps": 0}, "steps must be at least 1"),

@@ -119,7 +119,7 @@ def test_a_batch_is_whole_clips_with_noise_in_every_frame(task):
 
 def test_one_label_says_nothing_about_another(task):
     """Drawn together, guidance would start from labels that were never seen alone."""
-    settings = {f"{label}_null": 0.5 for label in ("reference", "text", "motion")}
+    settings = {f"{label}_dropout": 0.5 for label in ("reference", "text", "motion")}
     before = task.config
     task.config = dataclasses.replace(before, clips=64, **settings)
     try:
@@ -134,7 +134,7 @@ def test_one_label_says_nothing_about_another(task):
 @pytest.mark.parametrize("dropped", ["reference", "text", "motion"])
 def test_null_labels_are_drawn_each_for_itself(task, dropped):
     labels = ("reference", "text", "motion")
-    settings = {f"{label}_null": float(label == dropped) for label in labels}
+    settings = {f"{label}_dropout": float(label == dropped) for label in labels}
     before = task.config
     task.config = dataclasses.replace(before, **settings)
     try:

@@ -11,7 +11,7 @@ from random_checkpoint import CAPTIONS, TINY, tiny_config, write_random_checkpoi
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.data.puppets import ACTIONS, PERSONS, caption
 from s2dm.flow import FlowField
-from s2dm.models import read_config, train_tokenizer, unknown_words
+from s2dm.models import FlowSampling, read_config, train_tokenizer, unknown_words
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_tokenizers_that_know_pieces_are_left_alone():
 def test_the_pipeline_warns_once(tmp_path, caplog):
     from s2dm.pipelines import FlowToVideoPipeline, TextToVideoPipeline
 
-    still, short = FlowField.zeros(2, 64, 48), {"num_inference_steps": 1, "seed": 0}
+    still, short = FlowField.zeros(2, 64, 48), {"sampling": {"steps": 1}, "seed": 0}
     path = write_random_checkpoint(tmp_path / "two.safetensors", tiny_config(flow_generator=None))
     pipeline = FlowToVideoPipeline.from_single_file(path)
     pipeline.set_progress_bar_config(disable=True)
@@ -68,6 +68,6 @@ def test_the_pipeline_warns_once(tmp_path, caplog):
     pipeline = TextToVideoPipeline.from_single_file(path)
     pipeline.set_progress_bar_config(disable=True)
     with caplog.at_level(logging.WARNING, "s2dm"), torch.no_grad():
-        pipeline("a dragon", 2, flow_steps=1, output_type="latent", **short)
+        pipeline("a dragon", 2, flow_sampling=FlowSampling(1), output_type="latent", **short)
     (message,) = caplog.messages
     assert "doesn't know: dragon." in message

@@ -53,17 +53,16 @@ def test_a_saved_checkpoint_loads_again(rig, output):
     encoded = rig.encode(rig.flow(3))
     before = rig.sample(encoded, loaded.model)
     path = save(output, loaded.model, loaded.clip, loaded.vae)
-    config, states = checkpoint.load_checkpoint(path)
-    original, weights = checkpoint.load_checkpoint(source)
-    assert config == original
-    same(states, weights)
+    found, original = (checkpoint.load_checkpoint(file) for file in (path, source))
+    assert found.config == original.config
+    same(found.states, original.states)
     again = load(rig, path)
     assert again.stage1 is not None
     assert torch.equal(rig.sample(encoded, again.model), before)
     # And a second time, of what was saved.
-    config, states = checkpoint.load_checkpoint(save(output, again.model, again.clip, again.vae))
-    assert config == original
-    same(states, weights)
+    found = checkpoint.load_checkpoint(save(output, again.model, again.clip, again.vae))
+    assert found.config == original.config
+    same(found.states, original.states)
 
 
 def test_the_model_is_as_before_after_saving(rig, output):
@@ -84,8 +83,8 @@ def test_a_lora_is_merged_into_the_saved_checkpoint(rig, output):
     change = torch.full((32, 32, 1, 1), 0.5)
     model.add_patches({f"diffusion_model.{name}": (change,)}, 1.0)
     path = save(output, model, rig.loaded.clip, rig.loaded.vae)
-    _, states = checkpoint.load_checkpoint(path)
-    _, weights = checkpoint.load_checkpoint(rig.checkpoint)
+    states = checkpoint.load_checkpoint(path).states
+    weights = checkpoint.load_checkpoint(rig.checkpoint).states
     torch.testing.assert_close(states["unet"][name], weights["unet"][name] + change)
     encoded = rig.encode(rig.flow(3))
     torch.testing.assert_close(
@@ -122,9 +121,10 @@ def test_the_node_keeps_its_adapter_when_saving(rig, output, monkeypatch):
     torch.testing.assert_close(rig.sample(encoded, again.model), rig.sample(encoded, patched))
     # The model alone, for core's Load Diffusion Model, still holds the adapter.
     path = save(output, patched)
-    config, states = checkpoint.load_checkpoint(path)
+    found = checkpoint.load_checkpoint(path)
+    config = found.config
     assert config.text_encoder is config.vae is config.tokenizer is None
-    assert set(states) == {"unet", "flow_adapter"}
+    assert set(found) == {"unet", "flow_adapter"}
 
 
 def test_a_base_of_another_kind_keeps_the_adapter(rig, output, caplog):
@@ -136,8 +136,8 @@ def test_a_base_of_another_kind_keeps_the_adapter(rig, output, caplog):
     with caplog.at_level(logging.WARNING):
         path = save(output, patched, rig.loaded.clip, rig.loaded.vae)
     assert "is not that of Stable Diffusion 1.x" in caplog.text
-    config, states = checkpoint.load_checkpoint(path)
-    assert config == alone and set(states) == {"flow_adapter"}
+    found = checkpoint.load_checkpoint(path)
+    assert found.config == alone and set(found) == {"flow_adapter"}
 
 
 def test_what_nothing_could_load_is_not_saved(rig, output):
