@@ -7,6 +7,8 @@ import pytest
 import torch
 from random_checkpoint import TINY, write_random_checkpoint
 
+pytestmark = pytest.mark.comfyui
+
 
 @pytest.fixture
 def output(comfy, tmp_path, monkeypatch):
