@@ -91,8 +91,8 @@ def _check_layers(unet: torch.nn.Module, config: FlowAdapterConfig) -> None:
     ]
     if wrong:
         raise AdapterError(
-            f"the adapter was made for another U-Net: of its {len(wanted)} cross-attention "
-            f"layers, {len(wrong)} don't fit the MODEL, which has {len(there)}; "
+            f"the adapter was made for another U-Net: {len(wrong)} of its {len(wanted)} "
+            f"cross-attention layers don't fit the MODEL, which has {len(there)}: "
             f"{', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}. Use the adapter with the "
             "kind of model that it was trained for (Stable Diffusion 1.5 has widths 320, 640 "
             "and 1280)."

@@ -29,7 +29,7 @@ def register_folder() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        logger.warning("S2DM: the folder for checkpoints could not be made: %s", error)
+        logger.warning("S2DM: the folder models/s2dm could not be made: %s", error)
 
 
 def list_files() -> list[str]:

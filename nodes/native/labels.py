@@ -84,7 +84,7 @@ def attach_labels(conditions: dict[str, list[dict[str, Any]]], frames: int) -> N
                 raise FlowLabelError(
                     f"S2DM flow: expected a flow of {frames} frames, one for each latent, got "
                     f"{label.flow.num_frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
-                    "make the flow from a clip of as many frames."
+                    "make flow of as many frames."
                 )
             model_conditions = {**entry.get("model_conds", {}), _ROW: _LabelCondition(label)}
             entry["model_conds"] = model_conditions

@@ -133,8 +133,8 @@ def _warn_of_ignored_flow(guider: Any) -> None:
     labels = [entry.get(LABEL) for entries in guider.conds.values() for entry in entries]
     if any(labels) and held_adapter(guider.model_patcher) is None:
         log.warning(
-            "S2DM: the MODEL has no flow adapter, so it ignores the flow of Encode Flow. Put "
-            "Apply Flow Adapter (S2DM) on it."
+            "S2DM: the MODEL has no flow adapter, so it ignores the flow of Encode Flow (S2DM). "
+            "Add Apply Flow Adapter (S2DM)."
         )
 
 

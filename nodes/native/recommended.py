@@ -68,9 +68,10 @@ def resolve_labels(
     usual = set(conditions) == {"positive", "negative"}
     if scale not in (None, 1) and scale != cfg and (cfg is None or not usual):
         raise FlowLabelError(
-            f"S2DM flow: the checkpoint recommends to guide flow by {scale:g}, apart from the "
-            "prompt, which needs a guider with one cfg, a positive and a negative prompt. Set "
-            "guide_flow of Encode Flow (S2DM) to on or off, or use CFGGuider or a KSampler."
+            "S2DM flow: expected a guider with one cfg, one positive and one negative prompt, "
+            f"because the checkpoint recommends to guide flow by {scale:g}, apart from the prompt; "
+            "got another guider. Use CFGGuider or a KSampler, or set guide_flow of Encode Flow "
+            "(S2DM) to on or off."
         )
     for name, entry in negatives:
         place = next(at for at, other in enumerate(conditions[name]) if other is entry)

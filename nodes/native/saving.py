@@ -132,14 +132,14 @@ def _additions(kept: _Kept, weights: State) -> State:
     if ours_alone and (other or there != set(_PARTS)):
         wrong = ", ".join(other or set(_PARTS) - there).replace("_", " ")
         raise SavingError(
-            "S2DM: not saved, because nothing could load it: expected U-Net, text encoder and VAE "
-            f"as the checkpoint has them, {'got another' if other else 'got no'} {wrong}. Use Save "
-            "Checkpoint, with model, clip and vae of Load Checkpoint (S2DM)."
+            "S2DM: not saved, because no node could load the file: expected the U-Net, text "
+            f"encoder and VAE of the checkpoint, {'got another' if other else 'got no'} {wrong}. "
+            "Use Save Checkpoint with model, clip and vae of Load Checkpoint (S2DM)."
         )
     if other:
         logger.warning(
-            "S2DM: the %s is not that of Stable Diffusion 1.x. The file that is saved keeps the "
-            "flow adapter: load it with the ordinary loader, then with Apply Flow Adapter (S2DM).",
+            "S2DM: the %s is not that of Stable Diffusion 1.x. The saved file keeps the flow "
+            "adapter: load the file with the ordinary loader, then with Apply Flow Adapter (S2DM).",
             ", ".join(sorted(other)).replace("_", " "),
         )
         config = config.adapter_only()
@@ -148,8 +148,8 @@ def _additions(kept: _Kept, weights: State) -> State:
         if there != set(_PARTS):
             config = dataclasses.replace(config, tokenizer=None, flow_generator=None)
         logger.info(
-            "S2DM: the file that is saved keeps the flow adapter. The loaders of S2DM list it in "
-            "models/s2dm and in output/s2dm, where the name s2dm/NAME saves it."
+            "S2DM: the saved file keeps the flow adapter. The loaders of S2DM list files in "
+            "models/s2dm and output/s2dm; a file name s2dm/NAME saves to the latter."
         )
     added = _of_part("flow_adapter", kept.adapter)
     for name in added:

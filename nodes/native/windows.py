@@ -53,7 +53,7 @@ def check_context_windows(guider: Any, num_frames: int) -> None:
         wrong.append(f"ComfyUI fails on them ({type(error).__name__}: {error})")
     if wrong:
         raise ContextWindowsError(
-            f"S2DM: these context windows don't show each frame its own flow: {wrong[0]}. Frames "
-            "of S2DM don't need windows, they are sampled in chunks of any length: remove the "
-            "Context Windows node, or empty its retain lists and update ComfyUI."
+            f"S2DM: expected context windows that give each frame its own flow, but {wrong[0]}. "
+            "Remove the Context Windows node, because S2DM samples clips of any length in chunks; "
+            "or empty its retain lists and update ComfyUI."
         )

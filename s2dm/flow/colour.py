@@ -28,7 +28,9 @@ def flow_to_image(field: FlowField, max_magnitude: float | None = None) -> Tenso
     if max_magnitude is None:
         max_magnitude = max(magnitude.max().item(), 1.0)
     elif not max_magnitude > 0:
-        raise FlowError(f"max_magnitude must be above 0 pixels, got {max_magnitude}")
+        raise FlowError(
+            f"max_magnitude: expected a number above 0, in pixels, got {max_magnitude}."
+        )
     length = magnitude / max_magnitude
 
     x, y = field.displacement[:, 0], field.displacement[:, 1]

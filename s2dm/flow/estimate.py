@@ -194,12 +194,12 @@ def _ask(model: FlowModel, pair: Tensor) -> Tensor:
     if not isinstance(flow, Tensor) or tuple(flow.shape) != (2, 2, *pair.shape[2:]):
         got = tuple(flow.shape) if isinstance(flow, Tensor) else type(flow).__name__
         raise FlowError(
-            f"the flow model must return (B,2,H,W), here {(2, 2, *pair.shape[2:])}, or a list of "
-            f"such, got {got}: use a RAFT-like model"
+            f"flow model: expected to return (B,2,H,W), here {(2, 2, *pair.shape[2:])}, or a list "
+            f"of such, got {got}. Use a RAFT-like model."
         )
     flow = flow.float().cpu().contiguous()  # the median of an expanded tensor is NaN
     if not torch.isfinite(flow).all():
-        raise FlowError("the flow model returned NaN or infinite values: try it in float32")
+        raise FlowError("flow model: expected finite flow, got NaN or infinity. Try it in float32.")
     return flow
 
 
@@ -230,18 +230,18 @@ def _try_out(model: FlowModel) -> None:
         if isinstance(error, (FlowError, torch.cuda.OutOfMemoryError)):
             raise
         raise FlowError(
-            f"the flow model fails on two pictures (2,3,{side},{side}) in [-1,1] "
-            f"({type(error).__name__}: {error}): use a RAFT-like model"
+            f"flow model: expected to take images (2,3,{side},{side}) in [-1,1], got "
+            f"{type(error).__name__}: {error}. Use a RAFT-like model."
         ) from error
     if right(found):
         return
     other = [f"[{low},{high}]" for low, high in ((0, 1), (0, 255)) if right(measured(low, high))]
-    hint = f"; it wants pictures in {other[0]}, and gets them in [-1,1]" if other else ""
+    hint = f"; it wants images in {other[0]}, and gets them in [-1,1]" if other else ""
     raise FlowError(
-        f"the flow model must see that a picture moved by ({x}, {y}) pixels, but measured "
-        f"({found[0, 0]:.3g}, {found[0, 1]:.3g}), and back ({found[1, 0]:.3g}, "
-        f"{found[1, 1]:.3g}){hint}: use a model with torchvision's conventions, such as its "
-        "raft_large with trained weights, or the method dis"
+        f"flow model: expected a flow of ({x}, {y}) pixels for an image shifted by that, and "
+        f"({-x}, {-y}) back, got ({found[0, 0]:.3g}, {found[0, 1]:.3g}) and "
+        f"({found[1, 0]:.3g}, {found[1, 1]:.3g}){hint}. Use a model with torchvision's "
+        "conventions, such as its raft_large with trained weights, or the method dis."
     )
 
 
@@ -249,11 +249,11 @@ def _make_estimator(method: str | FlowModel) -> _Estimator:
     if isinstance(method, str):
         if method not in METHODS:
             raise FlowError(
-                f"method must be one of {', '.join(METHODS)} or a flow model, got {method!r}"
+                f"method: expected one of {', '.join(METHODS)} or a flow model, got {method!r}."
             )
         return _OpenCVTracker(method)
     if not callable(method):
-        raise FlowError(f"a flow model must be callable, got {type(method).__name__}")
+        raise FlowError(f"method: expected a flow model to call, got {type(method).__name__}.")
     return _ModelEstimator(method)
 
 
@@ -263,7 +263,7 @@ def _import_cv2() -> ModuleType:
     except ModuleNotFoundError as error:
         raise FlowError(
             "the methods dis and farneback need OpenCV, and it can't be imported "
-            f"({error}): run `pip install opencv-python-headless`, or give a flow model"
+            f"({error}). Run `pip install opencv-python-headless`, or give a flow model."
         ) from error
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
         # A library is missing on this machine, or it was built for another NumPy.
@@ -278,26 +278,30 @@ def _import_cv2() -> ModuleType:
 def _broken_opencv(reason: str) -> FlowError:
     return FlowError(
         "the methods dis and farneback need OpenCV, and the one that is installed doesn't work "
-        f"({reason}): run `python install.py` in the pack's folder with the Python of ComfyUI, "
-        "which mends it or says what to do, and restart; or give a flow model"
+        f"({reason}). Run `python install.py` in the pack's folder with the Python of ComfyUI, "
+        "which mends it or says what to do, and restart; or give a flow model."
     )
 
 
 def _check_frames(frames: Tensor) -> None:
     if not isinstance(frames, Tensor) or not frames.is_floating_point():
         got = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
-        raise FlowError(f"frames must be a tensor of floats in [0, 1], got {got}")
+        raise FlowError(f"frames: expected a tensor of floats in [0, 1], got {got}.")
     if frames.ndim != 4 or frames.shape[1] != 3 or 0 in frames.shape:
         raise FlowError(
-            f"frames must be (N,3,H,W) with at least one frame and one pixel, "
-            f"got {tuple(frames.shape)}"
+            f"frames: expected (N,3,H,W) with at least one frame and one pixel, "
+            f"got {tuple(frames.shape)}."
         )
     if not torch.isfinite(frames).all():
-        raise FlowError("frames hold NaN or infinite values: the clip is broken at its source")
+        raise FlowError(
+            "frames: expected finite values, got NaN or infinity. Check the node or file that "
+            "gives the clip."
+        )
     low, high = frames.aminmax()
     if low < -1e-3 or high > 1 + 1e-3:
         raise FlowError(
-            f"frames must lie in [0, 1], got [{low.item():g}, {high.item():g}]: rescale them"
+            f"frames: expected values in [0, 1], got [{low.item():g}, {high.item():g}]. "
+            "Rescale them."
         )
 
 

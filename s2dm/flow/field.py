@@ -40,22 +40,24 @@ class FlowField:
         num_frames, _, height, width = self.displacement.shape
         if tuple(self.occlusion.shape) != (num_frames, 1, height, width):
             raise FlowError(
-                f"occlusion must be {(num_frames, 1, height, width)} to match the displacement, "
-                f"got {tuple(self.occlusion.shape)}"
+                f"occlusion: expected {(num_frames, 1, height, width)} to match the displacement, "
+                f"got {tuple(self.occlusion.shape)}."
             )
         if self.displacement.device != self.occlusion.device:
             raise FlowError(
-                f"displacement is on {self.displacement.device} and occlusion on "
-                f"{self.occlusion.device}: move them to one device"
+                "expected displacement and occlusion on one device, got "
+                f"{self.displacement.device} and {self.occlusion.device}. Move one of them."
             )
         low, high = self.occlusion.aminmax()
         if low < 0 or high > 1:
-            raise FlowError(f"occlusion must lie in [0, 1], got [{low.item():g}, {high.item():g}]")
+            raise FlowError(
+                f"occlusion: expected values in [0, 1], got [{low.item():g}, {high.item():g}]."
+            )
         if self.displacement[0].any() or self.occlusion[0].any():
             raise FlowError(
-                "frame 1 must be all zeros, because displacement says where the pixels of each "
-                "frame were in frame 1: put the reference frame first; flow from each frame to "
-                "the next is something else"
+                "expected zeros in frame 1, because displacement says where the pixels of each "
+                "frame were in frame 1, got other values. Put the reference frame first; flow from "
+                "each frame to the next is something else."
             )
 
     @classmethod
@@ -73,7 +75,7 @@ class FlowField:
         and occlusion is clamped, because a condition may come from a network.
         """
         if condition.ndim != 4 or condition.shape[1] != 3:
-            raise FlowError(f"a condition must be (N,3,h,w), got {tuple(condition.shape)}")
+            raise FlowError(f"condition: expected (N,3,h,w), got {tuple(condition.shape)}.")
         condition = resample(condition.float(), height, width)
         half_frame = condition.new_tensor([width / 2, height / 2]).view(1, 2, 1, 1)
         first = _first_frame_zero(condition)
@@ -144,7 +146,7 @@ class FlowField:
         The first and the last frame stay; one frame is the first alone.
         """
         if num_frames < 1:
-            raise FlowError(f"a clip needs at least one frame, got {num_frames}")
+            raise FlowError(f"expected at least one frame, got {num_frames}.")
         if num_frames == self.num_frames:
             return self
         time = torch.linspace(0, self.num_frames - 1, num_frames, dtype=torch.float64)
@@ -166,8 +168,8 @@ class FlowField:
         size = (self.height, self.width)
         if image.ndim != 4 or image.shape[0] not in (1, self.num_frames) or image.shape[2:] != size:
             raise FlowError(
-                f"to warp, give an image of (1 or {self.num_frames}, C, {self.height}, "
-                f"{self.width}), got {tuple(image.shape)}; resize the field or the image"
+                f"image: expected (1 or {self.num_frames}, C, {self.height}, {self.width}), got "
+                f"{tuple(image.shape)}. Resize the field or the image."
             )
         grid = pixel_grid(self.height, self.width, self.displacement)
         position = (grid + self.displacement).to(image.device)
@@ -195,16 +197,18 @@ class FlowField:
 
 def _check(name: str, tensor: Tensor, channels: int) -> None:
     if not isinstance(tensor, Tensor):
-        raise FlowError(f"{name} must be a torch tensor, got {type(tensor).__name__}")
+        raise FlowError(f"{name}: expected a torch tensor, got {type(tensor).__name__}.")
     if tensor.ndim != 4 or tensor.shape[1] != channels or 0 in tensor.shape:
         raise FlowError(
-            f"{name} must be (N,{channels},H,W) with at least one frame and one pixel, "
-            f"got {tuple(tensor.shape)}"
+            f"{name}: expected (N,{channels},H,W) with at least one frame and one pixel, "
+            f"got {tuple(tensor.shape)}."
         )
     if tensor.dtype != torch.float32:
-        raise FlowError(f"{name} must be float32, got {tensor.dtype}: convert with .float()")
+        raise FlowError(f"{name}: expected float32, got {tensor.dtype}. Convert with .float().")
     if not torch.isfinite(tensor).all():
-        raise FlowError(f"{name} holds NaN or infinite values: the flow is broken at its source")
+        raise FlowError(
+            f"{name}: expected finite values, got NaN or infinity. Check what made the flow."
+        )
 
 
 def _first_frame_zero(like: Tensor) -> Tensor:

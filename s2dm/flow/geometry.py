@@ -33,7 +33,7 @@ def sample_at(image: Tensor, position: Tensor) -> Tensor:
 def resample(maps: Tensor, height: int, width: int) -> Tensor:
     """(N,C,H,W) maps at another size: area averages where it shrinks, bilinear where it grows."""
     if height < 1 or width < 1:
-        raise ValueError(f"a size must be at least 1x1, got {height}x{width}")
+        raise ValueError(f"expected a size of at least 1x1, got {height}x{width}.")
     smaller = (min(height, maps.shape[2]), min(width, maps.shape[3]))
     if smaller != tuple(maps.shape[2:]):
         maps = F.interpolate(maps, size=smaller, mode="area")

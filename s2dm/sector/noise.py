@@ -36,10 +36,10 @@ class NoiseSharing:
     def __post_init__(self) -> None:
         if self.mode not in NOISE_SHARING:
             raise ValueError(
-                f"Noise sharing must be one of {', '.join(NOISE_SHARING)}, not {self.mode!r}."
+                f"noise sharing: expected one of {', '.join(NOISE_SHARING)}, got {self.mode!r}."
             )
         if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"The share of common noise must be from 0 to 1, not {self.share}.")
+            raise ValueError(f"share: expected a number from 0 to 1, got {self.share}.")
 
     def draw(
         self, num_frames: int, shape: tuple[int, ...], generator: torch.Generator | None = None
@@ -62,7 +62,7 @@ class NoiseSharing:
             ValueError: fewer than one frame.
         """
         if num_frames < 1:
-            raise ValueError(f"A clip needs at least 1 frame, not {num_frames}.")
+            raise ValueError(f"expected at least 1 frame, got {num_frames}.")
         if self.mode == "independent":
             return _own(num_frames, shape, generator)
         common = torch.randn((1, *shape), generator=generator)

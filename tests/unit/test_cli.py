@@ -167,7 +167,7 @@ def test_errors_are_one_line_without_a_traceback(
     fails("is a file", "generate", PROMPT, "--clip", clip, "-o", letter / "deep" / "o.mp4")
     fails("--device nonsense", *base, "--clip", clip, "--device", "nonsense")
     fails("validation_split=train", "evaluate", "--checkpoint", checkpoint, "--data", "split=train")
-    fails("from 0 to 1, not 2", *base, "--clip", clip, "--sharing", "mixed", "--share", "2")
+    fails("from 0 to 1, got 2", *base, "--clip", clip, "--sharing", "mixed", "--share", "2")
     fails("Choose a checkpoint with both, or give the motion of a clip", *base)
     for option in ("--motion-strength", "--flow-steps", "--reference"):
         fails(f"{option} is for motion that is made from", *base, "--clip", clip, option, "1")

@@ -170,12 +170,12 @@ def test_a_model_is_spared_still_pairs():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda a, b: a[:, :2, ::8, ::8], r"must return \(B,2,H,W\)"),
+        (lambda a, b: a[:, :2, ::8, ::8], r"expected to return \(B,2,H,W\)"),
         (lambda a, b: None, "NoneType"),
         (lambda a, b: [], "list"),
         (lambda a, b: a[:, :2] * torch.nan, "NaN"),
         ("raft", "one of dis, farneback or a flow model, got 'raft'"),
-        (3, "must be callable, got int"),
+        (3, "flow model to call, got int"),
     ],
 )
 def test_a_wrong_model_says_what_is_wrong(model, message):
@@ -186,10 +186,10 @@ def test_a_wrong_model_says_what_is_wrong(model, message):
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (torch.zeros(2, 8, 8, 3), r"must be \(N,3,H,W\)"),
+        (torch.zeros(2, 8, 8, 3), r"expected \(N,3,H,W\)"),
         (torch.zeros(0, 3, 8, 8), "at least one frame"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "floats in"),
-        (torch.full((2, 3, 8, 8), 255.0), "rescale"),
+        (torch.full((2, 3, 8, 8), 255.0), "Rescale"),
         (torch.full((2, 3, 8, 8), torch.nan), "NaN"),
     ],
 )

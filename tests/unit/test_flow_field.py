@@ -56,14 +56,14 @@ def assert_equal(a: FlowField, b: FlowField, tolerance: float = 1e-4) -> None:
 @pytest.mark.parametrize(
     ("displacement", "occlusion", "message"),
     [
-        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4), r"displacement must be \(N,2,H,W\)"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4), r"displacement: expected \(N,2,H,W\)"),
         (torch.zeros(0, 2, 4, 4), torch.zeros(0, 1, 4, 4), "at least one frame"),
         (torch.zeros(2, 2, 4, 4), torch.zeros(2, 1, 4, 5), r"got \(2, 1, 4, 5\)"),
-        (torch.zeros(2, 2, 4, 4).half(), torch.zeros(2, 1, 4, 4), "must be float32"),
+        (torch.zeros(2, 2, 4, 4).half(), torch.zeros(2, 1, 4, 4), "expected float32"),
         (torch.full((2, 2, 4, 4), torch.nan), torch.zeros(2, 1, 4, 4), "NaN"),
         (torch.zeros(2, 2, 4, 4), torch.full((2, 1, 4, 4), 2.0), r"\[0, 1\]"),
-        (torch.ones(2, 2, 4, 4), torch.zeros(2, 1, 4, 4), "frame 1 must be all zeros"),
-        ([0.0], torch.zeros(2, 1, 4, 4), "must be a torch tensor, got list"),
+        (torch.ones(2, 2, 4, 4), torch.zeros(2, 1, 4, 4), "expected zeros in frame 1"),
+        ([0.0], torch.zeros(2, 1, 4, 4), "expected a torch tensor, got list"),
     ],
 )
 def test_broken_fields_are_refused(displacement, occlusion, message):
@@ -161,7 +161,7 @@ def test_from_condition_makes_a_lawful_field_of_anything_finite():
     condition = torch.randn(3, 3, 8, 8) * 3
     field = FlowField.from_condition(condition, 16, 24)
     assert (field.num_frames, field.height, field.width) == (3, 16, 24)
-    with pytest.raises(FlowError, match=r"must be \(N,3,h,w\)"):
+    with pytest.raises(FlowError, match=r"expected \(N,3,h,w\)"):
         FlowField.from_condition(condition[:, :2], 16, 24)
 
 

@@ -61,10 +61,10 @@ def test_the_papers_sharing_is_the_usual_one():
     ("make", "match"),
     [
         (lambda: SHARED.draw(0, SHAPE), "at least 1 frame"),
-        (lambda: NoiseSharing("same"), "must be one of shared, independent, mixed, not 'same'"),
-        (lambda: NoiseSharing("mixed", 1.5), r"from 0 to 1, not 1\.5"),
-        (lambda: NoiseSharing("mixed", -0.1), r"from 0 to 1, not -0\.1"),
-        (lambda: NoiseSharing("mixed", float("nan")), "from 0 to 1, not nan"),
+        (lambda: NoiseSharing("same"), "expected one of shared, independent, mixed, got 'same'"),
+        (lambda: NoiseSharing("mixed", 1.5), r"from 0 to 1, got 1\.5"),
+        (lambda: NoiseSharing("mixed", -0.1), r"from 0 to 1, got -0\.1"),
+        (lambda: NoiseSharing("mixed", float("nan")), "from 0 to 1, got nan"),
     ],
 )
 def test_noise_refuses_nonsense(make, match):

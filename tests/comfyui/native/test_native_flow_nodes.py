@@ -44,7 +44,7 @@ def test_flow_of_other_packs_is_told_from_a_model(rig, connected, got):
 
 
 def test_a_model_that_measures_something_else_is_refused(rig):
-    with pytest.raises(ValueError, match=r"^Estimate Flow \(S2DM\): .*but measured \(0, 0\)"):
+    with pytest.raises(ValueError, match=r"^Estimate Flow \(S2DM\): .*got \(0, 0\)"):
         rig.run(
             "S2DMEstimateFlow",
             frames=frames(2),

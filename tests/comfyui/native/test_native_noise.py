@@ -110,8 +110,8 @@ def test_shared_noise_is_cores_noise_of_one_frame(rig):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"noise_sharing": "some"}, "one of shared, independent, mixed, not 'some'"),
-        ({"noise_sharing": "mixed", "share": 1.5}, r"from 0 to 1, not 1\.5"),
+        ({"noise_sharing": "some"}, "one of shared, independent, mixed, got 'some'"),
+        ({"noise_sharing": "mixed", "share": 1.5}, r"from 0 to 1, got 1\.5"),
     ],
 )
 def test_a_sharing_that_does_not_exist_is_refused_by_the_node(rig, still, wrong, message):
