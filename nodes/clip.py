@@ -18,8 +18,8 @@ def _side(name: str) -> io.Input:
         max=8192,
         step=8,
         tooltip=(
-            f"{name.capitalize()} of the frames in pixels. 128 for the bundled checkpoint, 512 "
-            "for most models of Stable Diffusion 1.5."
+            f"{name.capitalize()} of the frames in pixels: 128 for the bundled checkpoint, 512 "
+            "for most Stable Diffusion 1.5 models."
         ),
     )
 
@@ -34,8 +34,8 @@ class FitClip(io.ComfyNode):
             display_name="Fit Clip (S2DM)",
             category="s2dm/video",
             description=(
-                "Takes frames out of a video, cropped at the centre and resized to the size of "
-                "the clip to make."
+                "Takes frames from a video, crops them at the centre and resizes them to the size "
+                "of the new clip."
             ),
             search_aliases=["s2dm", "video to frames", "crop video", "resize video", "trim"],
             inputs=[
@@ -45,7 +45,7 @@ class FitClip(io.ComfyNode):
                     default=16,
                     min=1,
                     max=4096,
-                    tooltip="How many frames to take; a shorter video gives what it has.",
+                    tooltip="How many frames to take; a shorter video gives all that it has.",
                 ),
                 io.Int.Input(
                     "first_frame",
@@ -53,8 +53,8 @@ class FitClip(io.ComfyNode):
                     min=1,
                     max=1_000_000,
                     tooltip=(
-                        "The frame to begin with, counted from 1. All motion is measured from "
-                        "it, so take one that shows the person well."
+                        "The frame to start at, counted from 1. All motion is measured from it, so "
+                        "choose one that shows the person well."
                     ),
                 ),
                 _side("width"),
@@ -69,7 +69,7 @@ class FitClip(io.ComfyNode):
                 io.Float.Output(
                     "fps",
                     display_name="fps",
-                    tooltip="Frames per second of the video, for Create Video.",
+                    tooltip="Frame rate of the video, for Create Video.",
                 ),
             ],
         )

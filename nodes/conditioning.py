@@ -32,7 +32,10 @@ def _side(name: str) -> io.Input:
         min=0,
         max=8192,
         step=LATENT_CELL,
-        tooltip=f"{name.capitalize()} of the clip in pixels; the flow is resized. 0: as the flow.",
+        tooltip=(
+            f"{name.capitalize()} of the clip in pixels; the flow is resized to it. 0: that of the "
+            "flow. Rounded up to a multiple of 8."
+        ),
     )
 
 
@@ -46,8 +49,8 @@ class EncodeFlow(io.ComfyNode):
             display_name="Encode Flow (S2DM)",
             category="s2dm/conditioning",
             description=(
-                "Adds flow to the prompts, and makes an empty latent for each of its frames. "
-                "Frame by frame, the sampled clip then moves as the flow says."
+                "Adds flow to the prompts and makes an empty latent for each frame. The sampled "
+                "clip then follows the flow, frame by frame."
             ),
             search_aliases=["s2dm", "flow conditioning", "motion control", "optical flow"],
             inputs=[
@@ -57,31 +60,30 @@ class EncodeFlow(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative",
                     tooltip=(
-                        "What it must not show. The model was trained with an empty prompt here."
+                        "What the clip must not show. The model was trained with an empty prompt "
+                        "here."
                     ),
                 ),
                 Flow.Input(
                     "flow",
                     optional=True,
                     tooltip=(
-                        "The motion of each frame. One frame of flow is one frame of the clip. "
-                        "Without it: one frame that doesn't move, of this width and height."
+                        "The motion of the clip, with one frame of flow for each frame. Without "
+                        "flow: one still frame of this width and height."
                     ),
                 ),
                 flow_strength(
-                    "0: no flow, the model moves as it likes; 1: the flow as it is. It doesn't "
-                    "make the motion smaller."
+                    "How strongly flow acts. 0: not at all, the model chooses the motion; 1: as in "
+                    "training. Less strength doesn't make the motion smaller."
                 ),
                 _percent(
                     "start_percent",
                     -1.0,
                     -1.0,
-                    "From which part of the noise schedule on the flow acts. Before it all frames "
-                    "with shared noise are the same. -1: as the checkpoint recommends.",
+                    "Where in the noise schedule flow starts to act. Until then all frames with "
+                    "shared noise are the same. -1: as the checkpoint recommends.",
                 ),
-                _percent(
-                    "end_percent", 1.0, 0.0, "Up to which part of the noise schedule the flow acts."
-                ),
+                _percent("end_percent", 1.0, 0.0, "Where in the noise schedule flow stops acting."),
                 advanced(
                     io.Combo.Input,
                     "guide_flow",
@@ -89,7 +91,7 @@ class EncodeFlow(io.ComfyNode):
                     default="auto",
                     tooltip=(
                         "auto: as the checkpoint recommends. on: guidance (cfg) strengthens "
-                        "prompt and flow, as in the paper. off: the negative prompt sees the flow "
+                        "prompt and flow, as in the paper. off: the negative prompt gets the flow "
                         "too, so guidance strengthens the prompt alone."
                     ),
                 ),
@@ -99,8 +101,8 @@ class EncodeFlow(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip=(
-                        "Where the picture sees the flow; elsewhere it moves as it likes. One "
-                        "mask for all frames, or one a frame."
+                        "Where flow acts; elsewhere the model chooses the motion. One mask for "
+                        "all frames, or one for each."
                     ),
                 ),
             ],
@@ -114,12 +116,12 @@ class EncodeFlow(io.ComfyNode):
                 io.Conditioning.Output(
                     "negative_with_flow",
                     display_name="negative",
-                    tooltip="The negative prompt, with the flow as guide_flow says.",
+                    tooltip="The negative prompt; guide_flow sets how it carries the flow.",
                 ),
                 io.Latent.Output(
                     "latent",
                     display_name="latent",
-                    tooltip="An empty latent for each frame, in the size of the clip.",
+                    tooltip="Empty latents of the size of the clip, one for each frame.",
                 ),
             ],
         )

@@ -25,7 +25,7 @@ def _flow_output() -> io.Output:
     return Flow.Output(
         "flow",
         display_name="flow",
-        tooltip="Motion and occlusion of every frame, for Encode Flow or to look at.",
+        tooltip="Motion and occlusion of every frame, for Encode Flow or Visualize Flow.",
     )
 
 
@@ -47,8 +47,8 @@ class EstimateFlow(io.ComfyNode):
                 io.Image.Input(
                     "frames",
                     tooltip=(
-                        "The frames of one clip, in order. Their number and their size become "
-                        "those of the flow; a single frame gives no motion."
+                        "The frames of one clip, in order. The flow has as many frames, of the "
+                        "same size; a single frame has no motion."
                     ),
                 ),
                 io.Combo.Input(
@@ -56,16 +56,18 @@ class EstimateFlow(io.ComfyNode):
                     options=[*METHODS, _MODEL],
                     default="dis",
                     tooltip=(
-                        "dis: the best of OpenCV, for most clips. farneback: smoother, loses thin "
-                        "limbs. model: the network connected below, such as RAFT."
+                        "dis: OpenCV's DIS, for most clips. farneback: OpenCV's Farneback, "
+                        "smoother, but loses thin limbs. model: the network connected to "
+                        "optical_flow, such as RAFT."
                     ),
                 ),
                 OpticalFlowModel.Input(
                     "optical_flow",
                     optional=True,
                     tooltip=(
-                        'Only for the method "model": RAFT, from core\'s Load Optical Flow Model '
-                        "(newer versions of ComfyUI)."
+                        'Network for the method "model": RAFT, from core\'s Load Optical Flow '
+                        "Model (newer versions of ComfyUI). It is checked first on a known shift. "
+                        "Flow that another pack has measured doesn't fit here."
                     ),
                 ),
             ],
@@ -92,8 +94,8 @@ class GenerateFlow(io.ComfyNode):
             display_name="Generate Flow (S2DM)",
             category="s2dm/flow",
             description=(
-                "Makes the motion of a clip from a prompt and the frame that the clip starts "
-                "from: stage 1 of text to video."
+                "Generates the motion of a clip from a prompt and a reference frame, with which "
+                "the clip starts: stage 1 of text to video."
             ),
             search_aliases=["s2dm", "text to video", "animate", "motion", "stage 1", "image2video"],
             inputs=[
@@ -104,8 +106,8 @@ class GenerateFlow(io.ComfyNode):
                 io.Image.Input(
                     "reference",
                     tooltip=(
-                        "The frame that the clip starts from; of several the first. Any size: the "
-                        "flow comes out as large. Alpha is dropped."
+                        "The first frame of the clip; of a batch, the first image counts. Any "
+                        "size: the flow gets the same. Alpha is dropped."
                     ),
                 ),
                 io.String.Input(
@@ -113,8 +115,8 @@ class GenerateFlow(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip=(
-                        "What happens, in the words of the prompt for the picture. Empty: "
-                        "whatever fits the frame."
+                        "What happens in the clip, in the words of the prompt for the picture. "
+                        "Empty: any motion that fits the frame."
                     ),
                 ),
                 io.Int.Input(
@@ -123,20 +125,20 @@ class GenerateFlow(io.ComfyNode):
                     min=MIN_FRAMES,
                     max=MAX_FRAMES,
                     tooltip=(
-                        "Frames of the flow, and so of the clip. The motion is generated in as "
-                        "many frames as in training, then retimed: more frames are slower "
-                        "motion, not more of it."
+                        "Number of frames of the flow, and so of the clip. The motion is "
+                        "generated with as many frames as in training, then retimed: more frames "
+                        "make it slower and add nothing new."
                     ),
                 ),
-                steps_input(1000, "Steps of the sampler."),
+                steps_input(1000, "Sampling steps."),
                 cfg_input(
                     1.0,
-                    "Guidance scale: how closely to keep to the prompt. 1: no guidance, and half "
-                    "the time.",
+                    "Guidance scale: how closely to follow the prompt. 1: no guidance, in half the "
+                    "time.",
                 ),
                 seed_input(
-                    "Seed of the motion. It may be another than that of the picture: the same "
-                    "frame then moves in another way."
+                    "Seed of the motion, independent of the seed of the picture. Another seed "
+                    "moves the same frame in another way."
                 ),
                 io.Float.Input(
                     "motion_strength",
@@ -145,8 +147,8 @@ class GenerateFlow(io.ComfyNode):
                     max=4.0,
                     step=0.05,
                     tooltip=(
-                        "How much to move: 1 is the mean of the training clips. The network stays "
-                        "near the sizes that it knows of a movement. 0: as the prompt suggests."
+                        "Amount of motion. 1: the mean of the training clips; 0: as the prompt "
+                        "suggests. The network stays near the amounts that it knows of a movement."
                     ),
                 ),
                 advanced(
@@ -154,7 +156,7 @@ class GenerateFlow(io.ComfyNode):
                     "sampler_name",
                     options=list(FLOW_SAMPLERS),
                     default=FLOW_SAMPLERS[0],
-                    tooltip="dpmpp_2m: of second order, for few steps. ddim: of first order.",
+                    tooltip="dpmpp_2m: second order, for few steps. ddim: first order.",
                 ),
             ],
             outputs=[_flow_output()],
@@ -176,8 +178,9 @@ class GenerateFlow(io.ComfyNode):
         with named_errors(cls):
             if not isinstance(flow_generator, Stage1):
                 raise ValueError(
-                    f"expected a checkpoint with stage 1, got {flow_generator!r}. Load one that "
-                    "holds it, or take the motion of a clip with Estimate Flow (S2DM)."
+                    f"expected a flow generator (stage 1), got {flow_generator!r}. Load a "
+                    "checkpoint that holds stage 1, or measure the motion of a clip with Estimate "
+                    "Flow (S2DM)."
                 )
             progress = _progress(steps)
             return io.NodeOutput(
@@ -203,13 +206,13 @@ class VisualizeFlow(io.ComfyNode):
             display_name="Visualize Flow (S2DM)",
             category="s2dm/flow",
             description=(
-                "Shows flow as colours: the hue is the direction a pixel came from, white is no "
-                "motion. One scale holds for the whole clip, so the video doesn't flicker."
+                "Shows flow as colours: the hue is the direction that a pixel came from, white is "
+                "no motion. The whole clip has one scale, so the video doesn't flicker."
             ),
             search_aliases=["optical flow", "colour wheel", "color wheel", "preview flow"],
             is_output_node=True,
             inputs=[
-                Flow.Input("flow", tooltip="The flow to look at."),
+                Flow.Input("flow", tooltip="The flow to show."),
                 io.Float.Input(
                     "full_colour_at",
                     default=0.0,
@@ -217,8 +220,9 @@ class VisualizeFlow(io.ComfyNode):
                     max=4096.0,
                     step=0.5,
                     tooltip=(
-                        "Motion in pixels that is drawn in full colour; longer motion is drawn "
-                        "darker. 0: the longest motion of the clip. Set it to compare clips."
+                        "Motion, in pixels, that gets full colour; longer motion is drawn darker. "
+                        "0: the longest motion of the clip. To compare clips, set one value for "
+                        "all."
                     ),
                 ),
             ],
@@ -226,7 +230,7 @@ class VisualizeFlow(io.ComfyNode):
                 io.Image.Output(
                     "image",
                     display_name="image",
-                    tooltip="One picture a frame, as large as the flow; the first is white.",
+                    tooltip="One image for each frame, as large as the flow; the first is white.",
                 ),
                 io.Mask.Output(
                     "occlusion",
@@ -270,12 +274,12 @@ def _flow_model(connected: object) -> FlowModel:
     got = "nothing" if connected is None else type(connected).__name__
     if hasattr(connected, "shape") or isinstance(connected, (list, tuple)):
         got = (
-            f"{_shape(connected)}, flow that is measured already (other packs call that "
-            "OPTICAL_FLOW too; theirs goes from frame to frame, not back to the first one)"
+            f"{_shape(connected)}, flow that is measured already (other packs use the socket type "
+            "OPTICAL_FLOW for flow from frame to frame, not back to the first)"
         )
     raise ValueError(
-        f'the method "model" needs a flow model at optical_flow, got {got}: connect Load '
-        "Optical Flow Model, or choose dis or farneback"
+        f'expected a flow model at optical_flow, for the method "model", got {got}. Connect Load '
+        "Optical Flow Model, or choose dis or farneback."
     )
 
 

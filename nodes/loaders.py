@@ -14,7 +14,7 @@ from .native.saving import keep_when_saving
 from .schema import advanced, flow_strength, named_errors, schema
 from .types import FlowGenerator
 
-_FILES = "in models/s2dm, or bundled with the pack"
+_FILES = "from models/s2dm or output/s2dm, or bundled with the pack"
 
 
 def _frames_at_once() -> io.Input:
@@ -25,8 +25,8 @@ def _frames_at_once() -> io.Input:
         min=0,
         max=4096,
         tooltip=(
-            "How many frames the U-Net sees at a time. The result is the same, fewer frames "
-            "need less memory. 0: chosen for the machine."
+            "How many frames the U-Net computes at once. Fewer frames need less memory, and the "
+            "result is the same. 0: chosen for the machine."
         ),
     )
 
@@ -54,9 +54,9 @@ class CheckpointLoader(io.ComfyNode):
             display_name="Load Checkpoint (S2DM)",
             category="s2dm/loaders",
             description=(
-                "Loads an S2DM checkpoint. The MODEL follows flow already, and tells the nodes "
-                "of S2DM how the checkpoint wants to be sampled. MODEL, CLIP and VAE work with "
-                "every other node."
+                "Loads an S2DM checkpoint. The MODEL already follows flow, and carries the "
+                "sampling settings that the checkpoint recommends. Other nodes take MODEL, CLIP "
+                "and VAE as usual."
             ),
             search_aliases=["s2dm", "load model", "flow to video", "sector-shaped diffusion"],
             inputs=[
@@ -69,7 +69,7 @@ class CheckpointLoader(io.ComfyNode):
                 io.Model.Output(
                     "model",
                     display_name="model",
-                    tooltip="The U-Net with the flow adapter on it.",
+                    tooltip="The U-Net with its flow adapter.",
                 ),
                 io.Clip.Output(
                     "clip",
@@ -81,7 +81,7 @@ class CheckpointLoader(io.ComfyNode):
                     "flow_generator",
                     display_name="flow_generator",
                     tooltip=(
-                        "Stage 1, for Generate Flow. Empty if the checkpoint holds stage 2 alone."
+                        "Stage 1, for Generate Flow. Empty if the checkpoint holds only stage 2."
                     ),
                 ),
             ],
@@ -105,25 +105,28 @@ class ApplyFlowAdapter(io.ComfyNode):
             display_name="Apply Flow Adapter (S2DM)",
             category="s2dm/loaders",
             description=(
-                "Lets a MODEL with the U-Net of Stable Diffusion 1.x follow flow, sampled as the "
-                "adapter recommends. LoRA, ControlNet and the like go on working, before it and "
-                "after it."
+                "Makes a MODEL with the U-Net of Stable Diffusion 1.x follow flow, and sets the "
+                "sampling that the adapter recommends. LoRA, ControlNet and the like still work, "
+                "before or after this node."
             ),
             search_aliases=["s2dm", "motion adapter", "optical flow adapter", "flow lora"],
             inputs=[
                 io.Model.Input(
                     "model",
                     tooltip=(
-                        "A Stable Diffusion 1.5 model, with or without LoRA. A flow adapter that "
-                        "it holds already is replaced."
+                        "A Stable Diffusion 1.5 model, with or without LoRA. A flow adapter "
+                        "already on it is replaced."
                     ),
                 ),
                 io.Combo.Input(
                     "adapter",
                     options=list_files(),
-                    tooltip=f"A flow adapter, or a checkpoint that holds one, {_FILES}.",
+                    tooltip=f"A flow adapter, or a checkpoint with one, {_FILES}.",
                 ),
-                flow_strength("How strongly flow acts. 0: the model as it was."),
+                flow_strength(
+                    "How strongly flow acts. 0: not at all, the model is unchanged; 1: as in "
+                    "training."
+                ),
                 _frames_at_once(),
             ],
             outputs=[

@@ -15,7 +15,10 @@ from .native import noise as native
 from .native.recommended import recommended
 from .schema import advanced, cfg_input, named_errors, schema, seed_input
 
-_SEED = "Seed of all noise. One frame with the same seed and size starts as the clip."
+_SEED = (
+    "Seed of all noise. A single frame with the same seed and size starts from the same noise as "
+    "the clip."
+)
 
 
 def _sharing_inputs() -> list[io.Input]:
@@ -25,8 +28,8 @@ def _sharing_inputs() -> list[io.Input]:
             options=list(NOISE_SHARING),
             default="shared",
             tooltip=(
-                "shared: one noise for all frames, as in the paper; what the prompt doesn't "
-                "say stays still. independent: each frame its own. mixed: some of both."
+                "shared: one noise for all frames, as in the paper; what the prompt leaves open "
+                "changes little. independent: noise of its own for each frame. mixed: a blend."
             ),
         ),
         advanced(
@@ -36,7 +39,9 @@ def _sharing_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="How much of the noise all frames have in common, for mixed alone.",
+            tooltip=(
+                "How much of the noise all frames share, in mixed only. 0: independent; 1: shared."
+            ),
         ),
     ]
 
@@ -51,12 +56,14 @@ class SharedNoiseKSampler(io.ComfyNode):
             display_name="KSampler with Shared Noise (S2DM)",
             category="s2dm/sampling",
             description=(
-                "Samples all frames from the same noise, in any sampler, so that only what the "
-                "flow moves changes from frame to frame."
+                "Samples all frames from the same noise, with any sampler, so that what the flow "
+                "doesn't move changes little from frame to frame."
             ),
             search_aliases=["s2dm", "ksampler", "fixed noise", "consistent noise", "video sampler"],
             inputs=[
-                io.Model.Input("model", tooltip="The model, with a flow adapter to follow flow."),
+                io.Model.Input(
+                    "model", tooltip="The model. It needs a flow adapter to follow flow."
+                ),
                 seed_input(_SEED),
                 io.Int.Input(
                     "steps",
@@ -64,26 +71,29 @@ class SharedNoiseKSampler(io.ComfyNode):
                     min=0,
                     max=10000,
                     tooltip=(
-                        "Steps of the sampler. 0: as many as the checkpoint recommends, or 20 as "
-                        "in the paper for any other model."
+                        "Sampling steps. 0: as many as the checkpoint recommends; without a "
+                        "recommendation 20, as in the paper."
                     ),
                 ),
                 cfg_input(
                     0.0,
-                    "Guidance scale: how closely to keep to the prompt. 0: as the checkpoint "
-                    "recommends, or 7.5 as in the paper for any other model; 1: no guidance.",
+                    "Guidance scale: how closely to follow the prompt. 0: as the checkpoint "
+                    "recommends; without a recommendation 7.5, as in the paper. 1: no guidance.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
                     default="ddim",
-                    tooltip="The sampler (ddim in the paper). Each of them shares its noise.",
+                    tooltip=(
+                        "The sampler; ddim in the paper. With each of them all frames share the "
+                        "noise."
+                    ),
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=comfy.samplers.KSampler.SCHEDULERS,
                     default="ddim_uniform",
-                    tooltip="How noise is taken away over the steps.",
+                    tooltip="How the noise level falls over the steps.",
                 ),
                 io.Conditioning.Input("positive", tooltip="From Encode Flow."),
                 io.Conditioning.Input("negative", tooltip="From Encode Flow."),
@@ -94,7 +104,9 @@ class SharedNoiseKSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="1: from noise alone. Less keeps some of the latents that come in.",
+                    tooltip=(
+                        "1: starts from noise alone. Less keeps some of the latents that come in."
+                    ),
                 ),
                 *_sharing_inputs(),
             ],
@@ -163,8 +175,8 @@ class SharedNoise(io.ComfyNode):
             display_name="Shared Noise (S2DM)",
             category="s2dm/sampling",
             description=(
-                "Noise for SamplerCustomAdvanced that all frames share. Put Shared-Noise Sampler "
-                "on the sampler too if it draws noise at its steps."
+                "Initial noise for SamplerCustomAdvanced that all frames share. For a sampler that "
+                "also draws noise at its steps, add Shared-Noise Sampler."
             ),
             search_aliases=["s2dm", "random noise", "fixed noise", "consistent noise"],
             inputs=[seed_input(_SEED), *_sharing_inputs()],
@@ -189,13 +201,13 @@ class SharedNoiseSampler(io.ComfyNode):
             display_name="Shared-Noise Sampler (S2DM)",
             category="s2dm/sampling",
             description=(
-                "Makes any sampler share among all frames the noise that it draws at its steps, "
-                "as ancestral and SDE samplers do."
+                "Makes all frames share the noise that a sampler draws at its steps. Ancestral and "
+                "SDE samplers draw such noise."
             ),
             search_aliases=["s2dm", "sampler", "ancestral", "sde", "fixed noise"],
             inputs=[
                 io.Sampler.Input(
-                    "sampler", tooltip="Any sampler, for instance from KSamplerSelect."
+                    "sampler", tooltip="Any sampler, for example from KSamplerSelect."
                 ),
                 *_sharing_inputs(),
             ],
