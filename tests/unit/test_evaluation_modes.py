@@ -22,7 +22,7 @@ def test_rows_say_what_they_are():
     "text, message",
     [
         ("dream", "given-flow, two-stage.*'dream'"),
-        ("given-flow:alone", "must be one of"),
+        ("given-flow:alone", "expected one of"),
         ("given-flow:mixed:2", "from 0 to 1, got 2"),
         ("given-flow:mixed:half", "a share"),
         ("given-flow:shared:0.5", "MODE:SHARING"),
