@@ -115,7 +115,7 @@ class _OpenCVTracker:
             still = torch.zeros_like(first[:2])
             self._previous = (first, still, still)
         last, backward, forward = self._previous
-        grid = pixel_grid(*first.shape[1:], first)
+        grid = pixel_grid(first.shape[1], first.shape[2], first)
 
         step = self._flow(frame, last)
         chain = step + sample_at(backward, grid + step)
@@ -126,7 +126,7 @@ class _OpenCVTracker:
         forward = self._best(first, frame, chain, grid)
 
         self._previous = (frame, backward, forward)
-        return tuple(_shrunk(flow, height, width) for flow in (backward, forward))
+        return _shrunk(backward, height, width), _shrunk(forward, height, width)
 
     def still(self, frame: Tensor) -> None:
         """Frame equals the first one: the chain starts anew."""
@@ -146,17 +146,16 @@ class _OpenCVTracker:
     def _flow(self, source: Tensor, target: Tensor, start: Tensor | None = None) -> Tensor:
         """Flow from source to target, (2,h,w), begun at `start`."""
         grey = [_grey(image) for image in (source, target)]
-        if start is not None:
-            start = np.ascontiguousarray(start.permute(1, 2, 0).numpy())
+        begun = None if start is None else np.ascontiguousarray(start.permute(1, 2, 0).numpy())
         if self._method == "dis":
             dis = self._cv2.DISOpticalFlow_create(self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
             dis.setFinestScale(0 if min(grey[0].shape) < 2 * _OPENCV_SIDES[1] else 1)
-            flow = dis.calc(*grey, start)
+            flow = dis.calc(*grey, begun)
         else:
             flags = self._cv2.OPTFLOW_FARNEBACK_GAUSSIAN
-            if start is not None:
+            if begun is not None:
                 flags |= self._cv2.OPTFLOW_USE_INITIAL_FLOW
-            flow = self._cv2.calcOpticalFlowFarneback(*grey, start, 0.5, 4, 15, 5, 5, 1.1, flags)
+            flow = self._cv2.calcOpticalFlowFarneback(*grey, begun, 0.5, 4, 15, 5, 5, 1.1, flags)
         return torch.from_numpy(np.nan_to_num(flow)).permute(2, 0, 1)
 
 
