@@ -184,7 +184,7 @@ def test_an_adapter_for_another_unet_is_refused(rig):
     adapter = rig.module("nodes.native.adapter")
     config, state = rig.adapter()
     layers = (("input_1_0", 320), *config.layers[1:], ("output_11_0", 320))
-    with pytest.raises(ValueError, match=r"2 don't fit.*input_1_0 is 32 \(expected 320\)"):
+    with pytest.raises(ValueError, match=r"2 of .* don't fit.*input_1_0 is 32 \(expected 320\)"):
         adapter.apply_adapter(rig.plain_model(), dataclasses.replace(config, layers=layers), state)
 
 
