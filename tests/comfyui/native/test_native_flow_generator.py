@@ -255,13 +255,13 @@ WRONG = {
 def test_a_wrong_input_is_named(tiny, inputs, message):
     with pytest.raises(ValueError, match=rf"(?s)^Generate Flow \(S2DM\): .*{message}"):
         generate(tiny, **inputs)
-    assert generate(tiny).frames == 4
+    assert generate(tiny).num_frames == 4
 
 
 def test_a_network_without_motion_strength_says_so(loaded):
     for settings in ({"motion_strength": False}, {"motion": 0.0}):
         rig = loaded(settings)
-        assert generate(rig).frames == 4
+        assert generate(rig).num_frames == 4
         with pytest.raises(
             ValueError, match=r"^Generate Flow \(S2DM\): motion_strength: expected none, got 2\."
         ):
@@ -395,7 +395,7 @@ def test_progress_is_reported_and_cancel_stops_at_once(tiny, monkeypatch):
     assert seen == [(1, 50), (2, 50)]
     assert tiny.loaded.stage1.network.model.current_patcher is None
     cancel_at = None
-    assert generate(tiny).frames == 4
+    assert generate(tiny).num_frames == 4
 
 
 # ------------------------------------------------------------------- with stage 2

@@ -79,7 +79,7 @@ def test_prompts_of_another_clip_are_refused(rig, side):
 def test_flow_without_an_adapter_is_warned_of(rig, caplog):
     plain = rig.plain_model()
     rig.sample(rig.encode(rig.flow(2)), plain)
-    assert "Put Apply Flow Adapter (S2DM) on it" in caplog.text
+    assert "Add Apply Flow Adapter (S2DM)" in caplog.text
     caplog.clear()
     rig.sample(rig.encode(rig.flow(2)))
     positive, negative, latent = rig.prompt(), rig.prompt(""), {"samples": torch.zeros(2, 4, 8, 8)}
