@@ -167,8 +167,8 @@ def _limits(result: dict[str, Any]) -> str:
         "Limits of the bundled checkpoint",
         motion,
         "For each kind of clip the given frames, their flow, and what the model makes of a caption "
-        "and that flow; of the two clips of another kind the flow alone. It was trained on people at "
-        "one place and size before a camera that stands still.",
+        "and that flow; of the two clips of another kind the flow alone. It was trained on people "
+        "at one place and size before a camera that stands still.",
         rooms,
         "Clips from captions alone, with the largest change of a still part of the room.",
         outfits,
