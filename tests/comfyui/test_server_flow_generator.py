@@ -48,7 +48,7 @@ def test_progress_is_shown_and_every_frame_comes_out(server: ComfyServer) -> Non
 
     files = server.files(server.run(generate("random.safetensors"), on_event=on_event))
     assert steps == [(step, 6) for step in range(1, 7)]
-    assert len(files) == 16
+    assert len(files) == 2 * 16  # as Visualize Flow shows them, and in the preview after it
 
 
 def test_cancel_stops_it_and_the_server_goes_on(server: ComfyServer) -> None:

@@ -156,10 +156,10 @@ def test_a_guider_of_two_scales_is_told_what_it_cannot_do(recommending):
 
 def test_a_flow_is_encoded_once_for_both_prompts(recommending, monkeypatch):
     rig = recommending(**RECOMMENDATIONS[2])
-    labels = rig.module("nodes.native.labels")
+    kind = rig.module("s2dm.models").FlowAdapter
     calls = []
-    tokens = labels._tokens
-    monkeypatch.setattr(labels, "_tokens", lambda *args: calls.append(1) or tokens(*args))
+    tokens = kind.tokens
+    monkeypatch.setattr(kind, "tokens", lambda *args: calls.append(1) or tokens(*args))
     untouched(rig, rig.flow(2))
     assert len(calls) == 1
 

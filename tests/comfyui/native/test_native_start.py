@@ -46,7 +46,7 @@ def listed(pack, node: str = "S2DMCheckpointLoader") -> list[str]:
 
 
 def test_the_folder_for_checkpoints_is_made(pack, places, tmp_path):
-    assert len(start(pack)) == 9
+    assert len(start(pack)) == 10
     assert (tmp_path / "models" / "s2dm").is_dir()
     assert not (tmp_path / "output").exists()
     assert start(pack)  # and again, with the folder there
@@ -112,7 +112,7 @@ def unreadable_assets(places, tmp_path, monkeypatch):
 def test_one_broken_folder_costs_no_node(pack, places, tmp_path, monkeypatch, caplog, broken):
     broken(places, tmp_path, monkeypatch)
     with caplog.at_level(logging.WARNING):
-        assert len(start(pack)) == 9
+        assert len(start(pack)) == 10
         names = listed(pack)
     assert "S2DM" in caplog.text or "example clip" in caplog.text
     assert any("(bundled)" in name for name in names) or broken is unreadable_assets
