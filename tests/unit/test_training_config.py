@@ -44,7 +44,7 @@ def test_wrong_settings_are_refused(values, message):
 
 
 def test_stage2_settings_are_checked():
-    with pytest.raises(SettingsError, match=r"noise_sharing, .*not 'sometimes'\."):
+    with pytest.raises(SettingsError, match=r"noise_sharing, .*got 'sometimes'\."):
         Stage2TrainingConfig(noise_sharing="sometimes")
     with pytest.raises(SettingsError, match=r"noise_share: .*from 0 to 1, got 1\.5"):
         Stage2TrainingConfig(noise_sharing="mixed", noise_share=1.5)
