@@ -47,7 +47,10 @@ def test_progress_is_shown_and_every_frame_comes_out(server: ComfyServer) -> Non
             steps.append((data["value"], data["max"]))
 
     files = server.files(server.run(generate("random.safetensors"), on_event=on_event))
-    assert steps == [(step, 6) for step in range(1, 7)]
+    # from 0.33 on ComfyUI itself drops updates that follow each other within 100 ms
+    assert steps == sorted(set(steps))
+    assert steps[0] == (1, 6)
+    assert steps[-1] == (6, 6)
     assert len(files) == 2 * 16  # as Visualize Flow shows them, and in the preview after it
 
 
