@@ -236,7 +236,7 @@ class TrainingLoop:
         self.folder = RunFolder(config.output)
         self.progress = Progress()
         self.interrupted = False
-        self._unsaved_log: dict[str, Tensor] = {}
+        self._loss_sums: dict[str, Tensor] = {}
         self._logged_steps = 0
 
         if config.compile:
@@ -354,8 +354,8 @@ class TrainingLoop:
 
     def _collect(self, losses: dict[str, Tensor]) -> None:
         for name, value in losses.items():
-            total = self._unsaved_log.get(name, 0.0)
-            self._unsaved_log[name] = total + value
+            total = self._loss_sums.get(name, 0.0)
+            self._loss_sums[name] = total + value
         self._logged_steps += 1
 
     def _write_log(self) -> dict[str, float]:
@@ -364,10 +364,10 @@ class TrainingLoop:
             "minutes": round(self.progress.seconds / 60, 3),
             "learning_rate": learning_rate(self.config, self.progress),
         }
-        for name, total in self._unsaved_log.items():
+        for name, total in self._loss_sums.items():
             mean = self.accelerator.reduce(total / self._logged_steps, "mean")
             record[name] = float(mean)
-        self._unsaved_log, self._logged_steps = {}, 0
+        self._loss_sums, self._logged_steps = {}, 0
         if self.accelerator.is_main_process:
             self.folder.append(record)
         if not math.isfinite(record["loss"]):
