@@ -7,6 +7,7 @@ from typing import Any
 import comfy.utils
 from comfy_api.latest import io
 
+from ..s2dm.models import LATENT_CELL
 from .schema import named_errors, schema
 
 
@@ -14,9 +15,9 @@ def _side(name: str) -> io.Input:
     return io.Int.Input(
         name,
         default=128,
-        min=8,
+        min=LATENT_CELL,
         max=8192,
-        step=8,
+        step=LATENT_CELL,
         tooltip=(
             f"{name.capitalize()} of the frames in pixels: 128 for the bundled checkpoint, 512 "
             "for most Stable Diffusion 1.5 models."
