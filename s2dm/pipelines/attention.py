@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
@@ -10,12 +13,16 @@ from torch.nn import functional as F
 from ..models import FlowAdapter, UNetConfig, fuse_attention
 from ..models.keys import attention_names
 
+Beside = Callable[[Hashable, Tensor], Tensor]
+"""Takes a self-attention layer and its input; gives the states of frame 1 for each row."""
+
 
 def attach_adapter(unet: UNet2DConditionModel, adapter: FlowAdapter) -> None:
     """Let the U-Net's cross-attention read flow tokens.
 
     From then on `unet(..., cross_attention_kwargs={"flow_tokens": tokens})` takes tokens
-    (N, 77, width). Without tokens the U-Net works as before. The adapter stays a module of its
+    (N, 77, width), and as "reference" what `ReferenceStates.beside` gives, with its other
+    arguments bound. Without them the U-Net works as before. The adapter stays a module of its
     own: the U-Net does not register it, so move, train and save it beside the U-Net. Layers that
     the adapter leaves out see the prompt alone.
 
@@ -90,6 +97,7 @@ class FlowAttentionProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         flow_tokens: Tensor | None = None,
+        reference: Beside | None = None,
     ) -> Tensor:
         """Attend from (B, pixels, C) to itself or to the prompt (B, length, context)."""
         if attention_mask is not None:
@@ -97,6 +105,8 @@ class FlowAttentionProcessor:
                 "flow adapter: expected no attention mask: Stable Diffusion 1.x has none."
             )
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is None and reference is not None:
+            source = torch.cat([source, reference(attn, hidden_states)], dim=1)
         q, k, v = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .diffusion import (
 )
 from .guidance import guide
 from .noise import NOISE_SHARING, SHARED, NoiseSharing, StepNoise, next_seed, seed_of_flow
+from .reference import ReferenceStates
 from .sampling import sample
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "NOISE_SHARING",
     "SHARED",
     "NoiseSharing",
+    "ReferenceStates",
     "StepNoise",
     "add_noise",
     "alphas_cumprod",
