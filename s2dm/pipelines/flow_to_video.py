@@ -32,7 +32,6 @@ from ..models import (
     whole_cells,
 )
 from ..sector import (
-    RELEASE,
     SHARED,
     Anchor,
     NoiseLevels,
@@ -42,6 +41,7 @@ from ..sector import (
     implied_prediction,
     predicted_x0,
     release,
+    release_levels,
     sample,
 )
 from ..video import cover
@@ -309,7 +309,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         noise = noise_sharing.draw(len(flow), shape, generator).to(self._execution_device)
         levels = NoiseLevels(self.scheduler.alphas_cumprod)
         flow_from = levels.timestep(sampling.flow_start)
-        released = [levels.sigma(sampling.anchor_end - before) for before in (RELEASE, 0)]
+        released = release_levels(sampling.anchor_end, levels.sigma)
         states = ReferenceStates()
 
         def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
@@ -475,7 +475,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         timestep: Tensor,
         labels: list[tuple[Tensor, Tensor]],
         frames: Tensor,
-        reference: Beside | None,
+        reference: Beside | None = None,
     ) -> list[Tensor]:
         """ε_θ of the same frames under each of the labels, as one batch, in float32."""
         text = torch.cat([text.expand(len(frames), -1, -1) for text, _ in labels])
