@@ -164,6 +164,38 @@ def in_chunks(
     return out
 
 
+def one_of_equal(
+    call: Callable[..., Tensor], conditions: int, latents: Tensor, arguments: dict[str, Any]
+) -> Tensor | None:
+    """Call the U-Net on frame 1 alone where all frames of each condition are equal.
+
+    Takes the arguments of `in_chunks`. None: they aren't, or there is one frame.
+    """
+    batch = latents.shape[0]
+    frames = batch // conditions
+    # What is told apart most cheaply comes first.
+    if frames < 2 or not all(_equal(value, conditions, batch) for value in (arguments, latents)):
+        return None
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    rows = _rows(0, 1, frames, conditions)
+    cut = {name: _cut(value, rows, batch) for name, value in arguments.items()}
+    return call(_cut(latents, rows, batch), range(1), **cut).repeat_interleave(frames, dim=0)
+
+
+def _equal(value: Any, conditions: int, batch: int) -> bool:
+    """Whether all frames of each condition have the same: see `_cut` for what frames have."""
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or value.shape[0] != batch or value.stride(0) == 0:
+            return True
+        rows = value.unflatten(0, (conditions, -1))
+        return bool((rows == rows[:, :1]).all())
+    if isinstance(value, (list, tuple)):
+        return all(_equal(item, conditions, batch) for item in value)
+    if type(value) is dict:
+        return all(_equal(item, conditions, batch) for item in value.values())
+    return True
+
+
 def _rewind(device: torch.device) -> Callable[[], None]:
     """What brings torch's random numbers back to where they are now, on the CPU and with CUDA."""
     gpu = torch.cuda if device.type == "cuda" else None

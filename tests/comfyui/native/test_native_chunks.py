@@ -77,7 +77,7 @@ def test_a_chunk_fits_into_the_memory_that_is_free(rig, monkeypatch, free, expec
 
 def test_the_chunk_is_chosen_once_a_run(rig, monkeypatch):
     """Other sizes round differently, and the memory that is free varies from step to step."""
-    wrappers, chunks = (rig.module(f"nodes.native.{name}") for name in ("wrappers", "chunks"))
+    module, chunks = (rig.module(f"nodes.native.{name}") for name in ("frames", "chunks"))
     free = iter([3, 1, 7, 2])
     monkeypatch.setattr(chunks, "frames_at_once", lambda *args: next(free))
     made = []
@@ -87,7 +87,7 @@ def test_the_chunk_is_chosen_once_a_run(rig, monkeypatch):
             made.append(frames)
             super().__init__(frames)
 
-    monkeypatch.setattr(wrappers, "ChunkSizes", Recorded)
+    monkeypatch.setattr(module, "ChunkSizes", Recorded)
     seen = []
     model = rig.loaded.model
     handle = model.model.diffusion_model.register_forward_pre_hook(
