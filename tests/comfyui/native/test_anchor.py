@@ -138,7 +138,7 @@ def test_adapter_and_anchor_cut_the_frames_once(rig, picture, encoded, order):
         model = anchored(rig, picture, flow, adapted(model), reference_attention="on")
     if order == "anchor twice":
         model = anchored(rig, 1 - picture, flow, model, reference_attention="on")
-    # Frames are equal in the first step, in both of them positive and negative side by side.
+    # Positive and negative side by side, two steps.
     assert chunks_seen(model, lambda model: rig.sample(encoded, model)) == [4, 4] * 2
     usual = anchored(rig, picture, flow, adapted(rig.plain_model()), reference_attention="on")
     same = relative(rig.sample(encoded, model), rig.sample(encoded, usual)) < 1e-5
@@ -154,6 +154,7 @@ def test_without_an_adapter_frames_come_in_chunks_too(rig, picture, encoded, mon
     assert seen == [2] + [4, 4] * 2
 
 
+@pytest.mark.slow
 def test_zero_flow_gives_frame_1_in_every_frame(rig, picture):
     import comfy.samplers
 
