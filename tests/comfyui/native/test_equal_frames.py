@@ -59,7 +59,7 @@ def test_frames_are_one_until_the_flow_acts(rig, one_by_one):
 
 def test_equal_noise_is_not_enough(rig):
     """Another flow, another mask or another latent makes another frame."""
-    positive, negative, latent = rig.encode(rig.equal_flow(FRAMES))
+    positive, negative, _ = rig.encode(rig.equal_flow(FRAMES))
     mask = torch.zeros(FRAMES, 64, 64)
     mask[1] = 1
     moving = rig.equal_flow(FRAMES)
