@@ -21,7 +21,7 @@ from pathlib import Path
 from common import RESULTS, RUNS, TAKE
 
 from s2dm.cli import DEFAULT_CHECKPOINT
-from s2dm.cli.options import sampling_entries
+from s2dm.cli.options import add_sampling, sampling_entries
 from s2dm.data import DataConfig
 from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.run import EvaluationConfig, evaluate
@@ -41,9 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--clips", type=int, default=24)
-    parser.add_argument("--steps", type=int, help="what the checkpoint recommends by default")
-    for name in ("--guidance", "--flow-guidance", "--flow-start"):
-        parser.add_argument(name, type=float, help="likewise")
+    add_sampling(parser)
     parser.add_argument("--i3d", type=Path, help="weights of I3D, for FVD and KVD")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS / "flow_following.json")
