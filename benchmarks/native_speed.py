@@ -102,6 +102,7 @@ def _load_pack(threads: int) -> ModuleType:
 def _cases(pack: ModuleType, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
     import torch
+
     from nodes import KSampler
 
     def ours(name: str) -> Any:
