@@ -43,9 +43,11 @@ class AnchorToReference(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Image.Input(
                     "reference",
+                    optional=True,
                     tooltip=(
                         "The first frame of the clip; of a batch, the first image counts. In the "
-                        "shape of the flow, in any size. Alpha is dropped."
+                        "shape of the flow, in any size. Alpha is dropped. Without a picture the "
+                        "model draws frame 1 first, from the same noise, and follows that."
                     ),
                 ),
                 Flow.Input(
@@ -104,8 +106,8 @@ class AnchorToReference(io.ComfyNode):
         cls,
         model: Any,
         vae: Any,
-        reference: torch.Tensor,
         flow: FlowField,
+        reference: torch.Tensor | None = None,
         strength: float = 1.0,
         end_percent: float = -1.0,
         reference_attention: str = "auto",

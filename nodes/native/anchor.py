@@ -20,9 +20,10 @@ from torch import Tensor
 from ...s2dm.flow import FlowField
 from ...s2dm.flow.geometry import resample
 from ...s2dm.models import whole_cells
-from ...s2dm.sector import RELEASE, Anchor, ReferenceStates, release
+from ...s2dm.sector import Anchor, ReferenceStates, release, release_levels
 from .frames import KEY as FRAMES
 from .frames import FramesOfCall, call_in_chunks
+from .labels import of_frame_1
 from .recommended import recommendation_of
 
 KEY = "s2dm_anchor"
@@ -39,7 +40,7 @@ class AnchorError(ValueError):
 def anchor_model(
     model: comfy.model_patcher.ModelPatcher,
     vae: comfy.sd.VAE,
-    reference: Tensor,
+    reference: Tensor | None,
     flow: FlowField,
     strength: float = 1.0,
     end: float | None = None,
@@ -51,7 +52,8 @@ def anchor_model(
         model: any MODEL of pictures, with a flow adapter or without. An anchor that it may have
             already is replaced.
         vae: encodes pictures as the MODEL has them.
-        reference: IMAGE (B, H, W, 1, 3 or 4) in [0, 1], the first one counts, without alpha.
+        reference: IMAGE (B, H, W, 1, 3 or 4) in [0, 1], the first one counts, without alpha;
+            None to draw frame 1 first, from the noise of the clip.
         flow: of the clip; in the shape of the picture, in any size.
         strength: 0 to 1; with 0 the MODEL itself is returned.
         end: up to which part of the noise schedule frames are anchored, 0 to 1, with 0 the MODEL
@@ -62,8 +64,10 @@ def anchor_model(
     Raises:
         AnchorError: the reference is no picture, or its shape isn't that of the flow.
     """
-    picture = _picture(reference)
-    _check_shape(picture, flow)
+    picture = None
+    if reference is not None:
+        picture = _picture(reference)
+        _check_aspect("the flow", flow.height, flow.width, "the reference", *picture.shape[-2:])
     recommended = recommendation_of(model)
     anchors = recommended is not None and recommended.anchor_end > 0
     if end is None:
@@ -106,26 +110,69 @@ def _frame_by_frame(network: Any) -> bool:
 
 
 class _Anchoring:
-    """What a MODEL is anchored to, and the anchor of the latents that were sampled last."""
+    """What a MODEL is anchored to, and the anchor of the run."""
 
     def __init__(
-        self, vae: comfy.sd.VAE, picture: Tensor, flow: FlowField, strength: float, end: float
+        self,
+        vae: comfy.sd.VAE,
+        picture: Tensor | None,
+        flow: FlowField,
+        strength: float,
+        end: float,
     ) -> None:
         self.vae = vae
         self.picture = picture
         self.flow = flow
         self.strength = strength
         self.end = end
-        self._made: tuple[tuple[int, ...], Anchor] | None = None
+        self._anchor: Anchor | None = None
+        self._shape: tuple[int, ...] = ()
 
-    def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def outer_sample(
+        self, executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Before the model is loaded, the VAE encodes what it is to be anchored to."""
         shape = tuple(noise.shape)
-        if self._made is None or self._made[0] != shape:
-            self._made = None
-            model = executor.class_obj.model_patcher.model
-            self._made = shape, self._anchor(model, shape)
-        return executor(noise, *args, **kwargs)
+        self._check_latents(shape)
+        guider = executor.class_obj
+        if self.picture is None or shape != self._shape:
+            self._anchor = None
+            picture = self.picture
+            if picture is None:
+                picture = self._first_frame(executor, noise, latent_image, *args, **kwargs)
+            self._anchor = self._anchor_to(picture, guider.model_patcher.model, shape)
+            self._shape = shape
+        return executor(noise, latent_image, *args, **kwargs)
+
+    def _first_frame(
+        self,
+        executor: Any,
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: Any,
+        sigmas: Tensor,
+        denoise_mask: Tensor | None = None,
+        callback: Any = None,
+        disable_pbar: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Frame 1 as the model draws it by itself, (1, 3, H, W) in [0, 1]."""
+        guider = executor.class_obj
+        # Core and our labels write to the entries of a run, so each run has its own.
+        conds = {name: [_copy(entry) for entry in told] for name, told in guider.conds.items()}
+        guider.conds = {
+            name: [of_frame_1(entry) for entry in told] for name, told in guider.conds.items()
+        }
+        if "latent_shapes" in kwargs and kwargs["latent_shapes"] is not None:
+            kwargs["latent_shapes"] = [(1, *noise.shape[1:])]
+        mask = None if denoise_mask is None else denoise_mask[:1]
+        first = (noise[:1], latent_image[:1], sampler, sigmas, mask, None, True, seed)
+        latent = executor(*first, **kwargs)
+        guider.conds = conds
+        pictures = self.vae.decode(latent)
+        picture = pictures.reshape(-1, *pictures.shape[-3:])[:1]
+        return picture.movedim(-1, 1).float().cpu().clamp(0, 1)
 
     def sampler_sample(
         self,
@@ -138,27 +185,28 @@ class _Anchoring:
     ) -> Tensor:
         """The model is loaded, and with it the noise schedule that holds for this run."""
         schedule = guider.model_patcher.model.model_sampling
-        levels = [float(schedule.percent_to_sigma(self.end - part)) for part in (RELEASE, 0)]
+        levels = release_levels(self.end, lambda part: float(schedule.percent_to_sigma(part)))
         # Core made these options for this run alone.
         options = extra_args["model_options"].setdefault("transformer_options", {})
-        options[KEY] = _Run(self._made[1], *levels)
+        if self._anchor is not None:
+            options[KEY] = _Run(self._anchor, *levels)
         return executor(guider, sigmas, extra_args, *args, **kwargs)
 
-    def _anchor(self, model: Any, shape: tuple[int, ...]) -> Anchor:
-        frames, channels, *size = shape
-        if len(size) == 3 and size[0] == 1:  # of models whose latents could be those of videos
-            size = size[1:]
-        if len(size) != 2:
+    def _check_latents(self, shape: tuple[int, ...]) -> None:
+        if len(_plane(shape)) != 2:
             raise AnchorError(
                 f"{_NODE}: expected latents of pictures (frames, channels, height, width), got "
                 f"{shape}. Sample with a model that draws pictures, one for each frame."
             )
-        if self.flow.num_frames != frames:
+        if self.flow.num_frames != shape[0]:
             raise AnchorError(
-                f"{_NODE}: expected a flow of {frames} frames, one for each latent, got "
+                f"{_NODE}: expected a flow of {shape[0]} frames, one for each latent, got "
                 f"{self.flow.num_frames}. Sample as many latents as the flow has frames, or make "
                 "flow of as many frames."
             )
+
+    def _anchor_to(self, picture: Tensor, model: Any, shape: tuple[int, ...]) -> Anchor:
+        channels, size = shape[1], _plane(shape)
 
         def encode(pictures: Tensor) -> Tensor:
             # One at a time: a VAE of videos would take several for a video.
@@ -173,7 +221,7 @@ class _Anchoring:
             encoded = torch.cat(latents).view(-1, *shape[1:])
             return model.process_latent_in(encoded).view(-1, channels, *size)
 
-        picture, flow = self._fitted(*(side * _cell(self.vae) for side in size))
+        picture, flow = self._fitted(picture, *(side * _cell(self.vae) for side in size))
         return Anchor.of(picture, flow, encode, self.strength)
 
     def _encode(self, picture: Tensor) -> Tensor:
@@ -181,7 +229,7 @@ class _Anchoring:
         latent = self.vae.encode(picture.movedim(1, -1))
         return latent.squeeze(2) if latent.ndim == 5 else latent
 
-    def _fitted(self, height: int, width: int) -> tuple[Tensor, FlowField]:
+    def _fitted(self, picture: Tensor, height: int, width: int) -> tuple[Tensor, FlowField]:
         """Picture and flow in the size that the latents stand for."""
         flow, cell = self.flow, _cell(self.vae)
         size = flow.height, flow.width
@@ -190,7 +238,8 @@ class _Anchoring:
             size = height, width
         # Encode Flow (S2DM) fills the last cells in the same way.
         margin = (0, width - size[1], 0, height - size[0])
-        picture = F.pad(resample(self.picture, *size), margin, mode="replicate")
+        if tuple(picture.shape[-2:]) != (height, width):
+            picture = F.pad(resample(picture, *size), margin, mode="replicate")
         return picture, flow.resize(*size).pad(height, width)
 
 
@@ -314,6 +363,16 @@ def _number_of_first(options: dict[str, Any], frames: range) -> int:
     return [*(() if before is None or before < 0 else (before,)), *window.index_list][first]
 
 
+def _copy(entry: dict[str, Any]) -> dict[str, Any]:
+    return {**entry, "model_conds": dict(entry.get("model_conds", {}))}
+
+
+def _plane(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Height and width of latents, also of models whose latents could be those of videos."""
+    size = shape[2:]
+    return size[1:] if len(size) == 3 and size[0] == 1 else size
+
+
 def _cell(vae: comfy.sd.VAE) -> int:
     """Pixels along each side of a latent's cell."""
     return int(vae.spacial_compression_encode())
@@ -333,10 +392,6 @@ def _picture(reference: Tensor) -> Tensor:
             "one failed: look at its picture, and decode it with the VAE in float32."
         )
     return picture.clamp(0, 1).expand(-1, 3, -1, -1).contiguous()
-
-
-def _check_shape(picture: Tensor, flow: FlowField) -> None:
-    _check_aspect("the flow", flow.height, flow.width, "the reference", *picture.shape[-2:])
 
 
 def _check_aspect(

@@ -8,6 +8,7 @@ each frame's row number, which core batches, repeats and slices with the latents
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,18 @@ class FlowLabel:
     start: float | None = 0.0
     end: float = 1.0
     mask: Tensor | None = None
+
+
+def of_frame_1(entry: dict[str, Any]) -> dict[str, Any]:
+    """A conditioning entry for frame 1 alone, whose labels may be attached already."""
+    label, told = entry.get(LABEL), dict(entry.get("model_conds", {}))
+    entry = {**entry, "model_conds": told}
+    if label is not None:
+        mask = None if label.mask is None else label.mask.reshape(-1, *label.mask.shape[-2:])[:1]
+        entry[LABEL] = dataclasses.replace(label, flow=label.flow.select([0]), mask=mask)
+    if _ROW in told:
+        told[_ROW] = _LabelCondition(entry.get(LABEL))
+    return entry
 
 
 class _SharedText(comfy.conds.CONDCrossAttn):

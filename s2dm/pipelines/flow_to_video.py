@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -32,7 +31,6 @@ from ..models import (
     whole_cells,
 )
 from ..sector import (
-    RELEASE,
     SHARED,
     Anchor,
     NoiseLevels,
@@ -42,13 +40,12 @@ from ..sector import (
     implied_prediction,
     predicted_x0,
     release,
+    release_levels,
     sample,
 )
-from ..video import cover
-from ..video.frames import from_uint8
-from ..video.pictures import image_pixels
 from .attention import Beside, attach_adapter, is_attached
 from .modules import build, build_tokenizer, to_checkpoint
+from .pictures import on_canvas, picture_of
 from .wrapped import FlowAdapterModel
 
 OUTPUT_TYPES = ("pt", "pil", "latent")
@@ -271,7 +268,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
             if reference is None:
                 frame = self.decode_latents(denoise(FlowField.zeros(1, *size)))
             else:
-                frame = self._on_canvas(picture_of(reference, *size))
+                frame = on_canvas(picture_of(reference, *size), self.vae_factor)
             anchor = self._anchor(frame, flow.resize(*size), chunk_size)
         result = self._output(denoise(flow, anchor=anchor), size, output_type, chunk_size)
         self.maybe_free_model_hooks()
@@ -309,7 +306,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         noise = noise_sharing.draw(len(flow), shape, generator).to(self._execution_device)
         levels = NoiseLevels(self.scheduler.alphas_cumprod)
         flow_from = levels.timestep(sampling.flow_start)
-        released = [levels.sigma(sampling.anchor_end - before) for before in (RELEASE, 0)]
+        released = release_levels(sampling.anchor_end, levels.sigma)
         states = ReferenceStates()
 
         def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
@@ -368,12 +365,6 @@ class FlowToVideoPipeline(DiffusionPipeline):
         frames = frames.to(self._execution_device, self.vae.dtype)
         latents = self.vae.encode(frames * 2 - 1).latent_dist.mode()
         return latents.float() * self.vae.config.scaling_factor
-
-    def _on_canvas(self, picture: Tensor) -> Tensor:
-        """A picture (1, 3, H, W) in whole latent cells, its edge repeated."""
-        height, width = picture.shape[-2:]
-        canvas = self._canvas(height, width)
-        return F.pad(picture, (0, canvas[1] - width, 0, canvas[0] - height), mode="replicate")
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -475,7 +466,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         timestep: Tensor,
         labels: list[tuple[Tensor, Tensor]],
         frames: Tensor,
-        reference: Beside | None,
+        reference: Beside | None = None,
     ) -> list[Tensor]:
         """ε_θ of the same frames under each of the labels, as one batch, in float32."""
         text = torch.cat([text.expand(len(frames), -1, -1) for text, _ in labels])
@@ -507,33 +498,6 @@ def check_arguments(
         raise ValueError(
             f'Expected a NoiseSharing, such as NoiseSharing("shared"), got {noise_sharing!r}.'
         )
-
-
-def picture_of(reference: Any, height: int, width: int) -> Tensor:
-    """A user's reference frame as (1, 3, height, width); ValueError if it isn't one."""
-    from PIL import Image
-
-    if isinstance(reference, Image.Image):
-        reference = from_uint8(image_pixels(reference))
-    if not isinstance(reference, Tensor):
-        raise ValueError(
-            f"reference: expected a PIL image or a tensor, got {type(reference).__name__}."
-        )
-    if reference.ndim != 3 or reference.shape[0] != 3 or 0 in reference.shape:
-        raise ValueError(
-            f"reference: expected one RGB picture, (3, height, width), got "
-            f"{tuple(reference.shape)}. Choose one frame, drop an alpha channel, repeat grey."
-        )
-    if not reference.is_floating_point() or not _in_unit_range(reference):
-        raise ValueError(
-            f"reference: expected numbers from 0 to 1, got {reference.dtype} from "
-            f"{reference.min().item():g} to {reference.max().item():g}. Divide bytes by 255."
-        )
-    return cover(reference.detach().float().cpu()[None], height, width)
-
-
-def _in_unit_range(picture: Tensor) -> bool:
-    return bool(((picture >= 0) & (picture <= 1)).all())  # false for NaN
 
 
 def counted(

@@ -1,6 +1,6 @@
 """The sector-shaped diffusion process: one noise for all frames, fanned out by their conditions."""
 
-from .anchor import RELEASE, Anchor, release
+from .anchor import Anchor, release, release_levels
 from .diffusion import (
     BETA_SCHEDULES,
     add_noise,
@@ -20,7 +20,6 @@ from .sampling import sample
 __all__ = [
     "BETA_SCHEDULES",
     "NOISE_SHARING",
-    "RELEASE",
     "SHARED",
     "Anchor",
     "NoiseLevels",
@@ -35,6 +34,7 @@ __all__ = [
     "next_seed",
     "predicted_x0",
     "release",
+    "release_levels",
     "sample",
     "sector_loss",
     "seed_of_flow",

@@ -12,8 +12,7 @@ from torch import Tensor
 from ..flow import FlowField
 from ..flow.warp import visibility, warp_picture
 
-RELEASE = 0.05
-"""Over this part of the schedule, up to its end, the anchor lets go."""
+_RELEASE = 0.05  # the last part of the anchor's own time, over which it lets go
 _STILL, _MOVING = 0.25, 1.0  # pixels: what moves less is still, what moves more is not
 
 
@@ -79,8 +78,18 @@ class Anchor:
         return torch.lerp(x0, self.latents.to(x0), share.to(x0))
 
 
+def release_levels(end: float, sigma: Callable[[float], float]) -> tuple[float, float]:
+    """The noise levels between which an anchor lets go that acts until `end` of the schedule.
+
+    Args:
+        end: part of the schedule, above 0 to 1.
+        sigma: gives σ after a part of it.
+    """
+    return sigma(end * (1 - _RELEASE)), sigma(end)
+
+
 def release(sigma: float, begin: float, end: float) -> float:
     """w(t): 1 while the noise σ is above `begin`, 0 below `end`, linear in σ between them."""
     if sigma >= begin:
         return 1.0
-    return max(0.0, (sigma - end) / (begin - end)) if sigma > end else 0.0
+    return (sigma - end) / (begin - end) if sigma > end else 0.0

@@ -66,6 +66,23 @@ def test_frame_1_is_the_picture(rig, picture, encoded, adapter):
     assert relative(clip[1:2], latent_of(rig, picture)) > 0.05
 
 
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+def test_without_a_picture_frame_1_is_drawn_first(rig, encoded, adapter, late):
+    """And is what the model draws by itself, whichever of the nodes comes first."""
+    model = rig.loaded.model if adapter else rig.plain_model()
+    one = rig.sample(rig.encode(rig.flow(FRAMES).select([0])), model, steps=3)
+    with torch.inference_mode():
+        drawn = rig.loaded.vae.decode(one)
+    expected = rig.sample(encoded, anchored(rig, drawn, rig.flow(FRAMES), model), steps=3)
+    held = anchored(rig, None, rig.flow(FRAMES), rig.plain_model() if late else model)
+    if late and adapter:
+        held = rig.run_adapter(held)[0]
+    clip = rig.sample(encoded, held, steps=3)
+    assert relative(clip, expected) < 1e-4
+    assert torch.equal(rig.sample(encoded, held, steps=3), clip)
+
+
 def test_frames_follow_the_flow(rig, picture):
     """Anchored to the end, a frame is the picture moved, where the picture shows it."""
     flow = rig.equal_flow(2)
