@@ -443,7 +443,8 @@ class Allocated(TorchDispatchMode):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_clip(rig, tmp_path):
+@pytest.mark.parametrize("anchored", [False, True])
+def test_memory_does_not_grow_with_the_clip(rig, tmp_path, anchored):
     """The peak of the process: 128 frames need at most 1.15 times what 16 do.
 
     A U-Net of the size of the bundled one, 128x128, chunks of 16. What is in memory before (the
@@ -471,9 +472,19 @@ def test_memory_does_not_grow_with_the_clip(rig, tmp_path):
     model = rig.module("nodes.native.loading").load_all(str(path), chunk_size=16).model
 
     def peak(frames):
-        encoded = rig.encode(rig.flow(frames, height=128, width=128))
+        flow = rig.flow(frames, height=128, width=128)
+        encoded, sampled = rig.encode(flow), model
+        if anchored:
+            picture = {"vae": rig.loaded.vae, "reference": torch.rand(1, 128, 128, 3)}
+            (sampled,) = rig.run(
+                "S2DMAnchorToReference",
+                model=model,
+                flow=flow,
+                reference_attention="on",
+                **picture,
+            )
         with Allocated() as allocated:
-            rig.sample(encoded, model, steps=1)
+            rig.sample(encoded, sampled, steps=1)
         return allocated.peak
 
     peak(1)
