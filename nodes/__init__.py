@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .anchor import AnchorToReference
 from .clip import FitClip
 from .conditioning import EncodeFlow
-from .example import place_example_clip
+from .example import place_examples
 from .flow import EstimateFlow, GenerateFlow, VisualizeFlow
 from .loaders import ApplyFlowAdapter, CheckpointLoader
 from .native.files import register_folder
@@ -31,5 +31,5 @@ class S2DMExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folder()
-        place_example_clip()
+        place_examples()
         return NODES
