@@ -23,7 +23,7 @@ from ...s2dm.models import whole_cells
 from ...s2dm.sector import Anchor, ReferenceStates, release, release_levels
 from .frames import KEY as FRAMES
 from .frames import FramesOfCall, call_in_chunks
-from .labels import of_frame_1
+from .labels import labels_of, of_frame_1
 from .recommended import recommendation_of
 
 KEY = "s2dm_anchor"
@@ -185,7 +185,13 @@ class _Anchoring:
     ) -> Tensor:
         """The model is loaded, and with it the noise schedule that holds for this run."""
         schedule = guider.model_patcher.model.model_sampling
-        levels = release_levels(self.end, lambda part: float(schedule.percent_to_sigma(part)))
+
+        def sigma(part: float) -> float:
+            return float(schedule.percent_to_sigma(part))
+
+        # Until the flow acts all frames are the same, and one is enough.
+        starts = [label.start for label in labels_of(guider.conds) if label.start is not None]
+        levels = (sigma(min(starts, default=0.0)), *release_levels(self.end, sigma))
         # Core made these options for this run alone.
         options = extra_args["model_options"].setdefault("transformer_options", {})
         if self._anchor is not None:
@@ -246,8 +252,9 @@ class _Anchoring:
 class _Run:
     """An anchor in one run of sampling, and the states of frame 1 in its present step."""
 
-    def __init__(self, anchor: Anchor, begin: float, end: float) -> None:
+    def __init__(self, anchor: Anchor, start: float, begin: float, end: float) -> None:
         self.anchor = anchor
+        self.start = start
         self.begin = begin
         self.end = end
         self.states = ReferenceStates()
@@ -261,7 +268,10 @@ class _Run:
                 f"{_NODE}: expected a sampler that keeps the size and the number of the latents, "
                 f"{tuple(latents.shape)}, got {tuple(denoised.shape)}. Choose another sampler."
             )
-        weight = release(float(sigma.max()), self.begin, self.end)
+        level = float(sigma.max())
+        if level > self.start:
+            return denoised
+        weight = release(level, self.begin, self.end)
         return self.anchor.pull(frames, weight).view_as(denoised)
 
 

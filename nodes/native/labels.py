@@ -54,6 +54,12 @@ class FlowLabel:
     mask: Tensor | None = None
 
 
+def labels_of(conditions: dict[str, list[dict[str, Any]]]) -> Iterator[FlowLabel]:
+    """The labels of all entries."""
+    for entries in conditions.values():
+        yield from (entry[LABEL] for entry in entries if entry.get(LABEL) is not None)
+
+
 def of_frame_1(entry: dict[str, Any]) -> dict[str, Any]:
     """A conditioning entry for frame 1 alone, whose labels may be attached already."""
     label, told = entry.get(LABEL), dict(entry.get("model_conds", {}))

@@ -310,7 +310,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         states = ReferenceStates()
 
         def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
-            acts = sampling.flow_start < 1 and timestep <= flow_from
+            acts = bool(sampling.flow_start < 1 and timestep <= flow_from)
             current = labels if acts else without_flow
             # Equal frames stay equal until something tells them apart: one is enough.
             several = not _all_equal(latents, *(tokens for _, tokens in current))
@@ -330,7 +330,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
                         parts[0], parts[2], guidance_scale, parts[1], flow_guidance_scale
                     )
             prediction = prediction.expand_as(latents)
-            if anchor is None:
+            if anchor is None or not acts:
                 return prediction
             # Here, and not in the prediction of each label, because guidance overshoots.
             sigma = levels.sigma_at(timestep)
