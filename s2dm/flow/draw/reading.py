@@ -203,19 +203,17 @@ def _timed(points: list[tuple[float, float, float | None]], at: str) -> Array:
     if not points:
         return track
     track[:, :2] = [point[:2] for point in points]
-    times = [point[2] for point in points]
-    first, last = times[0], times[-1]
-    times[0] = 0.0 if first is None else first
-    if len(times) > 1 and last is None:
-        times[-1] = 1.0
-    known = [index for index, time in enumerate(times) if time is not None]
-    for before, after in pairwise(known):
-        if times[after] < times[before]:  # type: ignore[operator]
+    known = {index: point[2] for index, point in enumerate(points) if point[2] is not None}
+    known.setdefault(0, 0.0)
+    known.setdefault(len(points) - 1, 1.0)
+    order = sorted(known)
+    for before, after in pairwise(order):
+        if known[after] < known[before]:
             raise FlowError(
-                f"{at}[{after}].t: expected points in order of time, got {times[after]:g} after "
-                f"{times[before]:g}."
+                f"{at}[{after}].t: expected points in order of time, got {known[after]:g} after "
+                f"{known[before]:g}."
             )
-    track[:, 2] = np.interp(np.arange(len(times)), known, [times[index] for index in known])
+    track[:, 2] = np.interp(np.arange(len(points)), order, [known[index] for index in order])
     return track
 
 

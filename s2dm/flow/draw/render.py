@@ -151,11 +151,20 @@ class _Canvas:
 
     def visible(self, owners: Array) -> Array:
         """(H,W) bool, whether frame 1 shows the pixel: `owners` has the topmost layer there."""
-        inside, index = _cells_at(self.place.reshape(2, -1), self.scene.fine, (0, 0), owners.shape)
-        seen = owners.reshape(-1)[index] == self.layer.reshape(-1)[inside]
-        visible = np.zeros(self.layer.shape, bool)
-        visible.reshape(-1)[inside[seen]] = True
-        return visible
+        place, layer = self.place.reshape(2, -1), self.layer.reshape(-1)
+        visible = np.zeros(len(layer), bool)
+        asked = np.arange(len(layer))
+        # A pixel is a square: it is seen if its middle third is, or a third beside that.
+        for x, y in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):
+            points = place if (x, y) == (0, 0) else place[:, asked] + _third(x, y)
+            inside, index = _cells_at(points, self.scene.fine, (0, 0), owners.shape)
+            seen = asked[inside[owners.reshape(-1)[index] == layer[asked[inside]]]]
+            visible[seen] = True
+            asked = np.flatnonzero(~visible)
+        middle = (place >= -0.5) & (
+            place < np.array([[self.scene.width], [self.scene.height]]) - 0.5
+        )
+        return (visible & middle.all(axis=0)).reshape(self.layer.shape)
 
 
 class _Piece:
@@ -237,17 +246,16 @@ class _Surroundings:
         starts = rest[: len(rest) - pins]
         reach = 2 * layer.radius
         size = (scene.width, scene.height)
-        low, high = (
-            [
-                int(np.clip(edge(values) + add, 0, side))
-                for values, side in zip((starts.real, starts.imag), size, strict=True)
-            ]
-            for edge, add in ((np.min, np.floor(-reach)), (np.max, np.ceil(reach) + 1))
+        (left, right), (top, bottom) = (
+            np.clip([np.floor(place.min() - reach), np.ceil(place.max() + reach) + 1], 0, side)
+            .astype(int)
+            .tolist()
+            for place, side in zip((starts.real, starts.imag), size, strict=True)
         )
         self.mesh: Mesh | None = None
-        if low[0] >= high[0] or low[1] >= high[1]:
+        if left >= right or top >= bottom:
             return
-        self.mesh = _mesh_over(scene, *low, *high, rest)
+        self.mesh = _mesh_over(scene, left, top, right, bottom, rest)
         vertices = self.mesh.vertices
         distance = np.full(len(vertices), np.inf)
         for start in starts:
@@ -366,6 +374,10 @@ def _mesh_over(
     least = _CELL * max(1, round(max(scene.width, scene.height) / 512))
     side = max(least, round(sqrt(width * height * len(controls) / _WEIGHTS)))
     return Mesh(left, top, -(-width // side), -(-height // side), side, controls)
+
+
+def _third(x: int, y: int) -> Array:
+    return np.array([[x], [y]], np.float32) / 3
 
 
 def _identity(count: int) -> Array:
