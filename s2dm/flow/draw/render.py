@@ -8,7 +8,7 @@ there. It is visible in frame 1 if that layer was on top there, too.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from .regions import Cells, cells_per_pixel, rasterise
 from .state import Array, Layer, Motion
 from .timing import phases, positions
 
-_CELL = 4  # pixels: the side of a bent layer's cells, on pictures of up to 512
+_CELL, _CELLS = 2, 128  # pixels: the smallest cell of a bent layer, and cells along its side
 _WEIGHTS = 4_000_000  # vertices times tracks at most: more tracks have larger cells
 _STILL = 0.02  # pixels: what moves less is drawn as what lies there
 _TEAR = 3.0  # by how much surroundings, or what parallax draws apart, may be stretched
@@ -371,8 +371,8 @@ def _mesh_over(
     scene: _Scene, left: int, top: int, right: int, bottom: int, controls: Array
 ) -> Mesh:
     width, height = right - left, bottom - top
-    least = _CELL * max(1, round(max(scene.width, scene.height) / 512))
-    side = max(least, round(sqrt(width * height * len(controls) / _WEIGHTS)))
+    area = width * height
+    side = max(_CELL, ceil(sqrt(area) / _CELLS), ceil(sqrt(area * len(controls) / _WEIGHTS)))
     return Mesh(left, top, -(-width // side), -(-height // side), side, controls)
 
 
