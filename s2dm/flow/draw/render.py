@@ -81,7 +81,7 @@ class _Scene:
         width, height = motion.width, motion.height
         self.width, self.height, self.num_frames = width, height, num_frames
         self.fine = cells_per_pixel(width, height)
-        times = np.arange(num_frames) / max(num_frames - 1, 1)
+        times = phases(num_frames, motion.camera_speed)
         self.views = views(motion.camera, times, width, height)
         self.ground = _DeepGround(self, depth) if depth is not None else None
         # The topmost layer of every cell of frame 1, 0 for the ground.
