@@ -111,7 +111,7 @@ class EditFlow(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[flow_output("The changed flow.")],
+            outputs=[flow_output("The changed flow.", "edited_flow")],
         )
 
     @classmethod
@@ -254,7 +254,7 @@ class PickFlow(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[flow_output("The picked frames.")],
+            outputs=[flow_output("The picked frames.", "picked_flow")],
         )
 
     @classmethod

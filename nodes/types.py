@@ -19,7 +19,7 @@ OpticalFlowModel = io.Custom("OPTICAL_FLOW")
 that node have nothing to connect here, and the socket does no harm."""
 
 
-def flow_output(tooltip: str = "") -> io.Output:
-    """The flow that a node makes."""
+def flow_output(tooltip: str = "", name: str = "flow") -> io.Output:
+    """The flow that a node makes; `name` where an input is called flow already."""
     told = tooltip or "Motion and occlusion of every frame, for Encode Flow or Visualize Flow."
-    return Flow.Output("flow", display_name="flow", tooltip=told)
+    return Flow.Output(name, display_name="flow", tooltip=told)
