@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .anchor import AnchorToReference
 from .clip import FitClip
 from .conditioning import EncodeFlow
 from .example import place_example_clip
@@ -20,6 +21,7 @@ NODES: list[type[io.ComfyNode]] = [
     EstimateFlow,
     GenerateFlow,
     EncodeFlow,
+    AnchorToReference,
     SharedNoiseKSampler,
     SharedNoise,
     SharedNoiseSampler,
