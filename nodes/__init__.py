@@ -5,7 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .anchor import AnchorToReference
 from .clip import FitClip
 from .conditioning import EncodeFlow
-from .example import place_example_clip
+from .example import place_examples
 from .flow import EstimateFlow, GenerateFlow, VisualizeFlow
 from .flow_files import LoadFlow, SaveFlow
 from .flow_tools import CombineFlow, EditFlow, PickFlow, WarpImage
@@ -44,5 +44,5 @@ class S2DMExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folder()
-        place_example_clip()
+        place_examples()
         return NODES

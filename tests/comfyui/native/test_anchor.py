@@ -184,7 +184,7 @@ def test_zero_flow_gives_frame_1_in_every_frame(rig, picture):
         clip = rig.sample(encoded, model, steps=3, sampler_name=name)
         assert torch.equal(clip, clip[:1].expand_as(clip)), name
         # These two of core stop where there is still some noise.
-        allowed = 0.15 if name in ("dpm_fast", "dpm_adaptive") else 0.01
+        allowed = 0.15 if name in ("dpm_fast", "dpm_adaptive") else 0.02
         if relative(clip[:1], expected) > allowed:
             far[name] = relative(clip[:1], expected)
     assert not far
