@@ -67,3 +67,15 @@ export function relabel(button, name, title) {
     button.title = title;
     button.setAttribute("aria-label", title);
 }
+
+/** Set properties of an element that are not so already; a change that is none costs layout. */
+export function assign(element, properties) {
+    for (const [name, value] of Object.entries(properties)) {
+        if (element[name] !== value) element[name] = value;
+    }
+}
+
+/** Set an attribute of an element if it is not so already. */
+export function setAttribute(element, name, value) {
+    if (element.getAttribute(name) !== value) element.setAttribute(name, value);
+}

@@ -283,6 +283,9 @@ export class Editor {
             if (event.detail > 0 && event.target.closest("button")
                 && !event.target.closest(".s2dm-json")) view.keys.focus({preventScroll: true});
         });
+        // The wheel is ours once the editor has the focus: this is how Nodes 2.0 is told.
+        root.addEventListener("focusin", () => root.setAttribute("data-capture-wheel", "true"));
+        root.addEventListener("focusout", () => root.removeAttribute("data-capture-wheel"));
         root.addEventListener("copy", event => this.copied(event));
         root.addEventListener("cut", event => this.copied(event, true));
         root.addEventListener("paste", event => {

@@ -70,6 +70,7 @@ function addEditor(node, name, spec) {
 function watchPicture(node, editor) {
     let shown = null;
     const refresh = (again = false) => {
+        if (node.graph) takePlace(node, editor);
         editor.sizeChanged();
         const address = node.graph ? pictureAddress(node, "image") : null;
         if (address === shown && !again) return;
@@ -101,6 +102,14 @@ function watchPicture(node, editor) {
         editor.pause();
     });
     return {refresh};
+}
+
+// Nodes 2.0 keeps the elements of a node that is loaded anew, as ComfyUI's undo does, and with them
+// the editor of the node that is gone.
+function takePlace(node, editor) {
+    if (editor.root.isConnected || app.canvas?.graph !== node.graph) return;
+    const left = document.querySelector(`[data-node-id="${node.id}"] .s2dm-editor`);
+    left?.replaceWith(editor.root);
 }
 
 // Also do something when ComfyUI calls a hook of this one node.

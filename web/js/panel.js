@@ -1,6 +1,6 @@
 // Everything around the picture: tools, time, layers, and the fields of what is selected.
 
-import {icon, iconButton, make, relabel} from "./dom.js";
+import {assign, icon, iconButton, make, relabel, setAttribute} from "./dom.js";
 import {arrival, firstPhaseAt, timesOf} from "./geometry.js";
 import {MOVES, REPEATS, SPEEDS, newLayer, removeKey, setCamera, setTime, spreadTimes, writeMotion}
     from "./state.js";
@@ -124,9 +124,9 @@ export class Panel {
         const shown = JSON.stringify([
             editor.layerIndex, layers.map(({name, visible}) => [name, visible])]);
         for (const [name, button] of Object.entries(this.layerButtons)) {
-            button.disabled = !editor.layer
+            assign(button, {disabled: !editor.layer
                 || name === "up" && editor.layerIndex === layers.length - 1
-                || name === "down" && editor.layerIndex === 0;
+                || name === "down" && editor.layerIndex === 0});
         }
         if (shown === this.shownLayers) return;
         this.shownLayers = shown;
@@ -204,16 +204,16 @@ export class Panel {
 
     updateLayer() {
         const {layer, motion} = this.editor;
-        this.layerSection.hidden = !layer;
+        assign(this.layerSection, {hidden: !layer});
         if (!layer) return;
         this.move.show(layer.move);
         this.speed.show(layer.speed);
         this.repeat.show(layer.repeat);
         this.cycles.show(layer.cycles);
-        this.cycles.row.hidden = layer.repeat === "once";
+        assign(this.cycles.row, {hidden: layer.repeat === "once"});
         this.radius.show(layer.radius, {max: Math.max(motion.width, motion.height)});
-        this.radius.row.hidden = layer.region !== null;
-        this.region.hidden = layer.region === null;
+        assign(this.radius.row, {hidden: layer.region !== null});
+        assign(this.region, {hidden: layer.region === null});
     }
 
     buildPoint() {
@@ -241,19 +241,19 @@ export class Panel {
     updatePoint() {
         const {editor} = this;
         const {point, selected, layer} = editor;
-        this.pointSection.hidden = !point;
+        assign(this.pointSection, {hidden: !point});
         if (!point) return;
         const onPath = selected.pin === undefined;
         const place = `${Math.round(point.x)}, ${Math.round(point.y)}`;
-        this.pointName.textContent = onPath
+        assign(this.pointName, {textContent: onPath
             ? `${selected.point + 1} of ${layer.tracks[selected.track].length} at ${place}`
-            : `Pin at ${place}`;
-        this.arrives.row.hidden = !onPath;
-        this.even.hidden = !onPath;
-        this.removePath.hidden = !onPath;
+            : `Pin at ${place}`});
+        for (const part of [this.arrives.row, this.even, this.removePath]) {
+            assign(part, {hidden: !onPath});
+        }
         if (!onPath) return;
         const track = layer.tracks[selected.track];
-        this.even.disabled = track.length < 3;
+        assign(this.even, {disabled: track.length < 3});
         const when = 1 + arrival(layer, timesOf(track)[selected.point], editor.frames) * (editor.frames - 1);
         this.arrives.show(Math.round(when * 10) / 10);
     }
@@ -295,10 +295,10 @@ export class Panel {
         }
         const here = this.keyHere();
         this.key.classList.toggle("s2dm-on", here);
-        this.key.disabled = editor.frame === 0;
+        assign(this.key, {disabled: editor.frame === 0});
         relabel(this.key, "key", here
             ? "Remove the keyframe at this frame" : "Set a keyframe at this frame");
-        this.noCamera.disabled = motion.camera.length === 0;
+        assign(this.noCamera, {disabled: motion.camera.length === 0});
     }
 
     // --- as JSON
@@ -354,27 +354,24 @@ export class Panel {
     update() {
         const {editor} = this;
         for (const [name, button] of this.tools) {
-            button.setAttribute("aria-pressed", String(name === editor.tool));
+            setAttribute(button, "aria-pressed", String(name === editor.tool));
         }
         const paints = editor.tool === "brush" || editor.tool === "erase";
-        this.brush.hidden = !paints;
-        this.brush.value = editor.brush;
-        this.undo.disabled = !editor.history.canUndo;
-        this.redo.disabled = !editor.history.canRedo;
-        this.choose.disabled = editor.options.connected();
-        this.hint.textContent = editor.options.linked()
-            ? "The motion comes from the connected node."
-            : TOOLS.find(([name]) => name === editor.tool)[2];
-        this.hint.hidden = Boolean(editor.playing || editor.view.gesture);
-        if (editor.problem) {
-            this.message.textContent = editor.problem;
-            this.message.hidden = false;
-        }
+        assign(this.brush, {hidden: !paints, value: String(Math.round(editor.brush))});
+        assign(this.undo, {disabled: !editor.history.canUndo});
+        assign(this.redo, {disabled: !editor.history.canRedo});
+        assign(this.choose, {disabled: editor.options.connected()});
+        assign(this.hint, {
+            textContent: editor.options.linked() ? "The motion comes from the connected node."
+                : TOOLS.find(([name]) => name === editor.tool)[2],
+            hidden: Boolean(editor.playing || editor.view.gesture),
+        });
+        if (editor.problem) assign(this.message, {textContent: editor.problem, hidden: false});
         const frame = Math.round(editor.frame) + 1;
-        this.time.max = editor.frames - 1;
-        this.time.value = frame - 1;
-        this.time.disabled = this.playButton.disabled = editor.frames < 2;
-        this.readout.textContent = `${frame} / ${editor.frames}`;
+        assign(this.time, {
+            max: String(editor.frames - 1), value: String(frame - 1), disabled: editor.frames < 2});
+        assign(this.playButton, {disabled: editor.frames < 2});
+        assign(this.readout, {textContent: `${frame} / ${editor.frames}`});
         relabel(this.playButton, editor.playing ? "pause" : "play",
             editor.playing ? "Pause (Space)" : "Play (Space)");
         this.updateMarks();
@@ -409,7 +406,7 @@ function choice(label, values, title, set) {
     ...values.map(value => make("option", {value}, value.replace("_", " "))));
     return {
         row: make("label", {class: "s2dm-field", title}, make("span", {}, label), select),
-        show: value => { select.value = value; },
+        show: value => assign(select, {value}),
     };
 }
 
@@ -437,7 +434,7 @@ function field(label, attributes, set, editor) {
     return {
         row: make("label", {class: "s2dm-field", title: attributes.title},
             make("span", {}, label), input),
-        show: value => { if (document.activeElement !== input) input.value = value; },
+        show: value => { if (document.activeElement !== input) assign(input, {value: String(value)}); },
     };
 }
 
@@ -458,9 +455,14 @@ function slider(label, attributes, set, editor) {
         row: make("div", {class: "s2dm-field", title: attributes.title},
             make("span", {}, label), range, input),
         show: (value, {min = range.min, max} = {}) => {
-            Object.assign(range, {min, max});
-            range.value = value;
-            if (document.activeElement !== input) input.value = Math.round(value * 100) / 100;
+            assign(range, {min: String(min), max: String(max)});
+            // The control rounds to its step: compare with what it was given.
+            if (range.shown !== value || range.max !== range.shownMost) range.value = value;
+            range.shown = value;
+            range.shownMost = range.max;
+            if (document.activeElement !== input) {
+                assign(input, {value: String(Math.round(value * 100) / 100)});
+            }
         },
     };
 }

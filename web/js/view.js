@@ -1,6 +1,6 @@
 // The picture with everything drawn on it, and what a pointer does there.
 
-import {make} from "./dom.js";
+import {assign, make} from "./dom.js";
 import {arrival, phaseAt, pointAt, startsOf, timesOf} from "./geometry.js";
 import {paintStroke, regionMask, regionOfMask} from "./region.js";
 import {distanceToSegment, extendTrack, insertPoint, simplify, spreadTimes} from "./state.js";
@@ -8,7 +8,7 @@ import {Warp} from "./warp.js";
 
 export const COLOURS = [
     "#ffb020", "#38bdf8", "#f472b6", "#4ade80", "#c084fc", "#fb7185", "#2dd4bf", "#facc15"];
-const MOVING_PIXELS = 300_000; // of the preview while something moves
+const MOVING_PIXELS = 200_000; // of the preview while something moves
 const STILL_PIXELS = 1_200_000;
 const REACH = {mouse: 8, pen: 10, touch: 18}; // how near a pointer must come, CSS pixels
 const MASK_SIZE = 1024; // longest side of a painted region
@@ -17,7 +17,7 @@ const DRAG = 3; // CSS pixels from which a press is a drag
 export class View {
     constructor(editor) {
         this.editor = editor;
-        this.quick = new Warp(); // while something moves
+        this.quick = null;
         this.fine = new Warp();
         this.zoom = 1;
         this.pan = {x: 0, y: 0};
@@ -41,15 +41,22 @@ export class View {
     /** Show a picture, a canvas, where nothing has moved yet. */
     setBackdrop(canvas) {
         this.backdrop = canvas;
-        const {width, height} = canvas;
-        const shrink = Math.min(1, Math.sqrt(MOVING_PIXELS / (width * height)));
+        this.quick = null;
+        this.fine.setPicture(
+            canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height));
+    }
+
+    // While something moves the preview is as large as its picture: what stays is only copied.
+    quickWarp(width, height) {
+        if (this.quick?.width === width && this.quick.height === height) return this.quick;
         const small = document.createElement("canvas");
-        small.width = Math.max(1, Math.round(width * shrink));
-        small.height = Math.max(1, Math.round(height * shrink));
+        small.width = width;
+        small.height = height;
         const pen = small.getContext("2d", {willReadFrequently: true});
-        pen.drawImage(canvas, 0, 0, small.width, small.height);
-        this.quick.setPicture(pen.getImageData(0, 0, small.width, small.height));
-        this.fine.setPicture(canvas.getContext("2d").getImageData(0, 0, width, height));
+        pen.drawImage(this.backdrop, 0, 0, width, height);
+        this.quick = new Warp();
+        this.quick.setPicture(pen.getImageData(0, 0, width, height));
+        return this.quick;
     }
 
     // --- coordinates: CSS pixels of the stage as laid out, and pixels of the picture
@@ -459,7 +466,7 @@ export class View {
         this.drawMarkers(pen, layout);
         this.drawLine(pen, layout);
         this.drawBrush(pen, layout);
-        canvas.style.cursor = this.cursorStyle();
+        assign(canvas.style, {cursor: this.cursorStyle()});
     }
 
     cursorStyle() {
@@ -490,7 +497,7 @@ export class View {
                 layout.scale * density, 1, Math.sqrt(most / (motion.width * motion.height)));
             const columns = Math.max(1, Math.round(motion.width * wanted));
             const rows = Math.max(1, Math.round(motion.height * wanted));
-            const warp = moving ? this.quick : this.fine;
+            const warp = moving ? this.quickWarp(columns, rows) : this.fine;
             const image = warp.render(motion, editor.time, columns, rows);
             if (this.buffer.width !== columns || this.buffer.height !== rows) {
                 this.buffer.width = columns;

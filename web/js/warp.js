@@ -1,5 +1,5 @@
 // The preview: the picture moved by the motion, drawn on the processor. A graphics card that is
-// sampling would stutter, browsers allow few WebGL contexts, and a preview of some 300,000 pixels
+// sampling would stutter, browsers allow few WebGL contexts, and a preview of 200,000 pixels
 // takes a few milliseconds this way.
 //
 // Each pixel belongs to the front layer whose region holds it, or to the background. Layers are
