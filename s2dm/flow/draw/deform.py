@@ -1,0 +1,93 @@
+"""How a layer follows its tracks and pins: one map for all of it, or bent between them.
+
+A layer that bends follows moving least squares (Schaefer, McPhail and Warren, "Image deformation
+using moving least squares", 2006): every point gets the rigid map that fits tracks and pins best,
+near ones more than far ones. Thin plates would be as smooth, but they shear and swell what they
+bend; limbs, leaves and faces don't. Points of the plane are complex numbers here, as a rotation
+then is a product.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .state import Array
+
+_PIN = 1000.0  # how much more a pin counts than a track where both can't be had
+_NEAR = 1e-6  # square pixels: a point on a track follows that track alone
+_STEADY = 0.1  # without a region, how strongly surroundings keep from turning
+
+
+def complex_points(points: Array) -> Array:
+    """(…,2) as (…) complex."""
+    return points[..., 0] + 1j * points[..., 1]
+
+
+def falloff(distance: Array, radius: float) -> Array:
+    """1 up to the radius, then smoothly to 0 at twice as far."""
+    beyond = np.clip(distance / radius - 1, 0, 1)
+    return 1 - beyond * beyond * (3 - 2 * beyond)
+
+
+def fit(rest: Array, moved: Array, num_pins: int, move: str) -> Array:
+    """The maps that bring points of frame 1 best to where they are in each frame.
+
+    rest: (K,) complex, the last `num_pins` of them pins. moved: (N,K). move: "rigid",
+    "similarity" or "affine"; where there are too few points for that, the next simpler one.
+    Returns (N,2,3): (x, y) goes to map @ (x, y, 1).
+    """
+    weight = np.ones(len(rest))
+    weight[len(rest) - num_pins :] = _PIN
+    weight /= weight.sum()
+    centre, centres = rest @ weight, moved @ weight
+    offset, offsets = rest - centre, moved - centres[:, None]
+    spread = float(weight @ np.abs(offset) ** 2)
+    count = len(moved)
+    linear = np.broadcast_to(np.eye(2), (count, 2, 2)).copy()
+    if spread > 1e-6:
+        turn = offsets @ (weight * offset.conj())
+        if move == "rigid":
+            length = np.abs(turn)
+            turn = np.where(length > 1e-9 * spread, turn / np.maximum(length, 1e-30), 1)
+        else:
+            turn = turn / spread
+        linear = np.stack(
+            [np.stack([turn.real, -turn.imag], -1), np.stack([turn.imag, turn.real], -1)], -2
+        )
+        if move == "affine":
+            flat = np.stack([offset.real, offset.imag])
+            moment = (flat * weight) @ flat.T
+            if np.linalg.eigvalsh(moment)[0] > 1e-6 * spread:
+                flats = np.stack([offsets.real, offsets.imag], axis=1)
+                linear = (flats * weight) @ flat.T @ np.linalg.inv(moment)
+    start = np.array([centre.real, centre.imag])
+    shift = np.stack([centres.real, centres.imag], axis=1) - linear @ start
+    return np.concatenate([linear, shift[:, :, None]], axis=2)
+
+
+class Bend:
+    """The bent surroundings of tracks and pins, at fixed points of frame 1.
+
+    points: (V,) complex, where the deformation is asked for. rest: (K,) complex, tracks and pins
+    in frame 1. radius: how far each of them acts; None: everywhere.
+    """
+
+    def __init__(self, points: Array, rest: Array, radius: float | None = None) -> None:
+        distance = np.abs(points[:, None] - rest[None, :])
+        weight = 1 / (distance**2 + _NEAR)
+        if radius is not None:
+            weight *= falloff(distance, radius)
+        total = weight.sum(axis=1)
+        self._share = weight / np.maximum(total, 1e-30)[:, None]
+        centre = self._share @ rest
+        self._offset = np.where(total > 0, points - centre, 0)
+        self._turning = weight * (rest[None, :] - centre[:, None]).conj()
+        self._steady = 1e-9 if radius is None else _STEADY
+
+    def at(self, moved: Array) -> Array:
+        """Where the points are when tracks and pins are at `moved` (K,), (V,) complex."""
+        # The offsets' weighted sum is zero, so the centres of `moved` needn't be subtracted.
+        turn = self._turning @ moved + self._steady
+        length = np.abs(turn)
+        turn = np.where(length > 0, turn / np.maximum(length, 1e-300), 1)
+        return self._share @ moved + turn * self._offset

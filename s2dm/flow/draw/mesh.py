@@ -1,0 +1,164 @@
+"""A sheet of small triangles that is bent, and which pixels each of them comes to lie on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .state import Array
+
+_SLACK = 1e-3  # of a cell: pixels on the seam of two triangles belong to one of them
+_FLAT = 1e-4  # of its area: a triangle that is pressed further is gone
+_LEVEL = 1e-9
+_AT_ONCE = 1 << 19  # rows of triangles that are looked at in one go
+
+
+class Mesh:
+    """Square cells over a part of the picture, each cut into two triangles.
+
+    left, top: the first pixel. columns, rows: number of cells. side: of a cell, in pixels. on:
+    (K,) complex, points that shall be vertices, as far as cells allow it: what is known there is
+    then met exactly, and between vertices all is linear.
+    """
+
+    def __init__(
+        self, left: int, top: int, columns: int, rows: int, side: int, on: Array | None = None
+    ) -> None:
+        self.left, self.top, self.columns, self.rows, self.side = left, top, columns, rows, side
+        # Cells begin and end between pixels.
+        x = left - 0.5 + side * np.arange(columns + 1)
+        y = top - 0.5 + side * np.arange(rows + 1)
+        grid = x[None, :] + 1j * y[:, None]
+        if on is not None:
+            self._snap(grid, on)
+        self.vertices = grid.ravel()
+        corner = np.arange((columns + 1) * (rows + 1)).reshape(rows + 1, columns + 1)
+        first, right, down, last = (
+            part.ravel()
+            for part in (corner[:-1, :-1], corner[:-1, 1:], corner[1:, :-1], corner[1:, 1:])
+        )
+        self._triangles = np.concatenate(
+            [np.stack([first, right, down], axis=1), np.stack([last, down, right], axis=1)]
+        )
+        self._cell = np.tile(np.arange(columns * rows), 2)
+        self._area = self._doubled_area(self.vertices)
+
+    def _snap(self, grid: Array, on: Array) -> None:
+        taken = np.zeros((self.rows + 3, self.columns + 3), bool)
+        for point in on:
+            column = round((point.real - self.left + 0.5) / self.side)
+            row = round((point.imag - self.top + 0.5) / self.side)
+            if 0 <= column <= self.columns and 0 <= row <= self.rows:
+                around = taken[row : row + 3, column : column + 3]
+                if not around.any():
+                    grid[row, column] = point
+                    taken[row + 1, column + 1] = True
+
+    def _doubled_area(self, vertices: Array) -> Array:
+        a, b, c = (vertices[self._triangles[:, k]] for k in range(3))
+        return ((b - a).conj() * (c - a)).imag
+
+    def keep(self, cells: Array) -> None:
+        """Drop the triangles of all other cells: (rows,columns) bool."""
+        self._select(np.flatnonzero(cells.ravel()[self._cell]))
+
+    def order(self, values: Array) -> None:
+        """Where the sheet lies over itself, larger values (V,) shall be above."""
+        self._select(np.argsort(values[self._triangles].mean(axis=1), kind="stable"))
+
+    def _select(self, which: Array) -> None:
+        self._triangles, self._cell = self._triangles[which], self._cell[which]
+        self._area = self._area[which]
+
+    def drawn(
+        self, moved: Array, width: int, height: int, tear: float, cells: Array | None = None
+    ) -> tuple[Array, Array]:
+        """The pixels of a width x height picture that the sheet covers, and what lies there.
+
+        moved: (V,) complex, where the vertices are. tear: a triangle that is stretched by more
+        than this is torn and covers nothing, nor does one that shows its back. cells:
+        (rows,columns) bool, draw these alone.
+
+        Returns (M,), the indices of pixels of the flattened picture, and (2,M) float32, the points
+        of frame 1 that are there. A pixel may come several times: the last one is on top.
+        """
+        first = self._triangles[:, 0]
+        origin = moved[first]
+        e, f = moved[self._triangles[:, 1]] - origin, moved[self._triangles[:, 2]] - origin
+        area = (e.conj() * f).imag
+        longest = np.maximum(np.maximum(np.abs(e), np.abs(f)), np.abs(e - f))
+        seen = (area > _FLAT * self._area) & (longest < tear * 1.5 * self.side)
+        if cells is not None:
+            seen &= cells.ravel()[self._cell]
+        down, up = np.maximum(e.imag, f.imag), np.minimum(e.imag, f.imag)
+        top = np.ceil(origin.imag + np.minimum(up, 0) - _SLACK).clip(0, height)
+        bottom = (np.floor(origin.imag + np.maximum(down, 0) + _SLACK) + 1).clip(0, height)
+        seen &= top < bottom
+        which = np.flatnonzero(seen)
+        top, rows = top[which].astype(np.int32), (bottom - top)[which].astype(np.int32)
+        e, f, area, origin = e[which], f[which], area[which], origin[which]
+
+        # In a triangle all is linear: a pixel q is origin + u e + v f. The table has u and v of
+        # the pixel (0, top), and their steps to the right and down.
+        begin = 1j * top - origin
+        table = np.stack(
+            [
+                (begin.conj() * f).imag / area,
+                f.imag / area,
+                -f.real / area,
+                -(begin.conj() * e).imag / area,
+                -e.imag / area,
+                e.real / area,
+            ]
+        )
+        corners = self.vertices[self._triangles[which].T]
+        source = np.stack([corners[0], corners[1] - corners[0], corners[2] - corners[0]])
+
+        ends = np.cumsum(rows, dtype=np.int64)
+        indices, points = [np.zeros(0, np.int64)], [np.zeros((2, 0), np.float32)]
+        start = 0
+        while start < len(which):
+            done = int(ends[start - 1]) if start else 0
+            end = max(int(np.searchsorted(ends, done + _AT_ONCE, side="right")), start + 1)
+            part = slice(start, end)
+            hit, where = _covered(rows[part], top[part], table[:, part], source[:, part], width)
+            indices.append(hit)
+            points.append(where)
+            start = end
+        return np.concatenate(indices), np.concatenate(points, axis=1)
+
+
+def _covered(
+    rows: Array, top: Array, table: Array, source: Array, width: int
+) -> tuple[Array, Array]:
+    """The pixels in each triangle, row by row, and their points."""
+    triangle, row = _counted(rows)
+    u0, ux, uy, v0, vx, vy = table
+    u, v = u0[triangle] + uy[triangle] * row, v0[triangle] + vy[triangle] * row
+    low, high = np.zeros(len(row)), np.full(len(row), width - 1.0)
+    # Each of the three edges bounds the row on one side: u >= 0, v >= 0 and u + v <= 1.
+    for value, step in ((u, ux), (v, vx), (1 - u - v, -ux - vx)):
+        rising = step >= 0
+        # An edge along the row bounds nothing, or leaves nothing.
+        inverse = 1 / np.where(np.abs(step) < _LEVEL, np.where(rising, _LEVEL, -_LEVEL), step)
+        bound = -(value + _SLACK) * inverse[triangle]
+        left = rising[triangle]
+        np.maximum(low, bound, out=low, where=left)
+        np.minimum(high, bound, out=high, where=~left)
+    low = np.ceil(low)
+    counts = np.maximum(np.floor(high) - low + 1, 0).astype(np.int32)
+    span, column = _counted(counts)
+    column = column + low.astype(np.int32)[span]
+    triangle = triangle[span]
+    u = u[span] + ux[triangle] * column
+    v = v[span] + vx[triangle] * column
+    corner, first, second = source[:, triangle]
+    place = corner + u * first + v * second
+    pixel = ((top[triangle] + row[span]) * np.int64(width)) + column
+    return pixel, np.stack([place.real, place.imag]).astype(np.float32)
+
+
+def _counted(counts: Array) -> tuple[Array, Array]:
+    """0 counts[0] times, 1 counts[1] times and so on, and the number of each among its own."""
+    which = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    before = np.cumsum(counts, dtype=np.int64) - counts
+    return which, (np.arange(len(which)) - before[which]).astype(np.int32)
