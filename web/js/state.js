@@ -49,7 +49,8 @@ export function parseMotion(text, size) {
     if (text.trim() === "") return emptyMotion(size);
     let data;
     try {
-        data = JSON.parse(text);
+        // As Python prints lists, with single quotes, does too.
+        data = JSON.parse(text.includes('"') ? text : text.replaceAll("'", '"'));
     } catch (error) {
         throw new Error(`Expected a motion as JSON, got text that is none (${error.message}).`);
     }
@@ -57,7 +58,7 @@ export function parseMotion(text, size) {
     if (data === null || typeof data !== "object" || !("layers" in data || "camera" in data)) {
         throw new Error("Expected a motion with layers, or lists of {x, y} points; got other JSON.");
     }
-    if (data.version !== VERSION) {
+    if ((data.version ?? VERSION) !== VERSION) {
         throw new Error(`Expected a motion of version ${VERSION}, got version ${data.version}.`);
     }
     const whole = name => {
@@ -130,7 +131,7 @@ function readPoint(data) {
 }
 
 function readKey(data) {
-    const key = {t: Math.min(1, Math.max(0, number(data?.t, undefined, "camera t")))};
+    const key = {t: Math.min(1, Math.max(0, number(data?.t, 0, "camera t")))};
     for (const name of Object.keys(STILL)) key[name] = number(data[name], STILL[name], name);
     return key;
 }
