@@ -6,7 +6,10 @@ from .clip import FitClip
 from .conditioning import EncodeFlow
 from .example import place_example_clip
 from .flow import EstimateFlow, GenerateFlow, VisualizeFlow
+from .flow_files import LoadFlow, SaveFlow
+from .flow_tools import CombineFlow, EditFlow, PickFlow, WarpImage
 from .loaders import ApplyFlowAdapter, CheckpointLoader
+from .motion import CameraFlow, DrawFlow, FlowToTracks, TracksToFlow
 from .native.files import register_folder
 from .sampling import SharedNoise, SharedNoiseKSampler, SharedNoiseSampler
 
@@ -21,6 +24,16 @@ NODES: list[type[io.ComfyNode]] = [
     SharedNoise,
     SharedNoiseSampler,
     VisualizeFlow,
+    DrawFlow,
+    CameraFlow,
+    TracksToFlow,
+    FlowToTracks,
+    EditFlow,
+    CombineFlow,
+    PickFlow,
+    WarpImage,
+    SaveFlow,
+    LoadFlow,
 ]
 
 

@@ -16,17 +16,9 @@ from ..s2dm.flow.estimate import METHODS, FlowModel
 from ..s2dm.models import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling
 from .native.stage1 import MIN_FRAMES, Stage1, generate_flow
 from .schema import advanced, cfg_input, named_errors, schema, seed_input, steps_input
-from .types import Flow, FlowGenerator, OpticalFlowModel
+from .types import Flow, FlowGenerator, OpticalFlowModel, flow_output
 
 _MODEL = "model"
-
-
-def _flow_output() -> io.Output:
-    return Flow.Output(
-        "flow",
-        display_name="flow",
-        tooltip="Motion and occlusion of every frame, for Encode Flow or Visualize Flow.",
-    )
 
 
 class EstimateFlow(io.ComfyNode):
@@ -71,7 +63,7 @@ class EstimateFlow(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[_flow_output()],
+            outputs=[flow_output()],
         )
 
     @classmethod
@@ -80,8 +72,8 @@ class EstimateFlow(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             estimator = _flow_model(optical_flow) if method == _MODEL else method
-            progress = _progress(len(frames))
-            return io.NodeOutput(estimate_flow(_library_frames(frames), estimator, progress))
+            progress = progress_bar(len(frames))
+            return io.NodeOutput(estimate_flow(library_frames(frames), estimator, progress))
 
 
 class GenerateFlow(io.ComfyNode):
@@ -159,7 +151,7 @@ class GenerateFlow(io.ComfyNode):
                     tooltip="dpmpp_2m: second order, for few steps. ddim: first order.",
                 ),
             ],
-            outputs=[_flow_output()],
+            outputs=[flow_output()],
         )
 
     @classmethod
@@ -182,7 +174,7 @@ class GenerateFlow(io.ComfyNode):
                     "checkpoint that holds stage 1, or measure the motion of a clip with Estimate "
                     "Flow (S2DM)."
                 )
-            progress = _progress(steps)
+            progress = progress_bar(steps)
             return io.NodeOutput(
                 generate_flow(
                     flow_generator,
@@ -247,7 +239,7 @@ class VisualizeFlow(io.ComfyNode):
             return io.NodeOutput(image, flow.occlusion[:, 0].clone(), ui=ui.PreviewImage(image))
 
 
-def _progress(total: int) -> Callable[[int, int], None]:
+def progress_bar(total: int) -> Callable[[int, int], None]:
     """A bar that takes (done, total), and stops the node when the user cancels."""
     bar = comfy.utils.ProgressBar(total)
 
@@ -258,7 +250,7 @@ def _progress(total: int) -> Callable[[int, int], None]:
     return progress
 
 
-def _library_frames(images: torch.Tensor) -> torch.Tensor:
+def library_frames(images: torch.Tensor) -> torch.Tensor:
     """IMAGE (N,H,W,C) as the library wants it: (N,3,H,W) in [0,1], alpha dropped."""
     frames = images[..., :3].movedim(-1, 1).clamp(0, 1)
     return frames.expand(-1, 3, -1, -1) if frames.shape[1] == 1 else frames

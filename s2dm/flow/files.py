@@ -1,4 +1,4 @@
-"""Flow fields on disk: .npz for a whole field, Middlebury .flo for one frame a file."""
+"""Flow fields on disk: .npz for a whole field, a folder for one frame a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Literal
 
@@ -16,6 +17,8 @@ import torch
 
 from ..files import in_order, replacing, replacing_folder
 from .field import FlowError, FlowField
+from .frame_files import LAYOUTS, SUFFIXES, read_frame, write_frame
+from .inverse import from_previous, to_previous
 
 logger = logging.getLogger(__name__)
 _ARRAYS = ("displacement", "occlusion")
@@ -39,20 +42,23 @@ _UNREADABLE = (
     zlib.error,
 )
 
-_FLO_MAGIC = b"PIEH"
-_FLO_UNKNOWN = 1e9  # Middlebury writes longer displacements than this where flow is not known
+MEASURED_TO = ("frame 1", "previous frame", "next frame")
+_STILL = 1e-2  # pixels: an ST map of no motion, after rounding
 
 
 def save_flow(
-    path: str | Path, field: FlowField, precision: Literal["float16", "float32"] = "float32"
+    path: str | Path,
+    field: FlowField,
+    precision: Literal["float16", "float32"] = "float32",
+    layout: str = "flo",
 ) -> None:
-    """Write a field: `name.npz`, `name.flo`, or a folder of numbered .flo files.
+    """Write a field: `name.npz`, `name.flo`, or a folder of numbered files.
 
     .npz holds displacement and occlusion, compressed; `precision` is for this format
-    (float16 keeps a displacement to one part in 2048). .flo holds displacement alone: a single
-    file is the second frame of a clip of two, a folder (any other name) has a file for every
-    frame, the first included, in the order of their numbers. Nothing is left half written: the
-    result takes its name last.
+    (float16 keeps a displacement to one part in 2048). A single .flo file is the second frame of a
+    clip of two. A folder (any other name) has a file for every frame, the first included, in the
+    order of their numbers, in one of the layouts of `frame_files`: "flo" (displacement alone),
+    "kitti", "exr" or "st_map". Nothing is left half written: the result takes its name last.
     """
     path = Path(path)
     if precision not in ("float16", "float32"):
@@ -71,49 +77,93 @@ def save_flow(
                 "frames: give a folder for a clip of another length, or use .npz"
             )
         with replacing(path) as temporary:
-            _write_flo(temporary, field.displacement[1])
+            _write_frame(temporary, "flo", field, 1)
     else:
-        _save_folder(path, field)
+        _save_folder(path, field, layout)
 
 
-def load_flow(path: str | Path) -> FlowField:
-    """Read what `save_flow` writes, or .flo files from elsewhere that mean the same.
+def load_flow(path: str | Path, measured_to: str = "frame 1") -> FlowField:
+    """Read what `save_flow` writes, or .flo, KITTI or EXR files from elsewhere.
 
-    They have to hold backward flow to frame 1: the pixel p of frame i was at p + flow(p) in frame
-    1. Most tools write the flow from each frame to the next one instead, one file fewer than
-    frames, and no .flo file says what it is: a folder whose first file isn't all zeros, as the
-    flow of frame 1 is, is refused, and what is read is logged. From .flo, occlusion is 0, and 1
-    where the file says that the flow is unknown.
+    measured_to: what the files of a folder say of each pixel. "frame 1": where it was in frame 1,
+    one file a frame, as this project has it. Most tools write flow between neighbours instead, one
+    file fewer than frames, and no file says what it is. "previous frame": where it was in the
+    frame before, in files of frames 2 to N. "next frame": where it goes, in files of frames 1 to
+    N - 1. Both are chained to frame 1. A folder whose first file isn't all zeros, as the flow of
+    frame 1 is, is refused as flow to frame 1, and what is read is logged.
+
+    Occlusion is 1 where a file says that the flow is unknown; .flo and vectors without A have no
+    more than that.
 
     Raises FlowError, with the name of the file, for anything that isn't a whole and finite flow
     field. Pickled arrays are refused.
     """
     path = Path(path)
+    if measured_to not in MEASURED_TO:
+        raise FlowError(
+            f"measured_to: expected one of {', '.join(MEASURED_TO)}, got {measured_to!r}."
+        )
     if path.is_dir():
-        files = in_order(file for file in path.iterdir() if file.suffix.lower() == ".flo")
-        if not files:
-            raise FlowError(f"{path}: this folder holds no .flo files")
-        flows = [_read_flo(file) for file in files]
-        if flows[0].any():
-            raise FlowError(
-                f"{files[0]}: expected zeros, as the first file belongs to frame 1 and every file "
-                "says where the pixels of its frame were in frame 1; got flow of up to "
-                f"{np.abs(flows[0]).max():.3g} pixels. If this is flow from each frame to the "
-                "next, a file of zeros before it doesn't help: estimate the flow from the frames "
-                "themselves (estimate_flow, s2dm generate --clip)"
-            )
-        return _field_from_flo(path, flows)
+        return _load_folder(path, measured_to)
     if not path.is_file():
         raise FlowError(f"{path}: there is no such file or folder")
     if path.suffix.lower() == ".npz":
         return _load_npz(path)
-    if path.suffix.lower() == ".flo":
-        flow = _read_flo(path)
-        return _field_from_flo(path, [np.zeros_like(flow), flow])
+    if path.suffix.lower() in SUFFIXES.values():
+        frame = read_frame(path, forward=measured_to == "next frame")
+        first = tuple(np.zeros_like(part) for part in frame)
+        if measured_to == "next frame":
+            return _chained(path, [frame], measured_to)
+        return _stacked(path, [first, frame])
     raise FlowError(
-        f"{path}: a flow field is a .npz file, a .flo file or a folder of .flo files, "
-        f"got a file that ends in {path.suffix or 'nothing'}"
+        f"{path}: a flow field is a .npz file, a .flo file or a folder of .flo, .png or .exr "
+        f"files, got a file that ends in {path.suffix or 'nothing'}"
     )
+
+
+def _load_folder(path: Path, measured_to: str) -> FlowField:
+    files = in_order(
+        file for file in path.iterdir() if file.suffix.lower() in set(SUFFIXES.values())
+    )
+    if not files:
+        raise FlowError(f"{path}: this folder holds no .flo files, nor .png or .exr ones")
+    kinds = {file.suffix.lower() for file in files}
+    if len(kinds) > 1:
+        raise FlowError(
+            f"{path}: expected files of one kind, got {' and '.join(sorted(kinds))}. Keep what "
+            "else there is in another folder."
+        )
+    frames = [read_frame(file, forward=measured_to == "next frame") for file in files]
+    sizes = {frame[0].shape[1:] for frame in frames}
+    if len(sizes) > 1:
+        listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        raise FlowError(f"{path}: all frames of a clip have one size, got {listed}")
+    if measured_to != "frame 1":
+        return _chained(path, frames, measured_to)
+    longest = float(np.abs(frames[0][0]).max())
+    if not longest < _STILL:
+        raise FlowError(
+            f"{files[0]}: expected zeros, as the first file belongs to frame 1 and every file "
+            "says where the pixels of its frame were in frame 1; got flow of up to "
+            f"{longest:.3g} pixels. If this is flow between neighbouring frames, a file of zeros "
+            'before it doesn\'t help: say that it is measured to the "previous frame" or the "next '
+            'frame"'
+        )
+    frames[0] = (np.zeros_like(frames[0][0]), np.zeros_like(frames[0][1]))
+    return _stacked(path, frames)
+
+
+def _stacked(path: Path, frames: Sequence[tuple[np.ndarray, ...]]) -> FlowField:
+    logger.info("%s: read as flow from each frame back to frame 1, not to the next frame", path)
+    return _built(path, *(torch.from_numpy(np.stack(part)) for part in zip(*frames, strict=True)))
+
+
+def _chained(path: Path, frames: Sequence[tuple[np.ndarray, ...]], measured_to: str) -> FlowField:
+    logger.info("%s: read as flow to the %s, and chained to frame 1", path, measured_to)
+    steps = [(torch.from_numpy(moved), torch.from_numpy(hidden)) for moved, hidden in frames]
+    if not all(torch.isfinite(part).all() for step in steps for part in step):
+        raise FlowError(f"{path}: expected finite values, got NaN or infinity.")
+    return from_previous(to_previous(steps) if measured_to == "next frame" else steps)
 
 
 def _load_npz(path: Path) -> FlowField:
@@ -168,57 +218,25 @@ def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def _save_folder(folder: Path, field: FlowField) -> None:
+def _save_folder(folder: Path, field: FlowField, layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise FlowError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    suffix = SUFFIXES[layout]
     if folder.is_file():
         raise FlowError(f"{folder}: the name must end in .npz or .flo, or be that of a folder")
-    if folder.is_dir() and any(entry.suffix.lower() != ".flo" for entry in folder.iterdir()):
+    if folder.is_dir() and any(entry.suffix.lower() != suffix for entry in folder.iterdir()):
         raise FlowError(
-            f"{folder}: this folder holds other files than .flo, and a clip replaces its folder; "
-            "give a new name"
+            f"{folder}: this folder holds other files than {suffix}, and a clip replaces its "
+            "folder; give a new name"
         )
     with replacing_folder(folder) as building:
-        for number, displacement in enumerate(field.displacement, start=1):
-            _write_flo(building / f"{number:05d}.flo", displacement)
+        for index in range(len(field)):
+            _write_frame(building / f"{index + 1:05d}{suffix}", layout, field, index)
 
 
-def _write_flo(path: Path, displacement: torch.Tensor) -> None:
-    """One frame, (2,H,W): magic, width and height as int32, then x and y of each pixel."""
-    _, height, width = displacement.shape
-    with open(path, "wb") as file:
-        file.write(_FLO_MAGIC)
-        np.array([width, height], dtype="<i4").tofile(file)
-        _to_numpy(displacement, "<f4").transpose(1, 2, 0).tofile(file)
-
-
-def _read_flo(path: Path) -> np.ndarray:
-    """One frame as (2,H,W) float32; unknown flow is left in."""
-    with open(path, "rb") as file:
-        if file.read(4) != _FLO_MAGIC:
-            raise FlowError(f"{path}: no Middlebury .flo file, it doesn't begin with PIEH")
-        header = file.read(8)
-        width, height = np.frombuffer(header, "<i4").tolist() if len(header) == 8 else (0, 0)
-        if width < 1 or height < 1:
-            raise FlowError(f"{path}: the .flo header gives no valid size")
-        # The size is checked before anything is read: a broken header may claim terabytes.
-        expected, got = 12 + 8 * width * height, path.stat().st_size
-        if got != expected:
-            raise FlowError(
-                f"{path}: a .flo file of {width}x{height} has {expected} bytes, got {got}: "
-                + ("it is truncated" if got < expected else "something is appended")
-            )
-        data = np.frombuffer(file.read(), dtype="<f4").reshape(height, width, 2)
-    return data.transpose(2, 0, 1).astype(np.float32)
-
-
-def _field_from_flo(path: Path, flows: list[np.ndarray]) -> FlowField:
-    sizes = {flow.shape[1:] for flow in flows}
-    if len(sizes) > 1:
-        listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
-        raise FlowError(f"{path}: all frames of a clip have one size, got {listed}")
-    logger.info("%s: read as flow from each frame back to frame 1, not to the next frame", path)
-    displacement = torch.from_numpy(np.stack(flows))
-    unknown = (displacement.abs() > _FLO_UNKNOWN).any(dim=1, keepdim=True)
-    return _built(path, displacement.masked_fill(unknown, 0.0), unknown.float())
+def _write_frame(path: Path, layout: str, field: FlowField, index: int) -> None:
+    displacement = _to_numpy(field.displacement[index], "float32")
+    write_frame(path, layout, displacement, _to_numpy(field.occlusion[index, 0], "float32"))
 
 
 def _built(path: Path, displacement: torch.Tensor, occlusion: torch.Tensor) -> FlowField:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SPREAD = 1.0  # square pixels, of two values two pixels apart, half way between them
+
 
 def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
     """(2,H,W): the (x, y) coordinates of every pixel, in the dtype and on the device of `like`."""
@@ -28,6 +30,22 @@ def sample_at(image: Tensor, position: Tensor) -> Tensor:
     size = position.new_tensor([width, height]).view(1, 2, 1, 1)
     grid = ((2 * position + 1) / size - 1).permute(0, 2, 3, 1)
     return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def sample_sharp(field: Tensor, position: Tensor) -> Tensor:
+    """Samples (C,h,w) of a field (C,H,W) at `position` (2,h,w) that keep its edges.
+
+    Bilinear where the field is smooth, nearest where the four values around differ by more
+    than two pixels: nothing moves in between two motions.
+    """
+    rounded = sample_at(field, position.round())
+    return torch.where(torn(field, position), rounded, sample_at(field, position))
+
+
+def torn(field: Tensor, position: Tensor) -> Tensor:
+    """Whether the values around `position` (2,h,w) differ by more than two pixels, (h,w)."""
+    spread = sample_at(field.square(), position) - sample_at(field, position).square()
+    return spread.sum(dim=0) > _SPREAD
 
 
 def resample(maps: Tensor, height: int, width: int) -> Tensor:

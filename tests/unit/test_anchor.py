@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2dm.flow import FlowField
-from s2dm.sector import Anchor, NoiseLevels, ReferenceStates, alphas_cumprod, release, release_levels
+from s2dm.sector import (
+    Anchor,
+    NoiseLevels,
+    ReferenceStates,
+    alphas_cumprod,
+    release,
+    release_levels,
+)
 
 
 def cells(frames):

@@ -135,7 +135,7 @@ def test_points_between_times_are_spread_evenly():
         (layer(tracks=[[{"x": 1, "y": 2}, {"x": "a", "y": 2}]]),
          r'layers\[0\]\.tracks\[0\]\[1\]\.x: expected a number from .* got "a"'),
         (layer(tracks=[[{"x": 1}]]), r"tracks\[0\]\[0\]\.y: expected a number .* got nothing"),
-        (layer(tracks=[[[1, 2]]]), r"tracks\[0\]\[0\]: expected an object like .*, got a list of 2"),
+        (layer(tracks=[[[1, 2]]]), r"tracks\[0\]\[0\]: expected an object .*, got a list of 2"),
         (layer(tracks=[{"x": 1, "y": 2}]), r"tracks\[0\]: expected a list of points"),
         (layer(tracks=[[{"x": 1, "y": 2, "t": 2}]]), r"\[0\]\.t: expected a number from 0 to 1"),
         (layer(tracks=[[{"x": 1, "y": 2, "t": 0.9}, {"x": 1, "y": 2, "t": 0.1}]]),

@@ -38,7 +38,7 @@ def test_pairwise_flow_is_refused_with_the_convention_and_no_false_remedy(tmp_pa
     assert "every file says where the pixels of its frame were in frame 1" in message
     assert "got flow of up to 2 pixels" in message
     assert "a file of zeros before it doesn't help" in message
-    assert "s2dm generate --clip" in message
+    assert 'measured to the "previous frame"' in message
     assert "to zero" not in message  # what made wrong flow of it
 
 

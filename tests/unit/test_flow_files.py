@@ -116,7 +116,8 @@ def test_unknown_flow_becomes_occlusion(tmp_path):
         ("a.npz", b"", "truncated, or no .npz"),
         ("a.npz", b"PK\x03\x04 nothing that follows", "truncated, or no .npz"),
         ("a.npz", b"\x80\x04pickle", "truncated, or no .npz"),
-        ("a.png", b"", "ends in .png"),
+        ("a.png", b"", "KITTI"),
+        ("a.jpg", b"", "ends in .jpg"),
     ],
 )
 def test_wrong_files_say_what_is_wrong(tmp_path, name, content, message):

@@ -1,6 +1,6 @@
 """Motion that is drawn: layers, tracks and a camera, and the flow that they make."""
 
-from .reading import default_radius, read_motion, read_tracks
+from .reading import default_radius, read_motion, read_points, read_tracks
 from .render import Drawing, render
 from .state import CameraKey, Layer, Mask, Motion, Polygon
 
@@ -13,6 +13,7 @@ __all__ = [
     "Polygon",
     "default_radius",
     "read_motion",
+    "read_points",
     "read_tracks",
     "render",
 ]

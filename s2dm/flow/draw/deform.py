@@ -74,7 +74,8 @@ class Bend:
 
     def __init__(self, points: Array, rest: Array, radius: float | None = None) -> None:
         distance = np.abs(points[:, None] - rest[None, :])
-        weight = 1 / (distance**2 + _NEAR)
+        # The fourth power: within a cell of the mesh around a track there is that track alone.
+        weight = 1 / (distance**2 + _NEAR) ** 2
         if radius is not None:
             weight *= falloff(distance, radius)
         total = weight.sum(axis=1)
@@ -82,7 +83,7 @@ class Bend:
         centre = self._share @ rest
         self._offset = np.where(total > 0, points - centre, 0)
         self._turning = weight * (rest[None, :] - centre[:, None]).conj()
-        self._steady = 1e-9 if radius is None else _STEADY
+        self._steady = 1e-12 if radius is None else _STEADY / radius**2
 
     def at(self, moved: Array) -> Array:
         """Where the points are when tracks and pins are at `moved` (K,), (V,) complex."""

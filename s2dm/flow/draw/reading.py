@@ -68,6 +68,23 @@ def read_tracks(text: str) -> tuple[Array, ...]:
     return _paths(content, "")
 
 
+def read_points(text: str) -> Array:
+    """Points of frame 1, (P,2): [{"x": …, "y": …}, …], or paths, of which the first points count.
+
+    Raises FlowError with the place of whatever is wrong.
+    """
+    content = parse(text, "points")
+    if not isinstance(content, list):
+        raise FlowError(
+            f"points: expected a list of points, got {_shown(content)}. Give them as "
+            '[{"x": 10, "y": 20}, …].'
+        )
+    if content and isinstance(content[0], dict):
+        points = [_point(item, f"[{index}]") for index, item in enumerate(content)]
+        return np.array([point[:2] for point in points], np.float64)
+    return np.array([track[0, :2] for track in _paths(content, "")], np.float64).reshape(-1, 2)
+
+
 def default_radius(width: int, height: int) -> float:
     """An eighth of the picture's shorter side, in pixels."""
     return max(1.0, min(width, height) / 8)

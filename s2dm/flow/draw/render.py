@@ -7,8 +7,9 @@ there. It is visible in frame 1 if that layer was on top there, too.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 
 import numpy as np
 import torch
@@ -22,11 +23,12 @@ from .regions import Cells, cells_per_pixel, rasterise
 from .state import Array, Layer, Motion
 from .timing import phases, positions
 
-_CELL = 4  # pixels: the side of a bent layer's cells, on pictures of up to 512
+_CELL, _CELLS = 2, 128  # pixels: the smallest cell of a bent layer, and cells along its side
 _WEIGHTS = 4_000_000  # vertices times tracks at most: more tracks have larger cells
 _STILL = 0.02  # pixels: what moves less is drawn as what lies there
 _TEAR = 3.0  # by how much surroundings, or what parallax draws apart, may be stretched
 _TEAR_REGION = 16.0  # what has an outline of its own stays in one piece
+_THREADS = 4  # at most; each needs room for a frame
 _NOTHING = -1  # the layer where nothing of frame 1 is known to be
 
 
@@ -81,7 +83,7 @@ class _Scene:
         width, height = motion.width, motion.height
         self.width, self.height, self.num_frames = width, height, num_frames
         self.fine = cells_per_pixel(width, height)
-        times = np.arange(num_frames) / max(num_frames - 1, 1)
+        times = phases(num_frames, motion.camera_speed)
         self.views = views(motion.camera, times, width, height)
         self.ground = _DeepGround(self, depth) if depth is not None else None
         # The topmost layer of every cell of frame 1, 0 for the ground.
@@ -99,6 +101,10 @@ class _Scene:
                 self.layers.append(_Piece(self, number, layer, cells, depth))
         self.x = np.arange(width, dtype=np.float32)
         self.y = np.arange(height, dtype=np.float32)
+        self.pixels = np.arange(height * width, dtype=np.int32).reshape(height, width)
+        # Of the ground at rest, which is most of most pictures, the same is seen in all frames.
+        still = View(np.eye(2), np.zeros(2), np.zeros(2))
+        self.bare = _Canvas(self, still).visible(self.owners)
 
     def drawing(self) -> Drawing:
         shape = (self.num_frames, self.height, self.width)
@@ -106,7 +112,9 @@ class _Scene:
         occlusion = np.empty((shape[0], 1, *shape[1:]), np.float32)
         cover = np.empty(occlusion.shape, bool)
         elastic = [layer for layer in self.layers if isinstance(layer, _Surroundings)]
-        for frame, view in enumerate(self.views):
+
+        def draw(frame: int) -> None:
+            view = self.views[frame]
             canvas = _Canvas(self, view)
             if self.ground is not None:
                 self.ground.draw(canvas)
@@ -117,8 +125,14 @@ class _Scene:
                 layer.own(owners, frame)
             np.subtract(canvas.place[0], self.x[None, :], out=displacement[frame, 0])
             np.subtract(canvas.place[1], self.y[:, None], out=displacement[frame, 1])
-            occlusion[frame, 0] = ~canvas.visible(owners)
+            known = self.bare if view.still and not elastic else None
+            occlusion[frame, 0] = ~canvas.visible(owners, known)
             np.greater(canvas.layer, 0, out=cover[frame, 0])
+
+        # Frames don't know of one another, and NumPy lets others run while it works.
+        with ThreadPoolExecutor(min(torch.get_num_threads(), _THREADS)) as pool:
+            for _ in pool.map(draw, range(self.num_frames)):
+                pass
         displacement[0] = occlusion[0] = 0
         flow = FlowField(torch.from_numpy(displacement), torch.from_numpy(occlusion))
         return Drawing(flow, torch.from_numpy(cover))
@@ -149,22 +163,37 @@ class _Canvas:
         self.place[1].reshape(-1)[pixels] = points[1]
         self.layer.reshape(-1)[pixels] = number
 
-    def visible(self, owners: Array) -> Array:
-        """(H,W) bool, whether frame 1 shows the pixel: `owners` has the topmost layer there."""
-        place, layer = self.place.reshape(2, -1), self.layer.reshape(-1)
-        visible = np.zeros(len(layer), bool)
-        asked = np.arange(len(layer))
+    def visible(self, owners: Array, ground: Array | None = None) -> Array:
+        """(H,W) bool, whether frame 1 shows the pixel: `owners` has the topmost layer there.
+
+        ground: what is visible of the ground, if it is at rest.
+        """
+        layer, (x, y) = self.layer.reshape(-1), self.place.reshape(2, -1)
+        asked = None
+        if ground is not None:
+            asked = np.flatnonzero(layer)
+            x, y, layer = x[asked], y[asked], layer[asked]
+        right, bottom = self.scene.width - 0.5, self.scene.height - 0.5
+        inside = (x >= -0.5) & (x < right) & (y >= -0.5) & (y < bottom)
+        seen = self._shows(x, y, layer, owners) & inside
         # A pixel is a square: it is seen if its middle third is, or a third beside that.
-        for x, y in ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)):
-            points = place if (x, y) == (0, 0) else place[:, asked] + _third(x, y)
-            inside, index = _cells_at(points, self.scene.fine, (0, 0), owners.shape)
-            seen = asked[inside[owners.reshape(-1)[index] == layer[asked[inside]]]]
-            visible[seen] = True
-            asked = np.flatnonzero(~visible)
-        middle = (place >= -0.5) & (
-            place < np.array([[self.scene.width], [self.scene.height]]) - 0.5
-        )
-        return (visible & middle.all(axis=0)).reshape(self.layer.shape)
+        for beside in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+            left = np.flatnonzero(inside & ~seen)
+            third, down = (np.float32(step / 3) for step in beside)
+            seen[left] = self._shows(x[left] + third, y[left] + down, layer[left], owners)
+        if ground is None or asked is None:
+            return seen.reshape(self.layer.shape)
+        visible = ground & (self.layer == 0)
+        visible.reshape(-1)[asked] = seen
+        return visible
+
+    def _shows(self, x: Array, y: Array, layer: Array, owners: Array) -> Array:
+        """Whether these layers are the topmost ones at these points (the nearest, if outside)."""
+        fine, half = np.float32(self.scene.fine), np.float32(0.5)
+        rows, columns = owners.shape
+        index = ((y + half) * fine).clip(0, rows - 1).astype(np.int32) * np.int32(columns)
+        index += ((x + half) * fine).clip(0, columns - 1).astype(np.int32)
+        return owners.reshape(-1)[index] == layer
 
 
 class _Piece:
@@ -222,8 +251,7 @@ class _Piece:
         columns, rows = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
         points = _applied(back, self.scene.x[columns], self.scene.y[rows]).reshape(2, -1)
         mine = self._held(points)
-        row, column = np.divmod(mine, columns.stop - columns.start)
-        pixels = (row + rows.start) * self.scene.width + (column + columns.start)
+        pixels = self.scene.pixels[rows, columns].reshape(-1)[mine]
         canvas.put(self.number, pixels, points[:, mine])
 
     def _held(self, points: Array) -> Array:
@@ -371,13 +399,9 @@ def _mesh_over(
     scene: _Scene, left: int, top: int, right: int, bottom: int, controls: Array
 ) -> Mesh:
     width, height = right - left, bottom - top
-    least = _CELL * max(1, round(max(scene.width, scene.height) / 512))
-    side = max(least, round(sqrt(width * height * len(controls) / _WEIGHTS)))
+    area = width * height
+    side = max(_CELL, ceil(sqrt(area) / _CELLS), ceil(sqrt(area * len(controls) / _WEIGHTS)))
     return Mesh(left, top, -(-width // side), -(-height // side), side, controls)
-
-
-def _third(x: int, y: int) -> Array:
-    return np.array([[x], [y]], np.float32) / 3
 
 
 def _identity(count: int) -> Array:

@@ -78,6 +78,7 @@ class Motion:
     """Layers from the back to the front, and the camera's keys in order of time.
 
     num_frames: what the drawing was made for; it can be rendered with any number.
+    camera_speed: how time runs along the camera's keys, see `timing.eased`.
     """
 
     width: int
@@ -85,6 +86,7 @@ class Motion:
     layers: tuple[Layer, ...] = ()
     camera: tuple[CameraKey, ...] = ()
     num_frames: int | None = None
+    camera_speed: str = "linear"
 
     def resize(self, width: int, height: int) -> Motion:
         """The same motion drawn on a picture of another size."""

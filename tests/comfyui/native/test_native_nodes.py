@@ -39,6 +39,16 @@ SOCKETS = {
     "S2DMSharedNoise": ("seed noise_sharing share", "NOISE"),
     "S2DMSharedNoiseSampler": ("sampler noise_sharing share", "SAMPLER"),
     "S2DMVisualizeFlow": ("flow full_colour_at", "IMAGE MASK"),
+    "S2DMDrawFlow": ("image motion frames width height depth", "S2DM_FLOW MASK"),
+    "S2DMCameraFlow": ("frames width height pan_x pan_y zoom roll speed depth", "S2DM_FLOW"),
+    "S2DMTracksToFlow": ("coordinates frames width height radius tracks mask", "S2DM_FLOW"),
+    "S2DMFlowToTracks": ("flow points spacing", "STRING TRACKS"),
+    "S2DMEditFlow": ("flow operation amount frames width height left top mask", "S2DM_FLOW"),
+    "S2DMCombineFlow": ("first second how mask", "S2DM_FLOW"),
+    "S2DMPickFlow": ("flow first_frame frames every measured_from", "S2DM_FLOW"),
+    "S2DMWarpImage": ("flow image mask holes", "IMAGE MASK MASK"),
+    "S2DMSaveFlow": ("flow filename_prefix format", "STRING"),
+    "S2DMLoadFlow": ("file measured_to", "S2DM_FLOW"),
 }
 
 

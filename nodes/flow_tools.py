@@ -1,0 +1,398 @@
+"""Nodes that change flow, put flows together, and move pictures by them."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..s2dm.flow import FlowField
+from ..s2dm.flow.combine import combine_after, combine_in, combine_over
+from ..s2dm.flow.edit import flip, keep_in, loop, ping_pong, smooth_in_space, smooth_in_time
+from ..s2dm.flow.inverse import rebase, reverse
+from ..s2dm.flow.warp import visibility, warp_picture
+from ..s2dm.models import MAX_FRAMES
+from .flow import library_frames, progress_bar
+from .schema import advanced, named_errors, schema
+from .types import Flow, flow_output
+
+_OPERATIONS = (
+    "scale",
+    "reverse",
+    "retime",
+    "smooth",
+    "smooth over time",
+    "loop",
+    "ping-pong",
+    "crop",
+    "resize",
+    "flip horizontally",
+    "flip vertically",
+    "keep in mask",
+)
+_CAMERA, _AFTER, _IN_MASK = "second is the camera", "one after the other", "first in the mask"
+_FRAME_1, _FIRST_PICKED = "frame 1", "the first picked"
+_FILL, _STRETCH, _BLACK = "fill", "stretch", "black"
+
+
+class EditFlow(io.ComfyNode):
+    """One change to a flow."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMEditFlow",
+            display_name="Edit Flow (S2DM)",
+            category="s2dm/flow",
+            description=(
+                "Changes a flow as a whole: how far and how fast things move, in which order, "
+                "where, and at which size."
+            ),
+            search_aliases=["reverse", "retime", "loop", "ping pong", "smooth", "crop", "flip"],
+            inputs=[
+                Flow.Input("flow", tooltip="The flow to change."),
+                io.Combo.Input(
+                    "operation",
+                    options=list(_OPERATIONS),
+                    default=_OPERATIONS[0],
+                    tooltip=(
+                        "scale: amount times as far. reverse: played backwards, from the last "
+                        "frame. retime: the same motion in another number of frames. smooth: over "
+                        "amount pixels. smooth over time: over amount frames. loop, ping-pong: "
+                        "amount times over. crop, resize: to width and height. keep in mask: "
+                        "nothing moves outside, faded over amount pixels."
+                    ),
+                ),
+                io.Float.Input(
+                    "amount",
+                    default=1.0,
+                    min=-100.0,
+                    max=1000.0,
+                    step=0.05,
+                    tooltip=(
+                        "For scale a factor, for smooth a number of pixels or frames, for loop and "
+                        "ping-pong how many times, for keep in mask the width of its soft edge in "
+                        "pixels."
+                    ),
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=16,
+                    min=1,
+                    max=MAX_FRAMES,
+                    tooltip="Number of frames, for retime.",
+                ),
+                *(
+                    io.Int.Input(
+                        side,
+                        default=128,
+                        min=1,
+                        max=8192,
+                        tooltip=f"{side.capitalize()} in pixels, for crop and resize.",
+                    )
+                    for side in ("width", "height")
+                ),
+                *(
+                    advanced(
+                        io.Int.Input,
+                        edge,
+                        default=0,
+                        min=0,
+                        max=8192,
+                        tooltip=f"Pixels that crop leaves out {where}.",
+                    )
+                    for edge, where in (("left", "at the left"), ("top", "at the top"))
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "For keep in mask: where things may move, one mask for all frames or one "
+                        "for each."
+                    ),
+                ),
+            ],
+            outputs=[flow_output("The changed flow.", "edited_flow")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        flow: FlowField,
+        operation: str = _OPERATIONS[0],
+        amount: float = 1.0,
+        frames: int = 16,
+        width: int = 128,
+        height: int = 128,
+        left: int = 0,
+        top: int = 0,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            changes = {
+                "scale": lambda: flow.scale(amount),
+                "reverse": lambda: reverse(flow),
+                "retime": lambda: flow.retime(frames),
+                "smooth": lambda: smooth_in_space(flow, amount),
+                "smooth over time": lambda: smooth_in_time(flow, amount),
+                "loop": lambda: loop(flow, round(amount)),
+                "ping-pong": lambda: ping_pong(flow, round(amount)),
+                "crop": lambda: _crop(flow, width, height, left, top),
+                "resize": lambda: flow.resize(height, width),
+                "flip horizontally": lambda: flip(flow, "horizontal"),
+                "flip vertically": lambda: flip(flow, "vertical"),
+                "keep in mask": lambda: keep_in(flow, _mask(mask), amount),
+            }
+            if operation not in changes:
+                raise ValueError(f"expected one of {', '.join(changes)}, got {operation!r}.")
+            return io.NodeOutput(changes[operation]())
+
+
+class CombineFlow(io.ComfyNode):
+    """Two flows as one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMCombineFlow",
+            display_name="Combine Flow (S2DM)",
+            category="s2dm/flow",
+            description=(
+                "Puts two flows together: a camera over moving things, one motion after another, "
+                "or each in its part of the picture."
+            ),
+            search_aliases=[
+                "camera over objects",
+                "compose flow",
+                "concatenate flow",
+                "merge flow",
+            ],
+            inputs=[
+                Flow.Input(
+                    "first", tooltip="Flow of the things that move, or of what comes first."
+                ),
+                Flow.Input(
+                    "second", tooltip="Flow of the camera, or of what comes then. As large."
+                ),
+                io.Combo.Input(
+                    "how",
+                    options=[_CAMERA, _AFTER, _IN_MASK],
+                    default=_CAMERA,
+                    tooltip=(
+                        "second is the camera: it films what the first moves, both of as many "
+                        "frames. one after the other: the second begins with the last frame of the "
+                        "first. first in the mask: the second is elsewhere."
+                    ),
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "For first in the mask: where the first flow counts, one mask for all "
+                        "frames or one for each."
+                    ),
+                ),
+            ],
+            outputs=[flow_output("Both as one.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        first: FlowField,
+        second: FlowField,
+        how: str = _CAMERA,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            if how == _IN_MASK:
+                return io.NodeOutput(combine_in(first, second, _mask(mask)))
+            return io.NodeOutput((combine_over if how == _CAMERA else combine_after)(first, second))
+
+
+class PickFlow(io.ComfyNode):
+    """Some frames of a flow."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMPickFlow",
+            display_name="Pick Flow (S2DM)",
+            category="s2dm/flow",
+            description="Takes some frames of a flow, as Latent From Batch does with latents.",
+            search_aliases=["select frames", "trim flow", "flow from batch", "every nth"],
+            inputs=[
+                Flow.Input("flow", tooltip="The flow to take frames from."),
+                io.Int.Input(
+                    "first_frame",
+                    default=1,
+                    min=1,
+                    max=MAX_FRAMES,
+                    tooltip="The first frame to take, counted from 1.",
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=16,
+                    min=1,
+                    max=MAX_FRAMES,
+                    tooltip="How many to take; a shorter flow gives all that it has.",
+                ),
+                io.Int.Input(
+                    "every",
+                    default=1,
+                    min=1,
+                    max=MAX_FRAMES,
+                    tooltip="1: every frame, 2: every second one, and so on.",
+                ),
+                io.Combo.Input(
+                    "measured_from",
+                    options=[_FRAME_1, _FIRST_PICKED],
+                    default=_FRAME_1,
+                    tooltip=(
+                        "frame 1: motion since the first frame of the whole flow, which leads the "
+                        "picked ones. the first picked: that one is the new first frame, to be "
+                        "used with a picture of it."
+                    ),
+                ),
+            ],
+            outputs=[flow_output("The picked frames.", "picked_flow")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        flow: FlowField,
+        first_frame: int = 1,
+        frames: int = 16,
+        every: int = 1,
+        measured_from: str = _FRAME_1,
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            picked = list(range(first_frame - 1, len(flow), every))[:frames]
+            if not picked:
+                raise ValueError(
+                    f"expected a first_frame up to {len(flow)}, the number of frames of the flow, "
+                    f"got {first_frame}."
+                )
+            if measured_from == _FIRST_PICKED:
+                return io.NodeOutput(rebase(flow, picked))
+            return io.NodeOutput(flow.select(picked if picked[0] == 0 else [0, *picked]))
+
+
+class WarpImage(io.ComfyNode):
+    """A picture moved by a flow."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMWarpImage",
+            display_name="Warp Image (S2DM)",
+            category="s2dm/video",
+            description=(
+                "Moves a picture or a mask by a flow: one image for each frame, and what the first "
+                "frame doesn't show as a mask."
+            ),
+            search_aliases=["warp", "remap", "motion transfer", "animate image", "move mask"],
+            inputs=[
+                Flow.Input("flow", tooltip="The motion. It is resized to the picture."),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip=(
+                        "The first frame; of a batch, the first image counts. Alpha is dropped."
+                    ),
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="A mask on the first frame, to be moved along.",
+                ),
+                io.Combo.Input(
+                    "holes",
+                    options=[_FILL, _STRETCH, _BLACK],
+                    default=_FILL,
+                    tooltip=(
+                        "What the image shows where the first frame doesn't. fill: painted from "
+                        "the surroundings (needs OpenCV). stretch: whatever lies there, such as a "
+                        "ghost of what moved away. black: nothing."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "images",
+                    display_name="images",
+                    tooltip="The moved picture, one image for each frame; without one, the mask.",
+                ),
+                io.Mask.Output(
+                    "hole_masks",
+                    display_name="holes",
+                    tooltip="White where the first frame doesn't show the pixel, for inpainting.",
+                ),
+                io.Mask.Output(
+                    "masks",
+                    display_name="masks",
+                    tooltip="The moved mask, one for each frame; without one, black.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        flow: FlowField,
+        image: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        holes: str = _FILL,
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            if image is None and mask is None:
+                raise ValueError("expected an image or a mask to move, got neither. Connect one.")
+            leading = mask if image is None else image
+            flow = flow.resize(*leading.shape[1:3])
+            shown = visibility(flow)
+            open_ = (shown < 0.5)[:, 0].float()
+            if mask is None:
+                masks = torch.zeros_like(open_)
+            else:
+                small = _mask(mask[:1])
+                if small.shape[2:] != (flow.height, flow.width):
+                    raise ValueError(
+                        f"expected a mask as large as the image, {flow.width}x{flow.height}, got "
+                        f"{small.shape[3]}x{small.shape[2]}. Resize one of them."
+                    )
+                # Nothing is known to be masked in a hole.
+                masks = (warp_picture(small, flow)[:, 0] * (1 - open_)).contiguous()
+            if image is None:
+                return io.NodeOutput(masks[..., None].repeat(1, 1, 1, 3), open_, masks)
+            images = _moved(library_frames(image[:1]), flow, shown, holes)
+            return io.NodeOutput(images, open_, masks)
+
+
+def _moved(picture: torch.Tensor, flow: FlowField, shown: torch.Tensor, holes: str) -> torch.Tensor:
+    """The picture at every frame, (N,H,W,3)."""
+    images = torch.empty(len(flow), flow.height, flow.width, 3)
+    progress = progress_bar(len(flow))
+    for number in range(len(flow)):
+        frame = slice(number, number + 1)
+        moved = warp_picture(picture, flow, frame, shown if holes == _FILL else None)
+        if holes == _BLACK:
+            moved = moved * (shown[frame] >= 0.5)
+        images[number] = moved[0].permute(1, 2, 0)
+        progress(number + 1, len(flow))
+    return images
+
+
+def _mask(mask: torch.Tensor | None) -> torch.Tensor:
+    """MASK to (1 or N,1,h,w) in [0,1]."""
+    if mask is None:
+        raise ValueError("expected a mask, got none. Connect one.")
+    return mask.float().cpu().clamp(0, 1)[:, None]
+
+
+def _crop(flow: FlowField, width: int, height: int, left: int, top: int) -> FlowField:
+    if left + width > flow.width or top + height > flow.height:
+        raise ValueError(
+            f"expected a part of the picture, {flow.width}x{flow.height}, got {width}x{height} "
+            f"from ({left}, {top}) on. Take a smaller width or height."
+        )
+    return flow.crop(height, width, top, left)

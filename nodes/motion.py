@@ -1,0 +1,392 @@
+"""Nodes that make flow of what is drawn: layers and tracks, a camera, paths of other tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..s2dm.flow import FlowField
+from ..s2dm.flow.draw import (
+    CameraKey,
+    Layer,
+    Mask,
+    Motion,
+    read_motion,
+    read_points,
+    read_tracks,
+    render,
+)
+from ..s2dm.flow.draw.state import SPEEDS
+from ..s2dm.flow.geometry import resample
+from ..s2dm.flow.tracks import flow_to_tracks, grid_points, tracks_from_paths, tracks_to_json
+from ..s2dm.models import MAX_FRAMES
+from .flow import library_frames
+from .schema import named_errors, schema
+from .types import Flow, Tracks, flow_output
+
+_BYTES = 32  # a pixel and frame while a flow is drawn and handed on, mask and all
+_GIB = 1 << 30
+
+
+def _frames_input(tooltip: str, least: int = 1) -> io.Input:
+    return io.Int.Input("frames", default=16, min=least, max=MAX_FRAMES, tooltip=tooltip)
+
+
+def _side_inputs(tooltip: str) -> list[io.Input]:
+    return [
+        io.Int.Input(
+            name,
+            default=128,
+            min=8,
+            max=8192,
+            step=8,
+            tooltip=f"{name.capitalize()} of the flow in pixels. {tooltip}",
+        )
+        for name in ("width", "height")
+    ]
+
+
+def _depth_input() -> io.Input:
+    return io.Image.Input(
+        "depth",
+        optional=True,
+        tooltip=(
+            "Depth of the first frame for parallax, near is white: what is near passes by faster "
+            "when the camera pans. From any depth node; it is resized."
+        ),
+    )
+
+
+class DrawFlow(io.ComfyNode):
+    """Motion drawn on a picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMDrawFlow",
+            display_name="Draw Motion (S2DM)",
+            category="s2dm/flow",
+            description=(
+                "Makes flow of motion that is drawn: parts of the picture with their paths and "
+                "pins, layer over layer, and a camera."
+            ),
+            search_aliases=[
+                "draw",
+                "motion brush",
+                "spline",
+                "trajectory",
+                "path",
+                "drag",
+                "puppet",
+            ],
+            inputs=[
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip=(
+                        "The first frame, to draw on. The flow gets its size; of a batch, the "
+                        "first image counts."
+                    ),
+                ),
+                io.String.Input(
+                    "motion",
+                    multiline=True,
+                    default="",
+                    tooltip=(
+                        "What is drawn, as JSON; the editor writes it. Paths of other editors, "
+                        '[[{"x": 10, "y": 20}, …], …], can be pasted. Empty: nothing moves.'
+                    ),
+                ),
+                _frames_input("Number of frames of the flow."),
+                *_side_inputs("Without an image alone: an image decides."),
+                _depth_input(),
+            ],
+            outputs=[
+                flow_output(),
+                io.Mask.Output(
+                    "moving",
+                    display_name="moving",
+                    tooltip="White where a drawn layer lies, for each frame.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        motion: str,
+        frames: int = 16,
+        width: int = 128,
+        height: int = 128,
+        image: torch.Tensor | None = None,
+        depth: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            if image is not None:
+                height, width = image.shape[1:3]
+            drawn = read_motion(motion, width, height)
+            _check_memory(frames, width, height)
+            drawing = render(drawn, frames, _depth(depth, width, height))
+            return io.NodeOutput(drawing.flow, drawing.cover[:, 0].float())
+
+
+class CameraFlow(io.ComfyNode):
+    """A camera that moves before a still picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMCameraFlow",
+            display_name="Camera Flow (S2DM)",
+            category="s2dm/flow",
+            description=(
+                "Makes the flow of a camera that pans, zooms and rolls, from the first frame to "
+                "the last. To put it on top of other motion, use Combine Flow."
+            ),
+            search_aliases=["camera", "pan", "zoom", "roll", "dolly", "ken burns", "parallax"],
+            inputs=[
+                _frames_input("Number of frames of the flow."),
+                *_side_inputs("As large as the picture."),
+                *(
+                    io.Float.Input(
+                        f"pan_{axis}",
+                        default=0.0,
+                        min=-8192.0,
+                        max=8192.0,
+                        step=1.0,
+                        tooltip=(
+                            f"How far the camera moves {way}, in pixels, until the last frame; the "
+                            "picture moves the other way."
+                        ),
+                    )
+                    for axis, way in (("x", "to the right"), ("y", "down"))
+                ),
+                io.Float.Input(
+                    "zoom",
+                    default=1.0,
+                    min=0.05,
+                    max=20.0,
+                    step=0.01,
+                    tooltip="How much larger the picture is in the last frame; 1: no zoom.",
+                ),
+                io.Float.Input(
+                    "roll",
+                    default=0.0,
+                    min=-3600.0,
+                    max=3600.0,
+                    step=1.0,
+                    tooltip=(
+                        "How far the camera turns clockwise, in degrees; the picture turns the "
+                        "other way."
+                    ),
+                ),
+                io.Combo.Input(
+                    "speed",
+                    options=[speed for speed in SPEEDS if speed != "hold"],
+                    default="linear",
+                    tooltip=(
+                        "linear: even. ease: with a slow start and a slow end. ease_in: with a "
+                        "slow start. ease_out: with a slow end."
+                    ),
+                ),
+                _depth_input(),
+            ],
+            outputs=[flow_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        frames: int = 16,
+        width: int = 128,
+        height: int = 128,
+        pan_x: float = 0.0,
+        pan_y: float = 0.0,
+        zoom: float = 1.0,
+        roll: float = 0.0,
+        speed: str = "linear",
+        depth: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            key = CameraKey(1.0, pan_x, pan_y, zoom, roll)
+            motion = Motion(width, height, camera=(key,), camera_speed=speed)
+            _check_memory(frames, width, height)
+            return io.NodeOutput(render(motion, frames, _depth(depth, width, height)).flow)
+
+
+class TracksToFlow(io.ComfyNode):
+    """Paths of other editors and of core, as flow."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMTracksToFlow",
+            display_name="Tracks to Flow (S2DM)",
+            category="s2dm/flow",
+            description=(
+                "Makes flow of paths: each carries what is around it, or all of them move what a "
+                "mask shows. For paths of spline editors, ATI and WanMove."
+            ),
+            search_aliases=["tracks", "trajectory", "spline", "ati", "wanmove", "coordinates"],
+            inputs=[
+                io.String.Input(
+                    "coordinates",
+                    multiline=True,
+                    default="",
+                    tooltip=(
+                        'Paths in pixels as JSON, [[{"x": 10, "y": 20}, …], …], from the first '
+                        "frame on. Their points are spread evenly over the clip."
+                    ),
+                ),
+                _frames_input(
+                    "Number of frames of the flow. 0: as many as the longest path has points.",
+                    least=0,
+                ),
+                *_side_inputs("As large as the picture that the paths lie on."),
+                io.Float.Input(
+                    "radius",
+                    default=16.0,
+                    min=0.5,
+                    max=8192.0,
+                    step=0.5,
+                    tooltip=(
+                        "How far around its start a path carries everything along, in pixels; up "
+                        "to twice as far it fades out. With a mask: not used."
+                    ),
+                ),
+                Tracks.Input(
+                    "tracks",
+                    optional=True,
+                    tooltip="Paths of core's WanMove nodes, beside or in place of the coordinates.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="What the paths move, in the first frame; all else stays.",
+                ),
+            ],
+            outputs=[flow_output()],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        coordinates: str,
+        frames: int = 16,
+        width: int = 128,
+        height: int = 128,
+        radius: float = 16.0,
+        tracks: Any = None,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            paths = read_tracks(coordinates) + _core_tracks(tracks)
+            if not paths:
+                raise ValueError(
+                    "expected at least one path, got none. Paste coordinates, or connect tracks."
+                )
+            region = None if mask is None else Mask(mask[0].cpu().numpy() > 0.5)
+            layer = Layer(region=region, tracks=paths, radius=radius)
+            frames = frames or min(max(map(len, paths)), MAX_FRAMES)
+            _check_memory(frames, width, height)
+            return io.NodeOutput(render(Motion(width, height, (layer,)), frames).flow)
+
+
+class FlowToTracks(io.ComfyNode):
+    """Points that are followed through a flow."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMFlowToTracks",
+            display_name="Flow to Tracks (S2DM)",
+            category="s2dm/flow",
+            description=(
+                "Follows points of the first frame through a flow, for models that take paths."
+            ),
+            search_aliases=[
+                "tracks",
+                "trajectory",
+                "ati",
+                "wanmove",
+                "coordinates",
+                "point tracking",
+            ],
+            inputs=[
+                Flow.Input("flow", tooltip="The flow to follow."),
+                io.String.Input(
+                    "points",
+                    multiline=True,
+                    default="",
+                    tooltip=(
+                        'Points of the first frame in pixels as JSON, [{"x": 10, "y": 20}, …]; of '
+                        "paths, the first points count. Empty: a grid over the picture."
+                    ),
+                ),
+                io.Float.Input(
+                    "spacing",
+                    default=32.0,
+                    min=1.0,
+                    max=8192.0,
+                    step=1.0,
+                    tooltip="Distance of the points of the grid, in pixels.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    "coordinates",
+                    display_name="coordinates",
+                    tooltip="The paths as JSON, a point a frame, for ATI, WanMove and the like.",
+                ),
+                Tracks.Output(
+                    "tracks",
+                    display_name="tracks",
+                    tooltip="The paths for core's WanMove nodes, and where they are hidden.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, flow: FlowField, points: str = "", spacing: float = 32.0) -> io.NodeOutput:
+        with named_errors(cls):
+            if points.strip():
+                starts = torch.from_numpy(read_points(points))
+            else:
+                starts = grid_points(flow.width, flow.height, spacing)
+            paths, seen = flow_to_tracks(flow, starts)
+            tracks = {"track_path": paths, "track_visibility": seen}
+            return io.NodeOutput(tracks_to_json(paths), tracks)
+
+
+def _core_tracks(tracks: Any) -> tuple[Any, ...]:
+    if tracks is None:
+        return ()
+    if not isinstance(tracks, dict) or not isinstance(tracks.get("track_path"), torch.Tensor):
+        raise ValueError(
+            f"expected tracks of core's WanMove nodes, got {type(tracks).__name__}. Connect Wan "
+            "Move Tracks From Coords or the like, or paste coordinates."
+        )
+    return tracks_from_paths(tracks["track_path"], tracks.get("track_visibility"))
+
+
+def _depth(depth: torch.Tensor | None, width: int, height: int) -> torch.Tensor | None:
+    """IMAGE to (1,1,H,W) in [0,1], the mean of its colours."""
+    if depth is None:
+        return None
+    grey = library_frames(depth[:1]).mean(dim=1, keepdim=True)
+    return resample(grey.float().cpu(), height, width).clamp(0, 1)
+
+
+def _check_memory(frames: int, width: int, height: int) -> None:
+    """Refuse what the machine can't hold, instead of taking it down."""
+    needed = frames * width * height * _BYTES
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"expected a flow that fits into {free / _GIB:.1f} GiB of free memory, got {frames} "
+            f"frames of {width}x{height}, which take {needed / _GIB:.1f} GiB. Take fewer frames "
+            "or a smaller picture."
+        )

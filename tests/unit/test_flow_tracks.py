@@ -1,0 +1,119 @@
+"""Paths of points out of a flow, and back into one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from s2dm.flow import FlowError, FlowField
+from s2dm.flow.draw import CameraKey, Layer, Motion, Polygon, read_tracks, render
+from s2dm.flow.tracks import flow_to_tracks, grid_points, tracks_from_paths, tracks_to_json
+
+SIZE, FRAMES = 128, 16
+
+
+def path(start, end, bend=(0, 0)):
+    time = np.linspace(0, 1, FRAMES)[:, None]
+    points = np.array(start) + time * np.subtract(end, start)
+    points = points + np.sin(np.pi * time) * np.array(bend)
+    return np.column_stack([points, time])
+
+
+PATHS = {
+    "one": [path((40.3, 64.7), (80, 60), (0, 10))],
+    "apart": [path((30, 30), (50, 34.5)), path((90, 30), (80, 50)), path((60, 90), (60.5, 110))],
+    "near": [path((50, 50), (58, 53)), path((66, 50), (72, 47)), path((58, 66), (66, 68))],
+}
+
+
+@pytest.mark.parametrize("paths", PATHS.values(), ids=PATHS)
+def test_tracks_come_back_from_their_flow(paths):
+    flow = render(Motion(SIZE, SIZE, (Layer(tracks=tuple(paths)),)), FRAMES).flow
+    starts = torch.tensor(np.array([points[0, :2] for points in paths]))
+    found, seen = flow_to_tracks(flow, starts)
+    expected = torch.tensor(np.stack([points[:, :2] for points in paths], axis=1)).float()
+    assert seen.all()
+    assert (found - expected).norm(dim=2).max() <= 0.05
+    # And as text.
+    again = read_tracks(tracks_to_json(found))
+    assert np.abs(np.stack([one[:, :2] for one in again], 1) - expected.numpy()).max() <= 0.051
+
+
+def test_tracks_of_a_camera():
+    flow = render(Motion(SIZE, SIZE, (), (CameraKey(1, x=10, zoom=1.3, roll=10),)), 4).flow
+    points = grid_points(SIZE, SIZE, 32)
+    found, seen = flow_to_tracks(flow, points)
+    centre = (SIZE - 1) / 2
+    angle = np.deg2rad(10)
+    turn = torch.tensor([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]).float()
+    expected = centre + 1.3 * (points - centre) @ turn.T - torch.tensor([10.0, 0])
+    inside = ((expected > 0) & (expected < SIZE - 1)).all(dim=1)
+    assert inside.sum() >= 8 and torch.equal(seen[3], inside)
+    assert (found[3] - expected)[inside].norm(dim=1).max() < 0.05
+
+
+def test_a_hidden_point_goes_straight_on():
+    """A ground point over which a box passes, from frame 2 to frame 4."""
+    corners = np.array([(9.5, 9.5), (19.5, 9.5), (19.5, 19.5), (9.5, 19.5)])
+    there = np.array([[15, 15, 0], [35, 15, 0.5], [55, 15, 1.0]])
+    box = Layer(region=Polygon(corners), tracks=(there,))
+    flow = render(Motion(80, 40, (box,)), 5).flow
+    found, seen = flow_to_tracks(flow, torch.tensor([[34.0, 15.0], [15, 15]]))
+    assert seen[:, 0].tolist() == [True, True, False, True, True] and seen[:, 1].all()
+    assert torch.equal(found[:, 0], torch.tensor([[34.0, 15.0]]).expand(5, 2))
+    assert found[:, 1, 0].tolist() == pytest.approx([15, 25, 35, 45, 55])
+
+
+def test_a_grid_of_points():
+    points = grid_points(64, 32, 16)
+    assert points.tolist()[:2] == [[7.5, 7.5], [23.5, 7.5]] and len(points) == 8
+    assert grid_points(8, 8, 100).tolist() == [[3.5, 3.5]]
+    with pytest.raises(FlowError, match="at least 1 pixel, got 0"):
+        grid_points(8, 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([[1.0, 1.0], [8.0, 1.0]], r"points\[1\]: expected a point of the picture, 8 x 4 pixels"),
+        ([[float("nan"), 1.0]], r"points\[0\]: .* got \(nan, 1\)"),
+        ([[1.0, 2.0, 3.0]], r"expected \(P,2\)"),
+    ],
+)
+def test_points_outside(points, message):
+    with pytest.raises(FlowError, match=message):
+        flow_to_tracks(FlowField.zeros(2, 4, 8), torch.tensor(points))
+    with pytest.raises(FlowError, match="1 to 10000 points"):
+        flow_to_tracks(FlowField.zeros(2, 4, 8), torch.zeros(0, 2))
+
+
+def test_paths_of_core():
+    paths = torch.tensor([[[1.0, 2], [3, 4]], [[5, 6], [7, 8]], [[9, 10], [11, 12]]])
+    both = tracks_from_paths(paths)
+    assert both[0].tolist() == [[1, 2, 0], [5, 6, 0.5], [9, 10, 1]]
+    seen = torch.tensor([[True, False], [False, False], [True, False]])
+    (one,) = tracks_from_paths(paths, seen)
+    assert one.tolist() == [[1, 2, 0], [9, 10, 1]]
+    (first, second) = tracks_from_paths(paths, torch.tensor([[1], [1], [0]]))
+    assert len(first) == len(second) == 2
+
+
+@pytest.mark.parametrize(
+    ("paths", "seen", "message"),
+    [
+        (torch.zeros(3, 2), None, r"paths \(frames,points,2\), got \(3, 2\)"),
+        (torch.full((2, 1, 2), float("inf")), None, "finite points"),
+        (torch.zeros(3, 4, 2), torch.ones(3, 2), r"visibility \(3,4\)"),
+    ],
+)
+def test_paths_that_are_none(paths, seen, message):
+    with pytest.raises(FlowError, match=message):
+        tracks_from_paths(paths, seen)
+
+
+def test_the_text_is_what_other_tools_read():
+    paths = torch.tensor([[[1.0, 2.5]], [[3, 4]]])
+    assert json.loads(tracks_to_json(paths)) == [[{"x": 1, "y": 2.5}, {"x": 3, "y": 4}]]
