@@ -30,7 +30,8 @@ export class Editor {
         this.motion = emptyMotion(options.size());
         this.history = new History("");
         this.picture = null;
-        this.root = make("div", {class: "s2dm-editor widget-expands"});
+        // An empty title: the field's own tooltip would lie over the picture.
+        this.root = make("div", {class: "s2dm-editor widget-expands", title: ""});
         this.view = new View(this);
         this.panel = new Panel(this);
         this.panel.build(this.view.stage);
@@ -282,6 +283,10 @@ export class Editor {
             // A mouse on a button leaves the keys where they are: on the picture.
             if (event.detail > 0 && event.target.closest("button")
                 && !event.target.closest(".s2dm-json")) view.keys.focus({preventScroll: true});
+        });
+        // In Nodes 2.0 the tooltip waits for the mouse to leave what the editor lies in.
+        root.addEventListener("mouseenter", () => {
+            root.parentElement?.dispatchEvent(new MouseEvent("mouseleave"));
         });
         // The wheel is ours once the editor has the focus: this is how Nodes 2.0 is told.
         root.addEventListener("focusin", () => root.setAttribute("data-capture-wheel", "true"));

@@ -30,6 +30,7 @@ app.registerExtension({
 
 function addEditor(node, name, spec) {
     addStyle();
+    keepFingers();
     let widget = null;
     const read = (field, fallback) => {
         const value = node.widgets?.find(other => other.name === field)?.value;
@@ -135,6 +136,21 @@ function handToGraph(event) {
         pointerdown: "processMouseDown", pointermove: "processMouseMove",
         pointerup: "processMouseUp"}[event.type];
     app.canvas[kind]?.(event);
+}
+
+// ComfyUI zooms the graph with two fingers wherever they are, before the editor hears of them.
+let fingersKept = false;
+
+function keepFingers() {
+    if (fingersKept) return;
+    fingersKept = true;
+    for (const name of ["touchstart", "touchmove", "touchend", "touchcancel"]) {
+        window.addEventListener(name, event => {
+            if (event.target instanceof Element && event.target.matches(".s2dm-canvas")) {
+                event.stopPropagation();
+            }
+        }, {capture: true, passive: true});
+    }
 }
 
 function addStyle() {

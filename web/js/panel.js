@@ -343,12 +343,12 @@ export class Panel {
 
     say(text) {
         clearTimeout(this.saying);
-        this.message.textContent = text;
-        this.message.hidden = false;
+        this.said = text;
         this.saying = setTimeout(() => {
-            this.message.hidden = true;
+            this.said = null;
             this.editor.refresh();
         }, 6000);
+        this.editor.refresh();
     }
 
     update() {
@@ -366,7 +366,8 @@ export class Panel {
                 : TOOLS.find(([name]) => name === editor.tool)[2],
             hidden: Boolean(editor.playing || editor.view.gesture),
         });
-        if (editor.problem) assign(this.message, {textContent: editor.problem, hidden: false});
+        const message = this.said ?? editor.problem ?? "";
+        assign(this.message, {textContent: message, hidden: message === ""});
         const frame = Math.round(editor.frame) + 1;
         assign(this.time, {
             max: String(editor.frames - 1), value: String(frame - 1), disabled: editor.frames < 2});
