@@ -7,12 +7,12 @@ picture of each workflow.
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import RENDERERS, drawn_by, interface
 from comfyui_graph import to_prompt
 from comfyui_install import PACK
 from comfyui_server import ComfyServer
@@ -20,10 +20,6 @@ from comfyui_server import ComfyServer
 pytestmark = [pytest.mark.comfyui, pytest.mark.frontend, pytest.mark.slow]
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-READY = "() => window.LiteGraph?.registered_node_types?.['S2DMEncodeFlow'] && window.app?.graph"
-RENDERERS = ("canvas", "nodes2")
-NODES_2 = "Comfy.VueNodes.Enabled"
 # Where everything is, in the graph's own units. A node that is an element may have parts that
 # stand out of it, such as the button for its advanced inputs.
 BOXES = """elements => {
@@ -85,37 +81,14 @@ SHOW_ALL = """() => {
 
 @pytest.fixture(scope="module")
 def page(server: ComfyServer) -> Iterator[Any]:
-    """A browser page with the interface of the server, past its first-start dialogs."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser_path is None:
-        pytest.skip("no Chromium on the path")
-    server.post("/settings/Comfy.TutorialCompleted", True)
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(
-            executable_path=browser_path,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        page = browser.new_page(viewport={"width": 2000, "height": 1200})
-        page.goto(server.url, wait_until="domcontentloaded", timeout=180_000)
-        page.wait_for_function(READY, timeout=180_000)
+    with interface(server, "S2DMEncodeFlow") as page:
         yield page
-        browser.close()
 
 
 @pytest.fixture(scope="module", params=RENDERERS)
 def renderer(page: Any, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The page draws nodes on the canvas, or as elements (Nodes 2.0) where the version can."""
-    if page.evaluate(f"() => app.extensionManager.setting.get('{NODES_2}')") is None:
-        if request.param != RENDERERS[0]:
-            pytest.skip("this interface has no Nodes 2.0")
-        yield request.param
-        return
-    turn = f"on => app.extensionManager.setting.set('{NODES_2}', on)"
-    page.evaluate(turn, request.param != RENDERERS[0])
-    page.wait_for_timeout(1000)
-    yield request.param
-    page.evaluate(turn, False)
+    with drawn_by(page, request.param) as renderer:
+        yield renderer
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -140,6 +140,9 @@ def _motion(content: dict[str, Any], width: int, height: int) -> Motion:
     if content.get("frames") is not None:
         frames = _whole(content, "frames", "", 16, _FRAMES)
     layers = _each(content, "layers", "", _LAYERS, lambda item, at: _layer(item, at, width, height))
+    # What the editor hides is checked as the rest is, and left out.
+    hidden = [item.get("visible") is False for item in content.get("layers") or ()]
+    layers = tuple(layer for layer, out in zip(layers, hidden, strict=True) if not out)
     camera = _each(content, "camera", "", _KEYS, _key)
     for index in range(1, len(camera)):
         if camera[index].t < camera[index - 1].t:
