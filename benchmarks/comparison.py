@@ -20,7 +20,7 @@ import torch
 from common import RUNS, TAKE
 from torch import Tensor
 
-from s2dm.cli.options import sampling_entries
+from s2dm.cli.options import add_sampling, sampling_entries
 from s2dm.data import DataConfig, build_dataset
 from s2dm.evaluation.distances import bootstrap, frechet_distance, interval
 from s2dm.evaluation.modes import Variant
@@ -161,10 +161,8 @@ def add_options(parser: argparse.ArgumentParser, seeds: Sequence[int]) -> None:
     parser.add_argument("--clips", type=int, default=0, help="how many (all of the takes)")
     parser.add_argument("--takes", type=int, default=8, help="of each held-out combination")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="of the noise")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--guidance", type=float, default=1.0)
-    for name in ("--flow-guidance", "--flow-start"):
-        parser.add_argument(name, type=float, help="what the checkpoint recommends by default")
+    add_sampling(parser)
+    parser.set_defaults(steps=10, guidance=1.0)
     parser.add_argument("--samples", type=int, default=200, help="of the bootstrap of ratios")
     parser.add_argument("--i3d", type=Path, required=True, help="weights of I3D")
     parser.add_argument("--half", action="store_true", help="compute in half precision")

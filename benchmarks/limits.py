@@ -3,7 +3,9 @@
 Its puppets stand at one place, at one size, before a camera that stands still. Measured is
 
   motion   how the flow of a clip is followed as it is, and where the same people stand elsewhere,
-           are smaller, or are filmed by a camera that pans; and two clips of another kind
+           are smaller, or are filmed by a camera that pans; and two clips of another kind. From
+           the caption alone, and from the clip's own first frame, with the flow adapter and
+           without any
   outfits  whether clothes are as named: the 24 outfits of the cast, and 24 that nobody wears
   rooms    in how many clips something in the room comes, goes or changes its colour
 
@@ -21,12 +23,14 @@ import itertools
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import RESULTS, RUNS, TAKE, show
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,6 +63,7 @@ from s2dm.evaluation.run import shuffled
 from s2dm.files import replacing, write_json
 from s2dm.flow import FlowField, estimate_flow, flow_to_image
 from s2dm.models import FlowSampling, read_config
+from s2dm.pipelines import FlowToVideoPipeline, animate
 from s2dm.video import cover, iter_frames, write_contact_sheet
 
 SHIFT, SCALE, PAN = 16, 0.75, 16  # pixels, share of the size, pixels over the whole clip
@@ -258,35 +263,95 @@ def measure_motion(generator: ClipSampler, store: Store, clips: int) -> tuple[di
         ]
     rows, pictures, labels = {}, [], []
     for title, case in cases.items():
-        errors, floors, motions = [], [], []
+        found: dict[str, dict[str, list]] = {
+            way: {"errors": [], "floors": [], "motions": []} for way in WAYS
+        }
         for index, prompt, take in tqdm(case, title):
             true, flow = take()
-            frames = store(
-                f"{title}-{index}".replace(" ", "_").replace(",", ""),
-                lambda p=prompt, f=flow, i=index: generator.follow(p, f, GIVEN, i),
-            )
-            realised = estimate_flow(frames)
-            errors.append(flow_error(realised, flow))
-            if title != REAL_TITLE:  # their flow is an estimate itself
-                floors.append(flow_error(estimate_flow(true), flow))
-            moving = moving_region(flow)
-            motions.append((motion_magnitude(realised, moving), motion_magnitude(flow, moving)))
-            if title == REAL_TITLE:  # whose frames are not ours to show
-                pictures += [flow_to_image(flow), frames]
-                labels += [f"flow of {list(real)[index]}", prompt]
-            elif len(errors) == 1:
-                pictures += [true, flow_to_image(flow), frames]
-                labels += [title, "its flow", prompt]
-        made, given = (pooled_figure(column) for column in zip(*motions, strict=True))
-        rows[title] = {
-            "clips": len(case),
-            "flow_error": pooled_figure(errors),
-            "flow_error_95": list(bootstrap_interval(pooled_figure, errors, samples=1000)),
-            "true": pooled_figure(floors) if floors else None,
-            "motion": made,
-            "given_motion": given,
-        }
+            moving, floor = moving_region(flow), flow_error(estimate_flow(true), flow)
+            for way, draw in WAYS.items():
+                frames = store(
+                    f"{title}{way}-{index}".replace(" ", "_").replace(",", ""),
+                    lambda d=draw, p=prompt, t=true, f=flow, i=index: d(generator, p, t, f, i),
+                )
+                realised, into = estimate_flow(frames), found[way]
+                into["errors"].append(flow_error(realised, flow))
+                into["floors"].append(floor)
+                motion = motion_magnitude(realised, moving), motion_magnitude(flow, moving)
+                into["motions"].append(motion)
+                if index != case[0][0] and title != REAL_TITLE:
+                    continue
+                if not way and title != REAL_TITLE:
+                    pictures.append(true)
+                    labels.append(title)
+                if not way:
+                    pictures.append(flow_to_image(flow))
+                    labels.append("its flow")
+                # Frames of others are not ours to show, nor what starts from them.
+                if not way or title != REAL_TITLE:
+                    pictures.append(frames)
+                    labels.append(prompt if not way else way.removeprefix(", "))
+        for way, into in found.items():
+            made, given = (pooled_figure(column) for column in zip(*into["motions"], strict=True))
+            true_error = pooled_figure(into["floors"])
+            rows[title + way] = {
+                "clips": len(case),
+                "flow_error": pooled_figure(into["errors"]),
+                "flow_error_95": list(
+                    bootstrap_interval(pooled_figure, into["errors"], samples=1000)
+                ),
+                # The flow of the others is an estimate itself.
+                "true": None if title == REAL_TITLE else true_error,
+                "motion": made,
+                "given_motion": given,
+            }
     return rows, pictures, labels
+
+
+def _from_caption(
+    generator: ClipSampler, prompt: str, true: Tensor, flow: FlowField, seed: int
+) -> Tensor:
+    return generator.follow(prompt, flow, GIVEN, seed)
+
+
+def _from_frame(
+    generator: ClipSampler, prompt: str, true: Tensor, flow: FlowField, seed: int
+) -> Tensor:
+    sampling = {**generator.sampling.to_dict(), "anchor_end": generator.sampling.anchor_end or 0.95}
+    call = partial(FlowToVideoPipeline.__call__, generator.pipeline)
+    return call(prompt, flow, sampling=sampling, reference=true[0], seed=seed).frames
+
+
+def _without_adapter(
+    generator: ClipSampler, prompt: str, true: Tensor, flow: FlowField, seed: int
+) -> Tensor:
+    parts = generator.pipeline.components
+    plain = StableDiffusionPipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    plain.set_progress_bar_config(disable=True)
+    result = animate(
+        plain,
+        prompt,
+        true[0],
+        flow,
+        seed=seed,
+        num_inference_steps=generator.sampling.steps,
+        guidance_scale=generator.sampling.guidance_scale,
+        output_type="pt",
+    )
+    return result.images.float().cpu()
+
+
+WAYS = {
+    "": _from_caption,
+    ", from its first frame": _from_frame,
+    ", from its first frame without adapter": _without_adapter,
+}
+"""How a clip is drawn, by what a row's title says of it."""
 
 
 def measure_outfits(generator: ClipSampler, store: Store) -> tuple[dict, list, list]:

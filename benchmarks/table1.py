@@ -32,6 +32,8 @@ from s2dm.files import write_json
 TITLES = {
     "given flow": "S2DM, given flow",
     "two stages": "S2DM, two stages",
+    "given flow, anchored": "S2DM with anchors, given flow",
+    "two stages, anchored": "S2DM with anchors, two stages",
     "LFDM": "warping, as LFDM",
 }
 # FVD on MHAD and MUG in the paper's Table 1.
@@ -64,8 +66,10 @@ def main() -> None:
     options = parser.parse_args()
 
     rows = {
-        "given flow": Row(options.checkpoint, Variant("given-flow")),
-        "two stages": Row(options.checkpoint, Variant("two-stage")),
+        "given flow": Row(options.checkpoint, Variant("given-flow-plain")),
+        "two stages": Row(options.checkpoint, Variant("two-stage-plain")),
+        "given flow, anchored": Row(options.checkpoint, Variant("given-flow")),
+        "two stages, anchored": Row(options.checkpoint, Variant("two-stage")),
     }
     found = compare(rows, options, "table1")
     if found is None:  # not the main process

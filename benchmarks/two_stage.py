@@ -23,7 +23,7 @@ from common import RESULTS, RUNS, show
 from tqdm import tqdm
 
 from s2dm.cli import DEFAULT_CHECKPOINT
-from s2dm.cli.options import sampling_entries
+from s2dm.cli.options import add_sampling, sampling_entries
 from s2dm.data.puppets import caption, split
 from s2dm.evaluation.clip_metrics import STILL, flicker, pooled_figure, still_region
 from s2dm.evaluation.distances import bootstrap_interval
@@ -44,9 +44,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
-    parser.add_argument("--steps", type=int, help="what the checkpoint recommends by default")
-    for name in ("--guidance", "--flow-guidance", "--flow-start"):
-        parser.add_argument(name, type=float, help="likewise")
+    add_sampling(parser)
     parser.add_argument("--flow-steps", type=int, default=20)
     parser.add_argument("--flow-text-guidance", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3, help="of the timing, the median counts")

@@ -2,9 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .anchor import AnchorToReference
 from .clip import FitClip
 from .conditioning import EncodeFlow
-from .example import place_example_clip
+from .example import place_examples
 from .flow import EstimateFlow, GenerateFlow, VisualizeFlow
 from .flow_files import LoadFlow, SaveFlow
 from .flow_tools import CombineFlow, EditFlow, PickFlow, WarpImage
@@ -20,6 +21,7 @@ NODES: list[type[io.ComfyNode]] = [
     EstimateFlow,
     GenerateFlow,
     EncodeFlow,
+    AnchorToReference,
     SharedNoiseKSampler,
     SharedNoise,
     SharedNoiseSampler,
@@ -42,5 +44,5 @@ class S2DMExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folder()
-        place_example_clip()
+        place_examples()
         return NODES

@@ -1,4 +1,4 @@
-"""The clip that the workflow templates open, put where core's Load Video looks for it."""
+"""The clip and the picture that the workflow templates open, put where core's loaders look."""
 
 from __future__ import annotations
 
@@ -11,28 +11,34 @@ import folder_paths
 
 logger = logging.getLogger(__name__)
 
-CLIP = Path(__file__).resolve().parents[1] / "workflows" / "s2dm_example.mp4"
+_WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
+EXAMPLES = (_WORKFLOWS / "s2dm_example.mp4", _WORKFLOWS / "s2dm_example.png")
 
 
-def place_example_clip() -> None:
-    """Copy the example clip into ComfyUI's input folder, unless a file of that name is there.
+def place_examples() -> None:
+    """Copy the examples into ComfyUI's input folder, unless files of their names are there.
 
-    Load Video offers nothing but the input folder, and a template whose clip is missing can't be
-    run. Where the folder can't be written the templates ask for a clip of the user's own.
+    Load Video and Load Image offer nothing but the input folder, and a template whose clip is
+    missing can't be run. Where the folder can't be written the templates ask for the user's own.
     """
-    target = Path(folder_paths.get_input_directory()) / CLIP.name
-    temporary = target.with_name(f".{CLIP.stem}-{os.getpid()}{CLIP.suffix}")
+    for example in EXAMPLES:
+        _place(example)
+
+
+def _place(example: Path) -> None:
+    target = Path(folder_paths.get_input_directory()) / example.name
+    temporary = target.with_name(f".{example.stem}-{os.getpid()}{example.suffix}")
     # A folder that can't be read, or isn't there any more, fails at every one of these steps.
     try:
         if target.exists():
             return
         try:
-            shutil.copyfile(CLIP, temporary)
+            shutil.copyfile(example, temporary)
             temporary.replace(target)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
     except OSError as error:
-        logger.warning("The example clip was not placed in the input folder: %s", error)
+        logger.warning("%s was not placed in the input folder: %s", example.name, error)
     else:
-        logger.info("Placed the example clip of the S2DM workflows at %s", target)
+        logger.info("Placed an example of the S2DM workflows at %s", target)

@@ -347,14 +347,14 @@ class WarpImage(io.ComfyNode):
         with named_errors(cls):
             if image is None and mask is None:
                 raise ValueError("expected an image or a mask to move, got neither. Connect one.")
-            leading = mask if image is None else image
-            flow = flow.resize(*leading.shape[1:3])
+            height, width = mask.shape[-2:] if image is None else image.shape[1:3]
+            flow = flow.resize(height, width)
             shown = visibility(flow)
             open_ = (shown < 0.5)[:, 0].float()
             if mask is None:
                 masks = torch.zeros_like(open_)
             else:
-                small = _mask(mask[:1])
+                small = _mask(mask)[:1]
                 if small.shape[2:] != (flow.height, flow.width):
                     raise ValueError(
                         f"expected a mask as large as the image, {flow.width}x{flow.height}, got "
@@ -386,7 +386,7 @@ def _mask(mask: torch.Tensor | None) -> torch.Tensor:
     """MASK to (1 or N,1,h,w) in [0,1]."""
     if mask is None:
         raise ValueError("expected a mask, got none. Connect one.")
-    return mask.float().cpu().clamp(0, 1)[:, None]
+    return mask.reshape(-1, 1, *mask.shape[-2:]).float().cpu().clamp(0, 1)
 
 
 def _crop(flow: FlowField, width: int, height: int, left: int, top: int) -> FlowField:

@@ -288,7 +288,11 @@ class TracksToFlow(io.ComfyNode):
                 raise ValueError(
                     "expected at least one path, got none. Paste coordinates, or connect tracks."
                 )
-            region = None if mask is None else Mask(mask[0].cpu().numpy() > 0.5)
+            region = (
+                None
+                if mask is None
+                else Mask(mask.reshape(-1, *mask.shape[-2:])[0].cpu().numpy() > 0.5)
+            )
             layer = Layer(region=region, tracks=paths, radius=radius)
             frames = frames or min(max(map(len, paths)), MAX_FRAMES)
             _check_memory(frames, width, height)

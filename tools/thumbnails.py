@@ -21,7 +21,8 @@ BESIDE = {
     "flow_to_video": "clip",
     "shared_vs_independent_noise": None,
     "text_to_video": "flow",
-    "animate_reference": "flow",
+    "animate_picture": "flow",
+    "video_to_video": "clip",
 }
 COLUMNS = 4  # of the frames of one clip
 GAP = 4

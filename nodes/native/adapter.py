@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...s2dm.models import FlowAdapter, FlowAdapterConfig, SamplingConfig
 from .attention import cross_attention_layers
+from .frames import call_in_chunks
 from .recommended import recommend
 from .wrappers import KEY, Wrappers
 
@@ -49,10 +50,10 @@ def apply_adapter(
     weights.cached_patcher_init = (_weights, place)
     patched.set_additional_models(KEY, [weights])
     recommend(patched, sampling or SamplingConfig())
-    wrappers = Wrappers(strength, chunk_size)
+    call_in_chunks(patched, chunk_size)
+    wrappers = Wrappers(strength)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, wrappers.outer_sample),
-        (WrappersMP.PREPARE_SAMPLING, wrappers.prepare_sampling),
         (WrappersMP.SAMPLER_SAMPLE, wrappers.sampler_sample),
         (WrappersMP.APPLY_MODEL, wrappers.apply_model),
     ):

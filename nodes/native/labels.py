@@ -8,6 +8,7 @@ each frame's row number, which core batches, repeats and slices with the latents
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,24 @@ class FlowLabel:
     start: float | None = 0.0
     end: float = 1.0
     mask: Tensor | None = None
+
+
+def labels_of(conditions: dict[str, list[dict[str, Any]]]) -> Iterator[FlowLabel]:
+    """The labels of all entries."""
+    for entries in conditions.values():
+        yield from (entry[LABEL] for entry in entries if entry.get(LABEL) is not None)
+
+
+def of_frame_1(entry: dict[str, Any]) -> dict[str, Any]:
+    """A conditioning entry for frame 1 alone, whose labels may be attached already."""
+    label, told = entry.get(LABEL), dict(entry.get("model_conds", {}))
+    entry = {**entry, "model_conds": told}
+    if label is not None:
+        mask = None if label.mask is None else label.mask.reshape(-1, *label.mask.shape[-2:])[:1]
+        entry[LABEL] = dataclasses.replace(label, flow=label.flow.select([0]), mask=mask)
+    if _ROW in told:
+        told[_ROW] = _LabelCondition(entry.get(LABEL))
+    return entry
 
 
 class _SharedText(comfy.conds.CONDCrossAttn):
@@ -117,11 +136,14 @@ def encode_labels(
     count = 1
     rows = {id(None): torch.zeros(1, 1, dtype=torch.long, device=like.device)}
     for (area, entry), label in zip(entries, labels, strict=True):
-        key = id(None) if label is None else (id(label), area)
+        key = id(None) if label is None or not label.strength else (id(label), area)
         if key not in rows:
-            tokens = adapter.tokens(_seen(label.flow, area, size), like)
+            seen = _seen(label.flow, area, size)
+            tokens = adapter.tokens(seen, like)
             table.append(torch.lerp(null, tokens, label.strength))
-            rows[key] = torch.arange(count, count + len(tokens), device=like.device)[:, None]
+            numbers = torch.arange(count, count + len(tokens))
+            numbers[_as_frame_1(seen)] = count
+            rows[key] = numbers[:, None].to(like.device)
             count += len(tokens)
         entry[_ROW] = comfy.conds.CONDRegular(rows[key])
         text = entry.get("c_crossattn")
@@ -133,6 +155,20 @@ def encode_labels(
     return torch.cat(table)
 
 
+def settle_rows(t: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+    """The conditions of a call with the rows that hold at its sigmas t, (B,), and no windows.
+
+    Frames that see the same then have the same row. Without labels: the conditions as they are.
+    """
+    row, window = (conditions.get(name) for name in (_ROW, _WINDOW))
+    if row is None or window is None:
+        return conditions
+    inside = (t <= window[:, 0]) & (t >= window[:, 1])
+    rest = {name: value for name, value in conditions.items() if name != _WINDOW}
+    # Row 0 is the null label.
+    return {**rest, _ROW: torch.where(inside[:, None], row, 0)}
+
+
 def tokens_of_call(
     adapter: FlowAdapter, options: dict[str, Any], t: Tensor, conditions: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
@@ -142,22 +178,21 @@ def tokens_of_call(
         adapter: of the model that is called.
         options: core's transformer options, with the tables of the run.
         t: sigmas of the call, (B,).
-        conditions: of the call.
+        conditions: of the call, from `settle_rows`.
 
     Returns:
-        Tokens at these sigmas, (B, tokens, width); where the picture sees them, (B, 1, h, w), or
-        None for everywhere; and the conditions without ours.
+        Tokens, (B, tokens, width); where the picture sees them, (B, 1, h, w), or None for
+        everywhere; and the conditions without ours.
     """
-    row, window, mask = (conditions.get(name) for name in (_ROW, _WINDOW, _MASK))
-    rest = {k: v for k, v in conditions.items() if k not in (_ROW, _WINDOW, _MASK)}
+    row, mask = (conditions.get(name) for name in (_ROW, _MASK))
+    rest = {k: v for k, v in conditions.items() if k not in (_ROW, _MASK)}
     tables = options.get(TABLES, {})
     # On a further GPU the model and its adapter are copies.
     table = tables.get(adapter, next(iter(tables.values()), None))
     if row is None or table is None:
         return adapter.null_tokens(1).to(t.device).expand(len(t), -1, -1), None, rest
-    inside = (t <= window[:, 0]) & (t >= window[:, 1])
-    # Row 0 is the null label. Another GPU may run a part of the conditions.
-    return table.to(t.device)[torch.where(inside, row[:, 0], 0)], mask, rest
+    # Another GPU may run a part of the conditions.
+    return table.to(t.device)[row[:, 0]], mask, rest
 
 
 def remove_labels(conditions: dict[str, list[dict[str, Any]]]) -> None:
@@ -184,6 +219,13 @@ def _seen(flow: FlowField, area: tuple[int, ...] | None, size: tuple[int, int]) 
         return flow
     size, area = ([side * LATENT_CELL for side in sides] for sides in (size, area))
     return flow.resize(*size).crop(*area)
+
+
+def _as_frame_1(flow: FlowField) -> Tensor:
+    """Which frames have the flow and the occlusion of frame 1, (N,) bool."""
+    parts = (flow.displacement, flow.occlusion)
+    equal = [(part == part[:1]).flatten(1).all(1) for part in parts]
+    return (equal[0] & equal[1]).cpu()
 
 
 def _window(label: FlowLabel | None, sampling: Any, device: torch.device) -> Tensor:

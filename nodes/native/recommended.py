@@ -33,7 +33,12 @@ def recommend(model: comfy.model_patcher.ModelPatcher, sampling: SamplingConfig)
 
 def recommended(model: comfy.model_patcher.ModelPatcher) -> SamplingConfig:
     """What the checkpoint of a MODEL recommends; the paper's settings for any other MODEL."""
-    return model.get_attachment(_KEY) or SamplingConfig()
+    return recommendation_of(model) or SamplingConfig()
+
+
+def recommendation_of(model: comfy.model_patcher.ModelPatcher) -> SamplingConfig | None:
+    """What the checkpoint of a MODEL recommends, if it is one of ours."""
+    return model.get_attachment(_KEY)
 
 
 def resolve_labels(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...s2dm.models import FlowAdapter
 from .attention import with_flow
-from .chunks import LEAST_FRAMES, ChunkSizes, about_chunk, in_chunks, needs_the_whole_clip
 from .labels import TABLES, attach_labels, encode_labels, remove_labels, tokens_of_call
 from .parts import check_parts
 from .recommended import recommended, resolve_labels
@@ -17,8 +16,6 @@ from .windows import check_context_windows
 
 KEY = "s2dm_flow_adapter"
 """Under this key a patched MODEL holds the adapter's weights and our wrappers."""
-_CHUNKS = "s2dm_chunks"
-"""Key of the run's `ChunkSizes` in its transformer options."""
 
 
 def held_adapter(patcher: comfy.model_patcher.ModelPatcher) -> FlowAdapter | None:
@@ -30,9 +27,8 @@ def held_adapter(patcher: comfy.model_patcher.ModelPatcher) -> FlowAdapter | Non
 class Wrappers:
     """What happens around the stages of core's sampling, in the order of its methods."""
 
-    def __init__(self, strength: float, chunk_size: int) -> None:
+    def __init__(self, strength: float) -> None:
         self.strength = strength
-        self.chunk_size = chunk_size
 
     def outer_sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Before anything is loaded: move the flow labels to where core batches conditions."""
@@ -43,18 +39,6 @@ class Wrappers:
         attach_labels(guider.conds, noise.shape[0])
         check_context_windows(guider, len(noise))
         return executor(noise, *args, **kwargs)
-
-    def prepare_sampling(
-        self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Ask core for the memory of one chunk, not of the whole clip."""
-        shape = list(noise_shape)
-        # A ControlNet sees the whole clip, and core counts no memory for it but this.
-        needs = {name for entries in conds.values() for entry in entries for name in entry}
-        options = model.model_options.get("transformer_options", {})
-        if not needs & {"control", "gligen"} and not needs_the_whole_clip(options):
-            shape[0] = min(shape[0], self.chunk_size or LEAST_FRAMES)
-        return executor(model, shape, conds, *args, **kwargs)
 
     def sampler_sample(
         self,
@@ -83,7 +67,7 @@ class Wrappers:
         }
         # Core made these options for this run alone.
         options = extra_args["model_options"].setdefault("transformer_options", {})
-        options |= {TABLES: tables, _CHUNKS: ChunkSizes(self.chunk_size)}
+        options[TABLES] = tables
         return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
     def apply_model(
@@ -97,41 +81,10 @@ class Wrappers:
         transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Each call of the U-Net: show it the flow, a few frames at a time."""
+        """Each call of the U-Net, with a chunk of the frames: show it the flow."""
         options = transformer_options or {}
-        model = executor.class_obj
-        adapter = held_adapter(model.current_patcher)
-        if adapter is None:  # the second model of a guider
-            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        conditions = max(1, len(options.get("cond_or_uncond", ())))
-        if x.shape[0] % conditions:
-            conditions = 1
-        num_frames = x.shape[0] // conditions
-        sizes = options.get(_CHUNKS) or ChunkSizes(self.chunk_size)
-        if needs_the_whole_clip(options):
-            sizes = ChunkSizes(whole=True)
-
-        def call(
-            x: Tensor,
-            frames: range,
-            t: Tensor,
-            c_concat: Tensor | None,
-            c_crossattn: Tensor | None,
-            control: dict[str, Any] | None,
-            kwargs: dict[str, Any],
-        ) -> Tensor:
+        adapter = held_adapter(executor.class_obj.current_patcher)
+        if adapter is not None:  # not the second model of a guider
             tokens, mask, kwargs = tokens_of_call(adapter, options, t, kwargs)
-            told = with_flow(options, adapter, self.strength, tokens, mask)
-            told["sigmas"] = t[: len(t) // conditions]
-            if len(frames) < num_frames:
-                told |= about_chunk(options, frames, num_frames)
-            return executor(x, t, c_concat, c_crossattn, control, told, **kwargs)
-
-        arguments = {
-            "t": t,
-            "c_concat": c_concat,
-            "c_crossattn": c_crossattn,
-            "control": control,
-            "kwargs": kwargs,
-        }
-        return in_chunks(call, sizes, model, conditions, x, arguments)
+            options = with_flow(options, adapter, self.strength, tokens, mask)
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import number, positive, sampling_entries
+from .options import add_sampling, sampling_entries
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -25,17 +25,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "recommended sampling",
         "What the output recommends, where it is to be something else than the input's.",
     )
-    sampling.add_argument("--steps", type=positive, help="sampling steps")
-    sampling.add_argument("--guidance", type=number, help="guidance scale, 1 = off")
-    sampling.add_argument(
-        "--flow-guidance",
-        type=number,
-        help="guidance scale of the flow: 1 guides the prompt alone, the number of --guidance "
-        "both, as the paper does",
-    )
-    sampling.add_argument(
-        "--flow-start", type=number, help="part of the noise schedule before the flow acts, 0 to 1"
-    )
+    add_sampling(sampling)
     parser.set_defaults(run=run)
 
 

@@ -90,11 +90,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "(as the prompt has it)",
     )
     stage_1.add_argument("--flow-steps", type=positive, help="sampling steps of the flow (20)")
-    stage_1.add_argument(
+    parser.add_argument(
         "--reference",
         type=Path,
         metavar="IMAGE",
-        help="make the motion for this picture; the clip still shows the prompt",
+        help="a picture that becomes frame 1; let the prompt describe it. Where frames are not "
+        "anchored, only the motion that is made from the prompt starts from it",
     )
     parser.add_argument(
         "--chunk", type=positive, default=8, help="frames computed at a time (%(default)s)"
@@ -120,7 +121,6 @@ def run(options: argparse.Namespace) -> None:
     stage_1 = {
         "--motion-strength": options.motion_strength,
         "--flow-steps": options.flow_steps,
-        "--reference": options.reference,
     }
     given = [name for name, value in stage_1.items() if value is not None]
     if given and not from_prompt:
@@ -135,6 +135,7 @@ def run(options: argparse.Namespace) -> None:
         "seed": options.seed,
         "noise_sharing": NoiseSharing(options.sharing, options.share),
         "chunk_size": options.chunk,
+        "reference": None if options.reference is None else read_image(options.reference),
     }
     if from_prompt:
         width, height = options.size or (None, None)
@@ -146,7 +147,6 @@ def run(options: argparse.Namespace) -> None:
             flow_sampling=FlowSampling(
                 options.flow_steps or FlowSampling.steps, motion_strength=options.motion_strength
             ),
-            reference=None if options.reference is None else read_image(options.reference),
             **settings,
         )
         flow, fps = result.flow, DEFAULT_FPS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "assets" / "s2dm-puppets-v2.safetensors"
 
@@ -43,15 +44,28 @@ def add_sampling(parser: argparse._ActionsContainer) -> None:
         help="part of the noise schedule, 0 to 1, before the flow acts (what the checkpoint "
         "recommends)",
     )
+    parser.add_argument(
+        "--anchor-end",
+        type=number,
+        help="part of the noise schedule, 0 to 1, until which the frames are anchored to frame 1, "
+        "0 = off, the paper's plain method (what the checkpoint recommends)",
+    )
+    parser.add_argument(
+        "--reference-attention",
+        action=argparse.BooleanOptionalAction,
+        help="let every frame see frame 1 in self-attention (what the checkpoint recommends)",
+    )
 
 
-def sampling_entries(options: argparse.Namespace) -> dict[str, float]:
+def sampling_entries(options: argparse.Namespace) -> dict[str, Any]:
     """What was given of the options of `add_sampling`, as entries of `SamplingConfig`."""
     entries = {
         "steps": options.steps,
         "guidance_scale": options.guidance,
         "flow_guidance_scale": options.flow_guidance,
         "flow_start": options.flow_start,
+        "anchor_end": options.anchor_end,
+        "reference_attention": options.reference_attention,
     }
     return {name: value for name, value in entries.items() if value is not None}
 

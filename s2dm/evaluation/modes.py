@@ -6,7 +6,8 @@ A new way to generate is one more entry in `MODES`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,13 @@ class ClipSampler:
         pipeline = open_pipeline(self.checkpoint, self.dtype)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
+
+    def plain(self) -> ClipSampler:
+        """The paper's plain method: no frame is anchored, and none sees frame 1."""
+        _ = self.pipeline  # loaded before the copy, so that both have the same one
+        other = copy(self)
+        other.sampling = replace(self.sampling, anchor_end=0.0, reference_attention=False)
+        return other
 
     def follow(
         self, prompt: str, flow: FlowField, variant: Variant, seed: int, output_type: str = "pt"
@@ -142,6 +150,11 @@ def _given_flow(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) ->
     return _beside(clip, sampler.follow(clip.caption, clip.flow, variant, seed))
 
 
+def _plain(make: Make) -> Make:
+    """The mode without what we added to the paper's sampling."""
+    return lambda sampler, clip, variant, seed: make(sampler.plain(), clip, variant, seed)
+
+
 def _zero_flow(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
     # Equal conditions and shared noise make equal frames: one is enough.
     count = 1 if variant.sharing.mode == "shared" else clip.flow.num_frames
@@ -170,6 +183,8 @@ def _true(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
 MODES = {
     "given-flow": Mode("generated, given flow", _given_flow),
     "two-stage": Mode("generated, prompt alone", _two_stage, stage_1=True),
+    "given-flow-plain": Mode("plain, given flow", _plain(_given_flow)),
+    "two-stage-plain": Mode("plain, prompt alone", _plain(_two_stage), stage_1=True),
     "zero-flow": Mode("generated, zero flow", _zero_flow),
     "autoencoder": Mode("true clip through the autoencoder", _autoencoder, sampled=False),
     "true": Mode("true clip", _true, sampled=False),

@@ -21,13 +21,15 @@ def visibility(flow: FlowField) -> Tensor:
     further against the rest of the picture is in front. Flow that was estimated or generated often
     leaves the other one unmarked, and a ghost would stay there.
     """
-    position = pixel_grid(flow.height, flow.width, flow.displacement) + flow.displacement
-    last = position.new_tensor([flow.width - 1, flow.height - 1]).view(1, 2, 1, 1)
-    inside = ((position > -0.5) & (position < last + 0.5)).all(dim=1, keepdim=True)
-    shown = (1 - flow.occlusion) * inside
-    places = position.round().long().clamp(min=torch.zeros(1, 2, 1, 1).long(), max=last.long())
-    for number in range(1, len(flow)):
-        shown[number] *= ~_behind(flow.displacement[number], places[number], shown[number] > 0.5)
+    grid = pixel_grid(flow.height, flow.width, flow.displacement)
+    last = grid.new_tensor([flow.width - 1, flow.height - 1]).view(2, 1, 1)
+    shown = 1 - flow.occlusion
+    # Frame by frame, so that a long clip takes no more memory than its result.
+    for frame, displacement in zip(shown[1:], flow.displacement[1:], strict=True):
+        position = grid + displacement
+        frame *= ((position > -0.5) & (position < last + 0.5)).all(dim=0, keepdim=True)
+        places = position.round().clamp(min=torch.zeros_like(last), max=last).long()
+        frame *= ~_behind(displacement, places, frame > 0.5)
     return shown
 
 

@@ -324,7 +324,7 @@ class SamplingConfig(_Config):
 
     `steps` are those of stage 2. `guidance_scale` is the prompt's, `flow_guidance_scale`
     the flow's: `None` to guide both together, as in the paper. The first `flow_start` of the
-    noise schedule, 0 to 1, is sampled without the flow. Until `anchor_end` of it, 0 to 1, the
+    noise schedule, 0 to 1, is sampled without the flow. From there until `anchor_end`, 0 to 1,
     frames are anchored to frame 1 (0: not at all, the paper's plain method); with
     `reference_attention` they also see frame 1 in self-attention.
     """

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -44,11 +43,9 @@ from ..sector import (
     release_levels,
     sample,
 )
-from ..video import cover
-from ..video.frames import from_uint8
-from ..video.pictures import image_pixels
 from .attention import Beside, attach_adapter, is_attached
 from .modules import build, build_tokenizer, to_checkpoint
+from .pictures import on_canvas, picture_of
 from .wrapped import FlowAdapterModel
 
 OUTPUT_TYPES = ("pt", "pil", "latent")
@@ -271,7 +268,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
             if reference is None:
                 frame = self.decode_latents(denoise(FlowField.zeros(1, *size)))
             else:
-                frame = self._on_canvas(picture_of(reference, *size))
+                frame = on_canvas(picture_of(reference, *size), self.vae_factor)
             anchor = self._anchor(frame, flow.resize(*size), chunk_size)
         result = self._output(denoise(flow, anchor=anchor), size, output_type, chunk_size)
         self.maybe_free_model_hooks()
@@ -313,7 +310,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         states = ReferenceStates()
 
         def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
-            acts = sampling.flow_start < 1 and timestep <= flow_from
+            acts = bool(sampling.flow_start < 1 and timestep <= flow_from)
             current = labels if acts else without_flow
             # Equal frames stay equal until something tells them apart: one is enough.
             several = not _all_equal(latents, *(tokens for _, tokens in current))
@@ -333,7 +330,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
                         parts[0], parts[2], guidance_scale, parts[1], flow_guidance_scale
                     )
             prediction = prediction.expand_as(latents)
-            if anchor is None:
+            if anchor is None or not acts:
                 return prediction
             # Here, and not in the prediction of each label, because guidance overshoots.
             sigma = levels.sigma_at(timestep)
@@ -368,12 +365,6 @@ class FlowToVideoPipeline(DiffusionPipeline):
         frames = frames.to(self._execution_device, self.vae.dtype)
         latents = self.vae.encode(frames * 2 - 1).latent_dist.mode()
         return latents.float() * self.vae.config.scaling_factor
-
-    def _on_canvas(self, picture: Tensor) -> Tensor:
-        """A picture (1, 3, H, W) in whole latent cells, its edge repeated."""
-        height, width = picture.shape[-2:]
-        canvas = self._canvas(height, width)
-        return F.pad(picture, (0, canvas[1] - width, 0, canvas[0] - height), mode="replicate")
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -507,33 +498,6 @@ def check_arguments(
         raise ValueError(
             f'Expected a NoiseSharing, such as NoiseSharing("shared"), got {noise_sharing!r}.'
         )
-
-
-def picture_of(reference: Any, height: int, width: int) -> Tensor:
-    """A user's reference frame as (1, 3, height, width); ValueError if it isn't one."""
-    from PIL import Image
-
-    if isinstance(reference, Image.Image):
-        reference = from_uint8(image_pixels(reference))
-    if not isinstance(reference, Tensor):
-        raise ValueError(
-            f"reference: expected a PIL image or a tensor, got {type(reference).__name__}."
-        )
-    if reference.ndim != 3 or reference.shape[0] != 3 or 0 in reference.shape:
-        raise ValueError(
-            f"reference: expected one RGB picture, (3, height, width), got "
-            f"{tuple(reference.shape)}. Choose one frame, drop an alpha channel, repeat grey."
-        )
-    if not reference.is_floating_point() or not _in_unit_range(reference):
-        raise ValueError(
-            f"reference: expected numbers from 0 to 1, got {reference.dtype} from "
-            f"{reference.min().item():g} to {reference.max().item():g}. Divide bytes by 255."
-        )
-    return cover(reference.detach().float().cpu()[None], height, width)
-
-
-def _in_unit_range(picture: Tensor) -> bool:
-    return bool(((picture >= 0) & (picture <= 1)).all())  # false for NaN
 
 
 def counted(

@@ -30,8 +30,9 @@ from ..models import (
 )
 from ..sector import SHARED, NoiseSharing, seed_of_flow
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
-from .flow_to_video import FlowToVideoPipeline, check_arguments, counted, picture_of
+from .flow_to_video import FlowToVideoPipeline, check_arguments, counted
 from .modules import build
+from .pictures import on_canvas, picture_of
 from .wrapped import FlowAdapterModel, FlowGeneratorModel
 
 _WITHOUT_STAGE_1 = (
@@ -180,7 +181,9 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         check_arguments(prompt, output_type, chunk_size, noise_sharing)
         flow_sampling.check(config, num_frames)
         size = self._size(height, width)
-        picture = None if reference is None else self._on_canvas(picture_of(reference, *size))
+        picture = None
+        if reference is not None:
+            picture = on_canvas(picture_of(reference, *size), self.vae_factor)
         seed = torch.Generator().seed() if seed is None else seed
         on_step = counted(callback_on_step_end)
         # With one seed the reference frame and the clip draw the same ν, see `NoiseSharing`.

@@ -22,12 +22,12 @@ class Anchor:
 
     While the noise is above a level, the guess of the clean sample is drawn towards it:
     x̂_0^i ← x̂_0^i + w(t) m^i (z^i − x̂_0^i). Below it the frames are free, so that the model repairs
-    what warping broke; what the flow leaves where it is, is not broken, and stays anchored to the
-    end. Frame 1 itself is such a frame.
+    what warping broke; what stands still, a cell and more away from all that moves, is not broken,
+    and stays anchored to the end. Frame 1 itself is such a frame.
 
     latents: z, (N, C, h, w): frame 1 warped in pixels by the flow, its holes filled, and encoded.
     shown: m, (N, 1, h, w) in [0, 1]: the share of a latent's cell that frame 1 shows.
-    still: (N, 1, h, w) in [0, 1]: how far a cell stays where it was in frame 1.
+    still: (N, 1, h, w) in [0, 1]: how far a cell and those around it stay where they were.
     strength: 0 to 1, the largest weight.
     """
 
@@ -63,6 +63,7 @@ class Anchor:
         latents = torch.cat(parts)
         size = latents.shape[-2:]
         moved = F.adaptive_max_pool2d(flow.magnitude(), size)
+        moved = F.max_pool2d(moved, 3, stride=1, padding=1)
         still = ((_MOVING - moved) / (_MOVING - _STILL)).clamp(0, 1)
         shown = F.adaptive_avg_pool2d(pixels, size)
         return cls(latents, shown.to(latents), still.to(latents), strength)

@@ -38,7 +38,8 @@ class ReferenceStates:
         """
         of_group = states.unflatten(0, (groups, -1))
         if first:
-            self._kept[layer] = of_group[:, :1]
+            # A copy: a view would keep the states of all n frames in memory.
+            self._kept[layer] = of_group[:, :1].clone()
         elif layer not in self._kept:
             raise RuntimeError(
                 "reference attention: expected the frames from frame 1 on, got others first."

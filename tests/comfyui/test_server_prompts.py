@@ -75,3 +75,54 @@ def test_core_saves_a_checkpoint_that_the_loader_lists_and_loads(server: ComfySe
     server.run(save)
     (saved,) = (server.base / "output" / "s2dm").glob("*.safetensors")
     assert server.run(encode("a man in a red coat", saved.name))
+
+
+def test_a_picture_moves_through_a_clip(server: ComfyServer) -> None:
+    """Any image and any flow of its shape, here of zeros, so that every frame is the picture."""
+
+    def image(color: int, frames: int) -> dict:
+        size = {"width": 64, "height": 64, "batch_size": frames, "color": color}
+        return {"class_type": "EmptyImage", "inputs": size}
+
+    prompts = {
+        name: {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": text}}
+        for name, text in (("6", "a man in a red coat"), ("7", ""))
+    }
+    server.run(
+        {
+            "1": encode("")["1"],
+            "2": image(0x4080C0, 1),
+            "3": image(0, 3),
+            "4": {
+                "class_type": "S2DMEstimateFlow",
+                "inputs": {"frames": ["3", 0], "method": "dis"},
+            },
+            **prompts,
+            "8": {
+                "class_type": "S2DMEncodeFlow",
+                "inputs": {"positive": ["6", 0], "negative": ["7", 0], "flow": ["4", 0]}
+                | {"strength": 1.0, "start_percent": -1.0, "end_percent": 1.0}
+                | {"guide_flow": "auto", "width": 0, "height": 0},
+            },
+            "9": {
+                "class_type": "S2DMAnchorToReference",
+                "inputs": {"model": ["1", 0], "vae": ["1", 2], "reference": ["2", 0]}
+                | {"flow": ["4", 0], "strength": 1.0, "end_percent": -1.0}
+                | {"reference_attention": "auto"},
+            },
+            "10": {
+                "class_type": "S2DMSharedNoiseKSampler",
+                "inputs": {"model": ["9", 0], "positive": ["8", 0], "negative": ["8", 1]}
+                | {"latent_image": ["8", 2], "seed": 1, "steps": 2, "cfg": 2.0, "denoise": 1.0}
+                | {"sampler_name": "ddim", "scheduler": "ddim_uniform"}
+                | {"noise_sharing": "shared", "share": 0.5},
+            },
+            "11": {"class_type": "VAEDecode", "inputs": {"samples": ["10", 0], "vae": ["1", 2]}},
+            "12": {
+                "class_type": "SaveImage",
+                "inputs": {"images": ["11", 0], "filename_prefix": "anchored"},
+            },
+        }
+    )
+    frames = [path.read_bytes() for path in (server.base / "output").glob("anchored*.png")]
+    assert len(frames) == 3

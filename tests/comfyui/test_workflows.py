@@ -8,10 +8,13 @@ import pytest
 from comfyui_graph import to_prompt
 from comfyui_install import PACK, PACK_NAME
 from comfyui_server import ComfyServer
+from PIL import Image
 from safetensors.torch import load_file
 
 from s2dm.models import read_config
 from s2dm.video import read_clip
+from s2dm.video.frames import from_uint8
+from s2dm.video.pictures import image_pixels
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 FRAMES, SIZE = 16, 128
@@ -20,9 +23,10 @@ VIDEOS = {
     "s2dm_flow_to_video": 1,
     "s2dm_shared_vs_independent_noise": 2,
     "s2dm_text_to_video": 1,
-    "s2dm_animate_reference": 1,
+    "s2dm_animate_picture": 1,
+    "s2dm_video_to_video": 1,
 }
-MOST_NODES = 16  # with the note
+MOST_NODES = 17  # with the note
 ENCODING = ("strength", "start_percent", "end_percent", "guide_flow")
 
 BUNDLED = sorted((PACK / "s2dm" / "assets").glob("*.safetensors"))
@@ -121,6 +125,8 @@ def test_sizes_of_a_template_are_even_by_construction(server: ComfyServer, path:
     """H.264 refuses odd sides at the very end of a run: the sides that a user sets step by 8."""
     schemas = server.object_info()
     nodes = {node["type"] for node in read(path)["nodes"]}
+    # What core's own node makes of a picture, Encode Flow rounds up.
+    nodes -= {"ImageScale"}
     sides = [
         schemas[kind]["input"][group][side][1]
         for kind in nodes
@@ -147,20 +153,28 @@ def test_the_workflow_runs_as_bundled(server: ComfyServer, checkpoint: str, path
     assert tuple(frames.shape) == (FRAMES, 3, SIZE, SIZE * pictures)
     panels = frames.chunk(pictures, dim=-1)
     assert all(panel.std() > 0.01 for panel in panels), "a picture is blank"
+    if path.stem == "s2dm_animate_picture" and checkpoint.endswith("(bundled)"):
+        picture = from_uint8(image_pixels(Image.open(path.with_name("s2dm_example.png"))))
+        assert (frames[0] - picture).abs().mean() < 0.03, "frame 1 is not the picture"
     flow = [file for file in files if file.parent.name == "temp"]
     assert len(flow) == (FRAMES if of_type(prompt, "S2DMVisualizeFlow") else 0)
 
 
 @pytest.mark.slow
 @pytest.mark.comfyui
-@pytest.mark.parametrize("name", ["s2dm_text_to_video", "s2dm_animate_reference"])
-def test_the_clip_starts_with_its_reference_frame(
-    server: ComfyServer, checkpoint: str, name: str
+def test_without_the_anchor_the_clip_still_starts_with_its_reference_frame(
+    server: ComfyServer, checkpoint: str
 ) -> None:
-    """Latents of the frame and of the clip, as the two samplers of the template give them."""
+    """The paper's plain method: latents of frame and clip, from the two samplers."""
+    name = "s2dm_text_to_video"
     prompt = prompt_of(PACK / "workflows" / f"{name}.json", server, checkpoint)
     samplers = of_type(prompt, "S2DMSharedNoiseKSampler")
     assert len(samplers) == 2
+    (anchor,) = of_type(prompt, "S2DMAnchorToReference")
+    for node in samplers:  # as a bypassed node hands it on
+        if prompt[node]["inputs"]["model"][0] == anchor:
+            prompt[node]["inputs"]["model"] = prompt[anchor]["inputs"]["model"]
+    del prompt[anchor]
     for kind in ("SaveVideo", "SaveImage", "S2DMVisualizeFlow"):
         for node in of_type(prompt, kind):
             del prompt[node]

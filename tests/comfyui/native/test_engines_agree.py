@@ -47,6 +47,9 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
     guide_flow = options.pop("guide_flow", True)
     flow_start = options.pop("flow_start", 0.0)
     height, width = options.pop("size", (0, 0))
+    reference = options.pop("reference", None)
+    anchor_end = options.pop("anchor_end", 0.0)
+    sees = options.pop("reference_attention", False)
     encoded = rig.encode(
         flow,
         prompt,
@@ -56,7 +59,18 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
         height=height,
         width=width,
     )
-    comfy = rig.sample(encoded, seed=seed, steps=steps, cfg=cfg, noise_sharing=sharing)
+    model = rig.loaded.model
+    if reference is not None:
+        (model,) = rig.run(
+            "S2DMAnchorToReference",
+            model=model,
+            vae=rig.loaded.vae,
+            reference=reference,
+            flow=flow,
+            end_percent=anchor_end,
+            reference_attention="on" if sees else "off",
+        )
+    comfy = rig.sample(encoded, model, seed=seed, steps=steps, cfg=cfg, noise_sharing=sharing)
     pipeline = FlowToVideoPipeline.from_single_file(rig.checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     diffusers = pipeline(
@@ -66,7 +80,15 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
         negative_prompt=negative,
         height=height or None,
         width=width or None,
-        sampling=SamplingConfig(steps, cfg, cfg if guide_flow else 1.0, flow_start),
+        sampling=SamplingConfig(
+            steps,
+            cfg,
+            cfg if guide_flow else 1.0,
+            flow_start,
+            anchor_end=anchor_end,
+            reference_attention=sees,
+        ),
+        reference=None if reference is None else reference[0].movedim(-1, 0),
         seed=seed,
         noise_sharing=NoiseSharing(sharing),
         output_type="latent",
@@ -90,6 +112,23 @@ def test_a_later_start_of_the_flow_agrees(exact, start, guide_flow):
     comfy, diffusers = both(exact, exact.flow(3), flow_start=start, **options)
     assert relative(comfy, diffusers) <= TOLERANCE
     assert relative(both(exact, exact.flow(3), **options)[1], diffusers) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("end, sees", [(0.95, False), (0.95, True), (0.5, False)])
+def test_an_anchor_agrees(exact, end, sees):
+    options = {"reference": torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))}
+    options |= {"anchor_end": end, "reference_attention": sees, "steps": 10}
+    comfy, diffusers = both(exact, exact.flow(3), **options)
+    assert relative(comfy, diffusers) <= TOLERANCE
+    assert relative(comfy, both(exact, exact.flow(3), steps=10)[0]) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("height, width", [(60, 44), (96, 120)])
+def test_an_anchor_agrees_on_sizes(exact, height, width):
+    picture = torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(0))
+    flow = exact.flow(2, height, width)
+    options = {"reference": picture, "anchor_end": 0.95, "steps": 5}
+    assert relative(*both(exact, flow, **options)) <= TOLERANCE
 
 
 def test_v_prediction_agrees(exact, tmp_path):

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from compare import relative
+from core_nodes import core_node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.comfyui
@@ -59,14 +60,15 @@ def test_the_unet_sees_no_more_frames_than_asked_for(rig):
     assert seen == [6, 6, 4] * 2
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
 @pytest.mark.parametrize("free, expected", [(0, 1), (99, 1), (1000, 7), (10**9, 16)])
-def test_a_chunk_fits_into_the_memory_that_is_free(rig, monkeypatch, free, expected):
-    """A device other than the CPU, with room for a number of frames of 100 bytes."""
+def test_a_chunk_fits_into_the_memory_that_is_free(rig, monkeypatch, free, expected, device):
+    """A device with room for a number of frames of 100 bytes."""
     import comfy.model_management
 
     chunks = rig.module("nodes.native.chunks")
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: free)
-    latents = torch.empty(2 * 16, 4, 8, 8, device="meta")
+    latents = torch.empty(2 * 16, 4, 8, 8, device=device)
 
     def required(shape):
         assert shape == [2, 4, 8, 8]
@@ -77,7 +79,7 @@ def test_a_chunk_fits_into_the_memory_that_is_free(rig, monkeypatch, free, expec
 
 def test_the_chunk_is_chosen_once_a_run(rig, monkeypatch):
     """Other sizes round differently, and the memory that is free varies from step to step."""
-    wrappers, chunks = (rig.module(f"nodes.native.{name}") for name in ("wrappers", "chunks"))
+    module, chunks = (rig.module(f"nodes.native.{name}") for name in ("frames", "chunks"))
     free = iter([3, 1, 7, 2])
     monkeypatch.setattr(chunks, "frames_at_once", lambda *args: next(free))
     made = []
@@ -87,7 +89,7 @@ def test_the_chunk_is_chosen_once_a_run(rig, monkeypatch):
             made.append(frames)
             super().__init__(frames)
 
-    monkeypatch.setattr(wrappers, "ChunkSizes", Recorded)
+    monkeypatch.setattr(module, "ChunkSizes", Recorded)
     seen = []
     model = rig.loaded.model
     handle = model.model.diffusion_model.register_forward_pre_hook(
@@ -179,14 +181,6 @@ def test_gligen_sees_all_frames_at_once(rig, monkeypatch):
     rig.sample((positive, negative, latent), model, steps=1)
     assert set(seen) == {5}
     assert asked[:2] == [10, 5]  # core is asked for as much
-
-
-def core_node(module, name, model, **settings):
-    """MODEL of a node of core, whose classes newer versions write in another way."""
-    node = getattr(pytest.importorskip(f"comfy_extras.{module}"), name)
-    call = node.execute if hasattr(node, "execute") else getattr(node(), node.FUNCTION)
-    made = call(model, **settings)
-    return getattr(made, "args", made)[0]
 
 
 @pytest.mark.parametrize(
@@ -449,7 +443,8 @@ class Allocated(TorchDispatchMode):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_clip(rig, tmp_path):
+@pytest.mark.parametrize("anchored", [False, True])
+def test_memory_does_not_grow_with_the_clip(rig, tmp_path, anchored):
     """The peak of the process: 128 frames need at most 1.15 times what 16 do.
 
     A U-Net of the size of the bundled one, 128x128, chunks of 16. What is in memory before (the
@@ -477,9 +472,19 @@ def test_memory_does_not_grow_with_the_clip(rig, tmp_path):
     model = rig.module("nodes.native.loading").load_all(str(path), chunk_size=16).model
 
     def peak(frames):
-        encoded = rig.encode(rig.flow(frames, height=128, width=128))
+        flow = rig.flow(frames, height=128, width=128)
+        encoded, sampled = rig.encode(flow), model
+        if anchored:
+            picture = {"vae": rig.loaded.vae, "reference": torch.rand(1, 128, 128, 3)}
+            (sampled,) = rig.run(
+                "S2DMAnchorToReference",
+                model=model,
+                flow=flow,
+                reference_attention="on",
+                **picture,
+            )
         with Allocated() as allocated:
-            rig.sample(encoded, model, steps=1)
+            rig.sample(encoded, sampled, steps=1)
         return allocated.peak
 
     peak(1)

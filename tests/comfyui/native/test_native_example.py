@@ -1,4 +1,4 @@
-"""The clip of the workflow templates in ComfyUI's input folder."""
+"""The clip and the picture of the workflow templates in ComfyUI's input folder."""
 
 import logging
 
@@ -17,22 +17,21 @@ def example(rig, tmp_path, monkeypatch):
 
 
 def test_a_file_of_the_users_is_never_replaced(example, tmp_path):
-    mine = tmp_path / "input" / example.CLIP.name
+    mine = tmp_path / "input" / example.EXAMPLES[0].name
     mine.parent.mkdir()
     mine.write_bytes(b"mine")
-    example.place_example_clip()
+    example.place_examples()
     assert mine.read_bytes() == b"mine"
 
 
-def test_it_is_placed_whole_and_alone(example, tmp_path):
+def test_they_are_placed_whole_and_alone(example, tmp_path):
     (tmp_path / "input").mkdir()
-    example.place_example_clip()
-    (placed,) = (tmp_path / "input").iterdir()
-    assert placed.name == example.CLIP.name
-    assert placed.read_bytes() == example.CLIP.read_bytes()
+    example.place_examples()
+    placed = {path.name: path.read_bytes() for path in (tmp_path / "input").iterdir()}
+    assert placed == {path.name: path.read_bytes() for path in example.EXAMPLES}
 
 
 def test_a_folder_that_is_not_there_is_a_warning_and_no_error(example, caplog):
     with caplog.at_level(logging.WARNING):
-        example.place_example_clip()
-    assert "example clip was not placed" in caplog.text
+        example.place_examples()
+    assert "was not placed in the input folder" in caplog.text

@@ -31,6 +31,10 @@ SOCKETS = {
         "positive negative flow strength start_percent end_percent guide_flow width height mask",
         "CONDITIONING CONDITIONING LATENT",
     ),
+    "S2DMAnchorToReference": (
+        "model vae reference flow strength end_percent reference_attention",
+        "MODEL",
+    ),
     "S2DMSharedNoiseKSampler": (
         "model seed steps cfg sampler_name scheduler positive negative latent_image denoise "
         "noise_sharing share",

@@ -5,32 +5,12 @@ They work from 0.33.0 on, the first that was tried; 0.3.75 and older don't cut c
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
+from core_nodes import windowed
 
 pytestmark = pytest.mark.comfyui
 
 FRAMES = 7
-
-
-def windowed(model, **changes):
-    from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-
-    settings = {
-        "context_length": 4,
-        "context_overlap": 2,
-        "context_schedule": "standard_static",
-        "context_stride": 1,
-        "closed_loop": False,
-        "fuse_method": "pyramid",
-        "dim": 0,
-        "freenoise": False,
-        **changes,
-    }
-    known = inspect.signature(ContextWindowsManualNode.execute).parameters
-    settings = {name: value for name, value in settings.items() if name in known}
-    return ContextWindowsManualNode.execute(model, **settings).args[0]
 
 
 @pytest.fixture(scope="module")

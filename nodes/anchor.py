@@ -1,0 +1,125 @@
+"""The node that holds a clip to its first frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..s2dm.flow import FlowField
+from .native.anchor import anchor_model, sees_reference
+from .native.notices import Notice
+from .schema import advanced, named_errors, schema
+from .types import Flow
+
+_ATTENTION = {"auto": None, "on": True, "off": False}
+_NOTICE = Notice("Every frame sees the reference.")
+
+
+class AnchorToReference(io.ComfyNode):
+    """Any picture, any model: the flow takes the picture through the clip."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMAnchorToReference",
+            display_name="Anchor to Reference (S2DM)",
+            category="s2dm/sampling",
+            description=(
+                "Holds every frame of a clip near where the flow takes a picture of yours, which "
+                "becomes the first frame. Works with any model that draws pictures, with a flow "
+                "adapter and without."
+            ),
+            search_aliases=["s2dm", "image to video", "animate picture", "first frame", "i2v"],
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip=(
+                        "Any model that draws pictures: Stable Diffusion, Flux, Qwen and others. "
+                        "Without a flow adapter the flow acts through the anchor alone."
+                    ),
+                ),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.Image.Input(
+                    "reference",
+                    optional=True,
+                    tooltip=(
+                        "The first frame of the clip; of a batch, the first image counts. In the "
+                        "shape of the flow, in any size. Alpha is dropped. Without a picture the "
+                        "model draws frame 1 first, from the same noise, and follows that."
+                    ),
+                ),
+                Flow.Input(
+                    "flow",
+                    tooltip=(
+                        "The motion of the clip, with one frame of flow for each latent that is "
+                        "sampled."
+                    ),
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "How strongly frames are held. 1: they show the picture wherever it can be "
+                        "seen; 0: the model is unchanged."
+                    ),
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=-1.0,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Where in the noise schedule moving parts are let go, so that the model "
+                        "repairs what the motion broke. -1: as the checkpoint recommends, without "
+                        "a recommendation 0.95. 0: the model is unchanged."
+                    ),
+                ),
+                advanced(
+                    io.Combo.Input,
+                    "reference_attention",
+                    options=list(_ATTENTION),
+                    default="auto",
+                    tooltip=(
+                        "on: in self-attention every frame also sees the first one. Only the "
+                        "U-Nets of Stable Diffusion 1.x, 2.x and XL can. auto: as the checkpoint "
+                        "recommends, without a recommendation on."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "anchored_model",
+                    display_name="model",
+                    tooltip="A copy of the model whose frames are anchored to the reference.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        vae: Any,
+        flow: FlowField,
+        reference: torch.Tensor | None = None,
+        strength: float = 1.0,
+        end_percent: float = -1.0,
+        reference_attention: str = "auto",
+    ) -> io.NodeOutput:
+        sees = _ATTENTION[reference_attention]
+        blind = sees and not sees_reference(model)
+        _NOTICE.tell(
+            "this model has no self-attention of Stable Diffusion's kind, so reference_attention "
+            "does nothing; the anchor works."
+            if blind
+            else ""
+        )
+        end = None if end_percent < 0 else end_percent
+        with named_errors(cls):
+            return io.NodeOutput(anchor_model(model, vae, reference, flow, strength, end, sees))

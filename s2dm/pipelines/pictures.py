@@ -1,0 +1,47 @@
+"""A user's picture as the first frame of a clip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models import whole_cells
+from ..video import cover
+from ..video.frames import from_uint8
+from ..video.pictures import image_pixels
+
+
+def picture_of(reference: Any, height: int, width: int) -> Tensor:
+    """A user's reference frame as (1, 3, height, width); ValueError if it isn't one."""
+    from PIL import Image
+
+    if isinstance(reference, Image.Image):
+        reference = from_uint8(image_pixels(reference))
+    if not isinstance(reference, Tensor):
+        raise ValueError(
+            f"reference: expected a PIL image or a tensor, got {type(reference).__name__}."
+        )
+    if reference.ndim != 3 or reference.shape[0] != 3 or 0 in reference.shape:
+        raise ValueError(
+            f"reference: expected one RGB picture, (3, height, width), got "
+            f"{tuple(reference.shape)}. Choose one frame, drop an alpha channel, repeat grey."
+        )
+    if not reference.is_floating_point() or not _in_unit_range(reference):
+        raise ValueError(
+            f"reference: expected numbers from 0 to 1, got {reference.dtype} from "
+            f"{reference.min().item():g} to {reference.max().item():g}. Divide bytes by 255."
+        )
+    return cover(reference.detach().float().cpu()[None], height, width)
+
+
+def _in_unit_range(picture: Tensor) -> bool:
+    return bool(((picture >= 0) & (picture <= 1)).all())  # false for NaN
+
+
+def on_canvas(picture: Tensor, cell: int) -> Tensor:
+    """A picture (1, 3, H, W) in whole latent cells of so many pixels, its edge repeated."""
+    height, width = picture.shape[-2:]
+    margin = (0, whole_cells(width, cell) - width, 0, whole_cells(height, cell) - height)
+    return F.pad(picture, margin, mode="replicate")
