@@ -6,7 +6,7 @@
 
 const PIN = 1000; // how much more a pin counts than a path where both can't be had
 const NEAR = 1e-6;
-const STEADY = 0.1;
+const STEADY = 0.1; // without a region, how strongly surroundings keep from turning
 
 function eased(layer, time) {
     if (layer.speed === "ease") return time * time * (3 - 2 * time);
@@ -183,7 +183,8 @@ function bent(controls, radius) {
         for (let k = 0; k < controls.length; k += 1) {
             const {from, to} = controls[k];
             const square = (from.x - x) ** 2 + (from.y - y) ** 2;
-            let weight = 1 / (square + NEAR);
+            // The fourth power, so that right around a path there is that path alone.
+            let weight = 1 / (square + NEAR) ** 2;
             if (radius !== null) weight *= falloff(Math.sqrt(square), radius);
             weights[k] = weight;
             sum += weight;
@@ -197,7 +198,7 @@ function bent(controls, radius) {
         py /= sum;
         qx /= sum;
         qy /= sum;
-        let cosine = radius === null ? 1e-9 : STEADY, sine = 0;
+        let cosine = radius === null ? 1e-12 : STEADY / (radius * radius), sine = 0;
         for (let k = 0; k < controls.length; k += 1) {
             const {from, to} = controls[k], weight = weights[k];
             const fx = from.x - px, fy = from.y - py, tx = to.x - qx, ty = to.y - qy;
