@@ -84,9 +84,9 @@ def _read_flo(path: Path) -> tuple[Array, Array]:
         data = np.frombuffer(file.read(), dtype="<f4").reshape(height, width, 2)
     flow = data.transpose(2, 0, 1).astype(np.float32)
     # NaN is neither: it is left in, and refused.
-    unknown = (np.abs(flow) > _FLO_UNKNOWN).any(axis=0, keepdims=True)
-    flow[:, unknown[0]] = 0
-    return flow, unknown.astype(np.float32)
+    unknown = np.abs(flow).max(axis=0) > _FLO_UNKNOWN
+    flow[:, unknown] = 0
+    return flow, unknown[None].astype(np.float32)
 
 
 def _write_kitti(path: Path, displacement: Array, occlusion: Array) -> None:
