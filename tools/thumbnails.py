@@ -23,6 +23,9 @@ BESIDE = {
     "text_to_video": "flow",
     "animate_picture": "flow",
     "video_to_video": "clip",
+    "draw_motion": "flow",
+    "camera_move": "flow",
+    "motion_transfer": "clip",
 }
 COLUMNS = 4  # of the frames of one clip
 GAP = 4

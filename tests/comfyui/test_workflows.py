@@ -25,6 +25,9 @@ VIDEOS = {
     "s2dm_text_to_video": 1,
     "s2dm_animate_picture": 1,
     "s2dm_video_to_video": 1,
+    "s2dm_draw_motion": 1,
+    "s2dm_camera_move": 1,
+    "s2dm_motion_transfer": 1,
 }
 MOST_NODES = 17  # with the note
 ENCODING = ("strength", "start_percent", "end_percent", "guide_flow")
@@ -153,7 +156,8 @@ def test_the_workflow_runs_as_bundled(server: ComfyServer, checkpoint: str, path
     assert tuple(frames.shape) == (FRAMES, 3, SIZE, SIZE * pictures)
     panels = frames.chunk(pictures, dim=-1)
     assert all(panel.std() > 0.01 for panel in panels), "a picture is blank"
-    if path.stem == "s2dm_animate_picture" and checkpoint.endswith("(bundled)"):
+    starts_from_picture = bool(of_type(prompt, "LoadImage"))
+    if starts_from_picture and checkpoint.endswith("(bundled)"):
         picture = from_uint8(image_pixels(Image.open(path.with_name("s2dm_example.png"))))
         assert (frames[0] - picture).abs().mean() < 0.03, "frame 1 is not the picture"
     flow = [file for file in files if file.parent.name == "temp"]
