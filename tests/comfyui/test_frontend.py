@@ -42,7 +42,8 @@ BOXES = """elements => {
             const title = LiteGraph.NODE_TITLE_HEIGHT;
             return [node.pos[0], node.pos[1] - title, node.size[0], node.size[1] + title];
         }
-        const buttons = [...elementOf(node).querySelectorAll('button')].filter(b => b.innerText);
+        const buttons = [...elementOf(node).querySelectorAll('button')].filter(
+            b => b.innerText && b.offsetParent);
         return toGraph(union([elementOf(node), ...buttons].map(e => e.getBoundingClientRect())));
     };
     const textOf = node => {
