@@ -324,18 +324,25 @@ class SamplingConfig(_Config):
 
     `steps` are those of stage 2. `guidance_scale` is the prompt's, `flow_guidance_scale`
     the flow's: `None` to guide both together, as in the paper. The first `flow_start` of the
-    noise schedule, 0 to 1, is sampled without the flow.
+    noise schedule, 0 to 1, is sampled without the flow. Until `anchor_end` of it, 0 to 1, the
+    frames are anchored to frame 1 (0: not at all, the paper's plain method); with
+    `reference_attention` they also see frame 1 in self-attention.
     """
 
     steps: int = 20
     guidance_scale: float = 7.5
     flow_guidance_scale: float | None = None
     flow_start: float = 0.0
+    anchor_end: float = 0.0
+    reference_attention: bool = False
 
     def __post_init__(self) -> None:
         self._expect_positive("steps", most=_MOST_STEPS)
-        good = _is_number(self.flow_start) and 0 <= self.flow_start <= 1
-        self._expect(good, "flow_start", "a number from 0 to 1")
+        for name in ("flow_start", "anchor_end"):
+            value = getattr(self, name)
+            self._expect(_is_number(value) and 0 <= value <= 1, name, "a number from 0 to 1")
+        flag = isinstance(self.reference_attention, bool)
+        self._expect(flag, "reference_attention", "true or false")
         for name in ("guidance_scale", "flow_guidance_scale"):
             value = getattr(self, name)
             none = value is None and name == "flow_guidance_scale"
@@ -353,7 +360,11 @@ class SamplingConfig(_Config):
     def __str__(self) -> str:
         flow = "" if self.flow_guidance_scale is None else f" (flow {self.flow_guidance_scale:g})"
         start = f", flow from {self.flow_start:g}" if self.flow_start else ""
-        return f"DDIM, {self.steps} steps, guidance {self.guidance_scale:g}{flow}{start}"
+        anchor = f", anchored to {self.anchor_end:g}" if self.anchor_end else ""
+        sees = ", reference attention" if self.reference_attention else ""
+        return (
+            f"DDIM, {self.steps} steps, guidance {self.guidance_scale:g}{flow}{start}{anchor}{sees}"
+        )
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -28,8 +31,23 @@ from ..models import (
     unknown_words_message,
     whole_cells,
 )
-from ..sector import SHARED, NoiseSharing, guide, sample
-from .attention import attach_adapter, is_attached
+from ..sector import (
+    RELEASE,
+    SHARED,
+    Anchor,
+    NoiseLevels,
+    NoiseSharing,
+    ReferenceStates,
+    guide,
+    implied_prediction,
+    predicted_x0,
+    release,
+    sample,
+)
+from ..video import cover
+from ..video.frames import from_uint8
+from ..video.pictures import image_pixels
+from .attention import Beside, attach_adapter, is_attached
 from .modules import build, build_tokenizer, to_checkpoint
 from .wrapped import FlowAdapterModel
 
@@ -190,6 +208,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         sampling: SamplingConfig | Mapping[str, Any] | None = None,
+        reference: Any | None = None,
         seed: int | None = None,
         noise_sharing: NoiseSharing = SHARED,
         chunk_size: int = 8,
@@ -206,16 +225,20 @@ class FlowToVideoPipeline(DiffusionPipeline):
             height, width: pixels of the clip; the flow's own if None. The flow is resized.
                 The model works in steps of 8 pixels: other sizes are generated one step
                 larger and cropped.
-            sampling: steps, guidance and start of the flow, as a `SamplingConfig`, or entries of
-                one in place of what the checkpoint recommends, such as `{"steps": 50}`.
+            sampling: steps, guidance, start of the flow and anchor, as a `SamplingConfig`, or
+                entries of one in place of what the checkpoint recommends, such as `{"steps": 50}`.
+            reference: a picture of yours that becomes frame 1, where the sampling is anchored: a
+                PIL image, or (3, H, W) in [0, 1]. It is scaled to cover the clip and cropped at
+                the centre. Without one, frame 1 is drawn first, from the same noise.
             seed: of the initial noise and of the step noise; random if None.
             noise_sharing: how the frames share their noise, at the start and at every step.
             chunk_size: how many frames the networks see at a time. Frames do not see one
                 another, so the result is the same to rounding, and memory does not grow with
                 the length of the clip.
             output_type: "pt", "pil" or "latent".
-            callback_on_step_end: called after each step with its number from 0 and the latents
-                (N, C, h, w); may raise to stop.
+            callback_on_step_end: called after each step with its number, counted from 0 through
+                frame 1 (where it is drawn first) and the clip, and the latents there,
+                (1, C, h, w) and (N, C, h, w); may raise to stop.
 
         Returns:
             `FlowToVideoOutput`
@@ -224,35 +247,83 @@ class FlowToVideoPipeline(DiffusionPipeline):
             ValueError: an argument is out of its range.
         """
         sampling = self._sampling(sampling)
+        check_arguments(prompt, output_type, chunk_size, noise_sharing)
+        if reference is not None and not sampling.anchor_end:
+            raise ValueError(
+                "Expected no reference, because the sampling isn't anchored and nothing would see "
+                'it, got one. Leave it out, or set sampling={"anchor_end": 0.95}.'
+            )
+        size = (height or flow.height, width or flow.width)
+        seed = torch.Generator().seed() if seed is None else seed
+        denoise = partial(
+            self._denoise,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            size=size,
+            sampling=sampling,
+            seed=seed,
+            noise_sharing=noise_sharing,
+            chunk_size=chunk_size,
+            on_step=counted(callback_on_step_end),
+        )
+        anchor = None
+        if sampling.anchor_end and len(flow) > 1:
+            if reference is None:
+                frame = self.decode_latents(denoise(FlowField.zeros(1, *size)))
+            else:
+                frame = self._on_canvas(picture_of(reference, *size))
+            anchor = self._anchor(frame, flow.resize(*size), chunk_size)
+        result = self._output(denoise(flow, anchor=anchor), size, output_type, chunk_size)
+        self.maybe_free_model_hooks()
+        return FlowToVideoOutput(frames=result)
+
+    def _denoise(
+        self,
+        flow: FlowField,
+        *,
+        prompt: str,
+        negative_prompt: str | None,
+        size: tuple[int, int],
+        sampling: SamplingConfig,
+        seed: int,
+        noise_sharing: NoiseSharing,
+        chunk_size: int,
+        on_step: Callable[[Tensor], None],
+        anchor: Anchor | None = None,
+    ) -> Tensor:
+        """Latents (N, C, h, w) of a clip that follows `flow`, on the canvas of `size`."""
         guidance_scale, flow_guidance_scale = sampling.guidance_scale, sampling.flow_guidance_scale
         if flow_guidance_scale == guidance_scale:
             flow_guidance_scale = None  # the same from two predictions in place of three
-        check_arguments(prompt, output_type, chunk_size, noise_sharing)
         self._tell_unknown_words(prompt, negative_prompt)
         if not is_attached(self.unet, self.flow_adapter.adapter):
             # Attention slicing, xFormers and fused projections put their own attention there.
             attach_adapter(self.unet, self.flow_adapter.adapter)
-        generator = torch.Generator()
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        height, width = height or flow.height, width or flow.width
-
-        device = self._execution_device
-        canvas = self._canvas(height, width)
+        canvas = self._canvas(*size)
+        if canvas != size:
+            flow = flow.resize(*size).pad(*canvas)
         shape = (self.vae.config.latent_channels, *(side // self.vae_factor for side in canvas))
-        if canvas != (height, width):
-            flow = flow.resize(height, width).pad(*canvas)
         labels = self._labels(prompt, negative_prompt, flow, guidance_scale, flow_guidance_scale)
         without_flow = [(text, self._null_tokens(len(flow))) for text, _ in labels]
-        # As ComfyUI counts the percent of a schedule.
-        flow_from = (1 - sampling.flow_start) * (self.scheduler.config.num_train_timesteps - 1)
-        noise = noise_sharing.draw(len(flow), shape, generator).to(device)
+        generator = torch.Generator().manual_seed(seed)
+        noise = noise_sharing.draw(len(flow), shape, generator).to(self._execution_device)
+        levels = NoiseLevels(self.scheduler.alphas_cumprod)
+        flow_from = levels.timestep(sampling.flow_start)
+        released = [levels.sigma(sampling.anchor_end - before) for before in (RELEASE, 0)]
+        states = ReferenceStates()
 
         def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
-            prediction = torch.empty_like(latents)
             acts = sampling.flow_start < 1 and timestep <= flow_from
             current = labels if acts else without_flow
-            for frames in torch.arange(len(latents)).split(chunk_size):
-                parts = self._predict(latents[frames], timestep, current, frames)
+            # Equal frames stay equal until something tells them apart: one is enough.
+            several = not _all_equal(latents, *(tokens for _, tokens in current))
+            prediction = torch.empty_like(latents if several else latents[:1])
+            for frames in torch.arange(len(prediction)).split(chunk_size):
+                reference = None
+                if sampling.reference_attention and several:
+                    first = frames[0] == 0
+                    reference = partial(states.beside, groups=len(current), first=first)
+                parts = self._predict(latents[frames], timestep, current, frames, reference)
                 if len(parts) == 1:
                     prediction[frames] = parts[0]
                 elif len(parts) == 2:
@@ -261,27 +332,48 @@ class FlowToVideoPipeline(DiffusionPipeline):
                     prediction[frames] = guide(
                         parts[0], parts[2], guidance_scale, parts[1], flow_guidance_scale
                     )
-            return prediction
+            prediction = prediction.expand_as(latents)
+            if anchor is None:
+                return prediction
+            # Here, and not in the prediction of each label, because guidance overshoots.
+            sigma = levels.sigma_at(timestep)
+            kind = self.scheduler.config.prediction_type
+            known = (latents, torch.tensor(1 / (sigma**2 + 1)), kind)
+            guess = anchor.pull(predicted_x0(prediction, *known), release(sigma, *released))
+            return implied_prediction(guess, *known)
 
         with self.progress_bar(total=sampling.steps) as progress:
 
-            def on_step(number: int, latents: Tensor) -> None:
+            def after_step(_: int, latents: Tensor) -> None:
                 progress.update()
-                if callback_on_step_end is not None:
-                    callback_on_step_end(number, latents)
+                on_step(latents)
 
-            latents = sample(
+            return sample(
                 denoise,
                 self.scheduler,
                 noise,
                 sampling.steps,
                 generator,
                 noise_sharing,
-                on_step,
+                after_step,
             )
-        result = self._output(latents, (height, width), output_type, chunk_size)
-        self.maybe_free_model_hooks()
-        return FlowToVideoOutput(frames=result)
+
+    def _anchor(self, picture: Tensor, flow: FlowField, chunk_size: int) -> Anchor:
+        """The anchor of a clip to frame 1, (1, 3, H, W) in [0, 1] on the canvas."""
+        flow = flow.pad(*picture.shape[-2:])
+        return Anchor.of(picture, flow, self._encode, chunk_size=chunk_size)
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        """Frames (N, 3, H, W) in [0, 1] on the canvas as latents, as the U-Net sees them."""
+        frames = frames.to(self._execution_device, self.vae.dtype)
+        latents = self.vae.encode(frames * 2 - 1).latent_dist.mode()
+        return latents.float() * self.vae.config.scaling_factor
+
+    def _on_canvas(self, picture: Tensor) -> Tensor:
+        """A picture (1, 3, H, W) in whole latent cells, its edge repeated."""
+        height, width = picture.shape[-2:]
+        canvas = self._canvas(height, width)
+        return F.pad(picture, (0, canvas[1] - width, 0, canvas[0] - height), mode="replicate")
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -383,6 +475,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         timestep: Tensor,
         labels: list[tuple[Tensor, Tensor]],
         frames: Tensor,
+        reference: Beside | None,
     ) -> list[Tensor]:
         """ε_θ of the same frames under each of the labels, as one batch, in float32."""
         text = torch.cat([text.expand(len(frames), -1, -1) for text, _ in labels])
@@ -391,7 +484,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
             latents.to(self.unet.dtype).repeat(len(labels), 1, 1, 1),
             timestep,
             encoder_hidden_states=text,
-            cross_attention_kwargs={"flow_tokens": tokens},
+            cross_attention_kwargs={"flow_tokens": tokens, "reference": reference},
         ).sample
         return list(prediction.to(latents.dtype).chunk(len(labels)))
 
@@ -414,6 +507,51 @@ def check_arguments(
         raise ValueError(
             f'Expected a NoiseSharing, such as NoiseSharing("shared"), got {noise_sharing!r}.'
         )
+
+
+def picture_of(reference: Any, height: int, width: int) -> Tensor:
+    """A user's reference frame as (1, 3, height, width); ValueError if it isn't one."""
+    from PIL import Image
+
+    if isinstance(reference, Image.Image):
+        reference = from_uint8(image_pixels(reference))
+    if not isinstance(reference, Tensor):
+        raise ValueError(
+            f"reference: expected a PIL image or a tensor, got {type(reference).__name__}."
+        )
+    if reference.ndim != 3 or reference.shape[0] != 3 or 0 in reference.shape:
+        raise ValueError(
+            f"reference: expected one RGB picture, (3, height, width), got "
+            f"{tuple(reference.shape)}. Choose one frame, drop an alpha channel, repeat grey."
+        )
+    if not reference.is_floating_point() or not _in_unit_range(reference):
+        raise ValueError(
+            f"reference: expected numbers from 0 to 1, got {reference.dtype} from "
+            f"{reference.min().item():g} to {reference.max().item():g}. Divide bytes by 255."
+        )
+    return cover(reference.detach().float().cpu()[None], height, width)
+
+
+def _in_unit_range(picture: Tensor) -> bool:
+    return bool(((picture >= 0) & (picture <= 1)).all())  # false for NaN
+
+
+def counted(
+    callback: Callable[[int, Tensor], None] | None,
+) -> Callable[[Tensor], None]:
+    """A user's callback with a number that goes on from one sampling to the next."""
+    steps = itertools.count()
+
+    def on_step(latents: Tensor) -> None:
+        if callback is not None:
+            callback(next(steps), latents)
+
+    return on_step
+
+
+def _all_equal(*parts: Tensor) -> bool:
+    """Whether the rows of each of the tensors equal its first one."""
+    return all(bool((part == part[:1]).all()) for part in parts)
 
 
 def _same_length(texts: list[Tensor]) -> list[Tensor]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor
@@ -30,11 +29,8 @@ from ..models import (
     load_checkpoint,
 )
 from ..sector import SHARED, NoiseSharing, seed_of_flow
-from ..video import cover
-from ..video.frames import from_uint8
-from ..video.pictures import image_pixels
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
-from .flow_to_video import FlowToVideoPipeline, check_arguments
+from .flow_to_video import FlowToVideoPipeline, check_arguments, counted, picture_of
 from .modules import build
 from .wrapped import FlowAdapterModel, FlowGeneratorModel
 
@@ -156,9 +152,10 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             flow_sampling: of stage 1.
             reference: a picture of yours for stage 1 to start from, in place of the one that it
                 would get from ν: a PIL image, or (3, H, W) in [0, 1]. It is scaled to cover the
-                clip and cropped at the centre. **Stage 1 alone sees it**: a picture has no ν
-                from which stage 2 could start, so the clip shows the prompt as ν has it, moving
-                as your picture would. Let the prompt describe the picture.
+                clip and cropped at the centre. It becomes frame 1 where the sampling is anchored;
+                else **stage 1 alone sees it**: a picture has no ν from which stage 2 could start,
+                so the clip shows the prompt as ν has it, moving as your picture would. Let the
+                prompt describe the picture.
             seed: of ν, of the step noise, and (through a seed drawn from it) of stage 1; random
                 if None.
             noise_sharing: as in `FlowToVideoPipeline`. Frame 1 is the reference frame with
@@ -182,35 +179,32 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         sampling = self._sampling(sampling)
         check_arguments(prompt, output_type, chunk_size, noise_sharing)
         flow_sampling.check(config, num_frames)
-        height, width = self._size(height, width)
-        picture = None if reference is None else _picture(reference, height, width)
+        size = self._size(height, width)
+        picture = None if reference is None else self._on_canvas(picture_of(reference, *size))
         seed = torch.Generator().seed() if seed is None else seed
-        steps = itertools.count()
-
-        def on_step(_: int, state: Tensor) -> None:
-            if callback_on_step_end is not None:
-                callback_on_step_end(next(steps), state)
-
+        on_step = counted(callback_on_step_end)
         # With one seed the reference frame and the clip draw the same ν, see `NoiseSharing`.
-        from_nu = {
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "sampling": sampling,
-            "seed": seed,
-            "noise_sharing": noise_sharing,
-            "chunk_size": chunk_size,
-            "callback_on_step_end": on_step,
-        }
-        if picture is None:
-            still = FlowField.zeros(1, height, width)
-            latents = super().__call__(prompt, still, output_type="latent", **from_nu).frames
-        else:
-            latents = self._encode(picture)
+        denoise = partial(
+            self._denoise,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            size=size,
+            sampling=sampling,
+            seed=seed,
+            noise_sharing=noise_sharing,
+            chunk_size=chunk_size,
+            on_step=on_step,
+        )
+        still = FlowField.zeros(1, *size)
+        latents = denoise(still) if picture is None else self._encode(picture)
         flow = self._generate_flow(prompt, latents, flow_sampling, seed, on_step)
-        flow = flow.crop(height, width).retime(num_frames)
-        clip = super().__call__(prompt, flow, output_type=output_type, **from_nu).frames
-        start = self._output(latents, (height, width), output_type, chunk_size)[0]
+        flow = flow.crop(*size).retime(num_frames)
+        anchor = None
+        if sampling.anchor_end and num_frames > 1:
+            picture = self.decode_latents(latents) if picture is None else picture
+            anchor = self._anchor(picture, flow, chunk_size)
+        clip = self._output(denoise(flow, anchor=anchor), size, output_type, chunk_size)
+        start = self._output(latents, size, output_type, chunk_size)[0]
         self.maybe_free_model_hooks()
         return TextToVideoOutput(frames=clip, flow=flow, reference=start)
 
@@ -220,7 +214,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         reference: Tensor,
         sampling: FlowSampling,
         seed: int,
-        on_step: Callable[[int, Tensor], None],
+        on_step: Callable[[Tensor], None],
     ) -> FlowField:
         """Stage 1: from latents (1, C, h, w) to as many flows as it was trained with, 8 h x 8 w."""
         network = self.flow_generator.network
@@ -231,9 +225,9 @@ class TextToVideoPipeline(FlowToVideoPipeline):
             )
         with self.progress_bar(total=sampling.steps) as progress:
 
-            def on_flow_step(number: int, state: Tensor) -> None:
+            def on_flow_step(_: int, state: Tensor) -> None:
                 progress.update()
-                on_step(number, state)
+                on_step(state)
 
             sample = generate_flow(
                 network,
@@ -263,42 +257,6 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         if height < 1 or width < 1:
             raise ValueError(f"Expected a size of at least 1x1 pixels, got {width}x{height}.")
         return height, width
-
-    def _encode(self, picture: Tensor) -> Tensor:
-        """A frame (1, 3, H, W) as latents (1, C, h, w), as the U-Net sees them."""
-        height, width = picture.shape[-2:]
-        canvas = self._canvas(height, width)
-        picture = F.pad(picture, (0, canvas[1] - width, 0, canvas[0] - height), mode="replicate")
-        picture = picture.to(self._execution_device, self.vae.dtype)
-        latents = self.vae.encode(picture * 2 - 1).latent_dist.mode()
-        return latents.float() * self.vae.config.scaling_factor
-
-
-def _picture(reference: Any, height: int, width: int) -> Tensor:
-    """The user's reference frame as (1, 3, height, width)."""
-    from PIL import Image
-
-    if isinstance(reference, Image.Image):
-        reference = from_uint8(image_pixels(reference))
-    if not isinstance(reference, Tensor):
-        raise ValueError(
-            f"reference: expected a PIL image or a tensor, got {type(reference).__name__}."
-        )
-    if reference.ndim != 3 or reference.shape[0] != 3 or 0 in reference.shape:
-        raise ValueError(
-            f"reference: expected one RGB picture, (3, height, width), got "
-            f"{tuple(reference.shape)}. Choose one frame, drop an alpha channel, repeat grey."
-        )
-    if not reference.is_floating_point() or not _within_unit_range(reference):
-        raise ValueError(
-            f"reference: expected numbers from 0 to 1, got {reference.dtype} from "
-            f"{reference.min().item():g} to {reference.max().item():g}. Divide bytes by 255."
-        )
-    return cover(reference.detach().float().cpu()[None], height, width)
-
-
-def _within_unit_range(picture: Tensor) -> bool:
-    return bool(((picture >= 0) & (picture <= 1)).all())  # false for NaN
 
 
 def open_pipeline(

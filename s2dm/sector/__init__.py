@@ -1,5 +1,6 @@
 """The sector-shaped diffusion process: one noise for all frames, fanned out by their conditions."""
 
+from .anchor import RELEASE, Anchor, release
 from .diffusion import (
     BETA_SCHEDULES,
     add_noise,
@@ -11,6 +12,7 @@ from .diffusion import (
     training_target,
 )
 from .guidance import guide
+from .levels import NoiseLevels
 from .noise import NOISE_SHARING, SHARED, NoiseSharing, StepNoise, next_seed, seed_of_flow
 from .reference import ReferenceStates
 from .sampling import sample
@@ -18,7 +20,10 @@ from .sampling import sample
 __all__ = [
     "BETA_SCHEDULES",
     "NOISE_SHARING",
+    "RELEASE",
     "SHARED",
+    "Anchor",
+    "NoiseLevels",
     "NoiseSharing",
     "ReferenceStates",
     "StepNoise",
@@ -29,6 +34,7 @@ __all__ = [
     "implied_prediction",
     "next_seed",
     "predicted_x0",
+    "release",
     "sample",
     "sector_loss",
     "seed_of_flow",
