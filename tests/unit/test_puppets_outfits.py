@@ -50,9 +50,9 @@ def test_clips_are_recombined_within_their_split():
         found = {_clothes(clip.caption) for clip in _first(split, 1.0)}
         assert found <= allowed
         assert not found & of_cast
-        assert len(found) > 15
+        assert len(found) > 5
 
 
 def _first(split, recombined):
     clips = PuppetClips(split, takes=1, size=16, frames=1, recombined=recombined)
-    return [clips[index] for index in range(0, len(clips), max(1, len(clips) // 24))]
+    return [clips[index] for index in range(0, len(clips), len(clips) // 7)]

@@ -40,7 +40,8 @@ def paint_room(
     """
     # Painted in a frame of 128 units at twice the resolution, then averaged.
     unit = 128 / size
-    low, high = -margin * unit, 128 + margin * unit
+    # A quarter of a texel less, which the canvas rounds up: no rounding error adds one.
+    low, high = -margin * unit, 128 + (margin - 1 / 8) * unit
     canvas = Canvas((low, low, high, high), 2 / unit, np.array([-0.3, -0.6, 0.75]))
     x, y = canvas.x, canvas.y
     wall = np.array(_WALLS[rng.integers(len(_WALLS))])
