@@ -83,8 +83,9 @@ class ClipCache:
         self.folder = folder
         self.frames = np.load(folder / "frames.npy", mmap_mode="r")
         self.conditions = np.load(folder / "conditions.npy", mmap_mode="r")
-        self.elsewhere = np.load(folder / "elsewhere.npy")
         self.captions: list[str] = json.loads((folder / "captions.json").read_text("utf-8"))
+        path = folder / "elsewhere.npy"  # older caches have none, nor such clips
+        self.elsewhere = np.load(path) if path.exists() else np.zeros(len(self), bool)
 
     def __len__(self) -> int:
         return len(self.captions)
