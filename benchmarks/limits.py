@@ -46,7 +46,7 @@ from s2dm.data.puppets import (
     render_clip,
     split,
 )
-from s2dm.data.puppets.persons import TOP_COLOURS, TROUSER_COLOURS
+from s2dm.data.puppets.outfits import new_outfits
 from s2dm.evaluation.clip_metrics import (
     flow_error,
     motion_magnitude,
@@ -153,22 +153,15 @@ def real_clips(size: tuple[int, int], frames: int) -> dict[str, Tensor]:
 
 
 def unseen(person: Person, chance: random.Random) -> Person:
-    """The same body in clothes that nobody of the cast wears together."""
-    worn = {_outfit(other) for other in PERSONS}
-    while True:
-        other = dataclasses.replace(
-            person,
-            top_colour=chance.choice(sorted(TOP_COLOURS)),
-            top=chance.choice(sorted({p.top for p in PERSONS})),
-            trousers_colour=chance.choice(sorted(TROUSER_COLOURS)),
-            trousers=chance.choice(sorted({p.trousers for p in PERSONS})),
-        )
-        if _outfit(other) not in worn:
-            return other
-
-
-def _outfit(person: Person) -> tuple[str, ...]:
-    return person.top_colour, person.top, person.trousers_colour, person.trousers
+    """The same body in clothes that are in no training clip."""
+    top_colour, top, trousers_colour, trousers = chance.choice(new_outfits("test"))
+    return dataclasses.replace(
+        person,
+        top_colour=top_colour,
+        top=top,
+        trousers_colour=trousers_colour,
+        trousers=trousers,
+    )
 
 
 def dressed(frame: Tensor, person: int, action: int, who: Person) -> dict[str, bool]:

@@ -111,6 +111,7 @@ def sector_loss(
     timesteps: Tensor,
     alpha_bars: Tensor,
     prediction_type: str = "epsilon",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """‖ν_t − ε_θ(x_t^i, t, y^i, c)‖², the mean over clips, frames and elements (Eq. 11).
 
@@ -122,6 +123,7 @@ def sector_loss(
         timesteps: (B,) integers: the frames of a clip are all at the same step of the process.
         alpha_bars: (T,) from `alphas_cumprod`.
         prediction_type: as in `training_target`.
+        weights: (B, N) how much each frame counts in the mean; all the same if None.
 
     Returns:
         A scalar in float32, whatever the precision of the prediction.
@@ -131,7 +133,12 @@ def sector_loss(
     target = training_target(x0, noise, alpha_bar, prediction_type)
     frames = x0.shape[1]
     prediction = predict(x_t.flatten(0, 1), timesteps.repeat_interleave(frames))
-    return torch.nn.functional.mse_loss(prediction.float(), target.flatten(0, 1).float())
+    target = target.flatten(0, 1).float()
+    if weights is None:
+        return torch.nn.functional.mse_loss(prediction.float(), target)
+    errors = (prediction.float() - target).square().flatten(1).mean(1)
+    weights = weights.flatten().to(errors)
+    return (weights * errors).sum() / weights.sum().clamp_min(1)
 
 
 def _roots(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 CONDITION_SIZE = (88, 56)
 
-Arrays = tuple[int, np.ndarray, np.ndarray, str]
-"""Number of a clip, its frames, its flow condition and its caption."""
+Arrays = tuple[int, np.ndarray, np.ndarray, str, bool]
+"""Number of a clip, its frames, its flow condition, its caption, and whether it is elsewhere."""
 
 
 class ClipError(ValueError):
@@ -69,17 +69,23 @@ class _Prepared(Dataset):
         estimated = int((index + 1) * share) > int(index * share)
         flow = estimate_flow(frames) if estimated else clip.flow
         condition = flow.condition(*CONDITION_SIZE).half().numpy()
-        return index, (frames * 255).round().to(torch.uint8).numpy(), condition, clip.caption
+        pixels = (frames * 255).round().to(torch.uint8).numpy()
+        return index, pixels, condition, clip.caption, clip.elsewhere
 
 
 class ClipCache:
-    """Frames (C,N,3,H,W) uint8, conditions (C,N,3,88,56) float16 and captions of C clips."""
+    """Frames (C,N,3,H,W) uint8, conditions (C,N,3,88,56) float16 and captions of C clips.
+
+    `elsewhere` (C,) bool is what the clips say of themselves.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.frames = np.load(folder / "frames.npy", mmap_mode="r")
         self.conditions = np.load(folder / "conditions.npy", mmap_mode="r")
         self.captions: list[str] = json.loads((folder / "captions.json").read_text("utf-8"))
+        path = folder / "elsewhere.npy"  # older caches have none, nor such clips
+        self.elsewhere = np.load(path) if path.exists() else np.zeros(len(self), bool)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -114,9 +120,10 @@ def build_clip_cache(
     folder.mkdir(parents=True, exist_ok=True)
     prepared = _Prepared(clips, data.estimated_flow)
     count = len(prepared)
-    ((_, frames, condition, _),) = _load(prepared, [0], workers=0)
+    ((_, frames, condition, _, _),) = _load(prepared, [0], workers=0)
     frame_store = _open(folder / "frames.npy", (count, *frames.shape), np.uint8)
     condition_store = _open(folder / "conditions.npy", (count, *condition.shape), np.float16)
+    elsewhere_store = _open(folder / "elsewhere.npy", (count,), np.bool_)
     done = _open(folder / "done.npy", (count,), np.bool_)
     lines = folder / "captions.part.jsonl"
     captions = dict(read_json_lines(lines)) if lines.exists() else {}
@@ -125,13 +132,15 @@ def build_clip_cache(
     todo = np.flatnonzero(~done).tolist()
     loaded = _load(prepared, todo, workers)
     with lines.open("a", encoding="utf-8") as file:
-        for index, frames, condition, caption in _bar(loaded, len(todo), f"caching {split} clips"):
+        title = f"caching {split} clips"
+        for index, frames, condition, caption, elsewhere in _bar(loaded, len(todo), title):
             frame_store[index], condition_store[index] = frames, condition
+            elsewhere_store[index] = elsewhere
             file.write(json.dumps([index, caption]) + "\n")
             file.flush()
             captions[index] = caption
             done[index] = True
-    for store in (frame_store, condition_store, done):
+    for store in (frame_store, condition_store, elsewhere_store, done):
         store.flush()
     write_text(folder / "captions.json", json.dumps([captions[i] for i in range(count)]))
     return ClipCache(folder)

@@ -7,6 +7,7 @@ Stable Diffusion 1.5, whose text encoder then stays frozen.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from ..pipelines.modules import (
     build_unet,
     tokenize,
 )
-from ..sector import NoiseSharing, sector_loss
+from ..sector import NoiseSharing, ReferenceStates, sector_loss
 from ..settings import SettingsError
 from ..video import write_contact_sheet
 from ..video.frames import spread
@@ -57,11 +58,19 @@ class Stage2TrainingConfig(TrainingConfig):
     names the parts that learn. With stage 1 in the checkpoint its text encoder has to stay.
 
     A batch is `clips` clips with `clip_frames` frames each, drawn from the clip; with
-    probability `first_frame` one of them is frame 1, which the flow starts from. The
-    labels of a clip are replaced by null labels with fixed probabilities: `label_dropout` for text
-    and flow together, which guidance starts from, `text_dropout` and `flow_dropout` for one of them
-    alone. `adapter_gain` is the initial size of the adapter's projections: 0 keeps a pretrained
-    U-Net as it is at the start, 1 lets a new one learn sooner.
+    probability `first_frame` one of them is frame 1, which the flow starts from. With
+    `reference_attention` it always is, and the self-attention of the others sees it too, but in a
+    share `reference_dropout` of the batches; that is what sampling with reference attention is
+    trained by.
+
+    Where somebody stands who is `elsewhere` than captions mean, frame 1 can't know, nor can a frame
+    without flow, before the noise lets it be seen. In the first `place_start` of the noise schedule
+    these frames don't count, so that a caption alone still means the usual place.
+
+    The labels of a clip are replaced by null labels with fixed probabilities: `label_dropout` for
+    text and flow together, which guidance starts from, `text_dropout` and `flow_dropout` for one of
+    them alone. `adapter_gain` is the initial size of the adapter's projections: 0 keeps a
+    pretrained U-Net as it is at the start, 1 lets a new one learn sooner.
 
     `sampling` is what the checkpoint is to recommend, entries of `SamplingConfig` in place of
     the start's; `sample_steps` and `guidance_scale` are those of the sample sheets.
@@ -78,6 +87,9 @@ class Stage2TrainingConfig(TrainingConfig):
     clips: int = 16
     clip_frames: int = 4
     first_frame: float = 0.25
+    reference_attention: bool = False
+    reference_dropout: float = 0.1
+    place_start: float = 0.15
     label_dropout: float = 0.1
     text_dropout: float = 0.05
     flow_dropout: float = 0.05
@@ -135,13 +147,15 @@ class Stage2Model(nn.Module):
         frames = latents.shape[1]
         text = self.text_encoder(batch["token_ids"]).last_hidden_state.repeat_interleave(frames, 0)
         null = batch["flow_null"].repeat_interleave(frames)
-        flow = self.flow_tokens(conditions.flatten(0, 1), null)
+        conditioned = {"flow_tokens": self.flow_tokens(conditions.flatten(0, 1), null)}
+        if batch["reference"]:
+            # A fresh one: what is computed again for checkpointing keeps the same states again.
+            beside = ReferenceStates().beside
+            conditioned["reference"] = functools.partial(beside, groups=len(latents), first=True)
 
         def predict(x_t: Tensor, timesteps: Tensor) -> Tensor:
             x_t = x_t.contiguous(memory_format=torch.channels_last)
-            return self.unet(
-                x_t, timesteps, text, cross_attention_kwargs={"flow_tokens": flow}
-            ).sample
+            return self.unet(x_t, timesteps, text, cross_attention_kwargs=conditioned).sample
 
         loss = sector_loss(
             predict,
@@ -150,6 +164,7 @@ class Stage2Model(nn.Module):
             batch["timesteps"],
             self.alpha_bars,
             self.prediction_type,
+            batch["weights"],
         )
         return {"loss": loss}
 
@@ -211,6 +226,13 @@ class Stage2Task:
                 torch.from_numpy(self.clips.conditions[clip, frames].astype(np.float32))
             )
             noise.append(config.sharing.draw(len(frames), self.latents.shape[2:], generator))
+        # Drawn last, so that all else is as without it.
+        reference = config.reference_attention and (
+            torch.rand((), generator=generator) >= config.reference_dropout
+        )
+        elsewhere = torch.from_numpy(self.clips.elsewhere[chosen.numpy()])
+        early = timesteps >= (1 - config.place_start) * self.model_config.schedule.steps
+        placeless = flow_null[:, None] | (torch.tensor(frames_of) == 0)
         empty = len(self.token_ids) - 1
         values = {
             "latents": torch.stack(latents),
@@ -219,6 +241,8 @@ class Stage2Task:
             "token_ids": self.token_ids[torch.where(text_null, empty, chosen)],
             "flow_null": flow_null,
             "timesteps": timesteps,
+            "weights": (~(placeless & (elsewhere & early)[:, None])).float(),
+            "reference": torch.as_tensor(reference),
         }
         return {key: value.to(device) for key, value in values.items()}
 
@@ -227,7 +251,8 @@ class Stage2Task:
         count = self.latents.shape[1]
         size = min(self.config.clip_frames, count)
         others = (1 + torch.randperm(count - 1, generator=generator)).tolist()
-        if size == count or torch.rand((), generator=generator) < self.config.first_frame:
+        always = size == count or self.config.reference_attention
+        if always or torch.rand((), generator=generator) < self.config.first_frame:
             others.insert(0, 0)
         return others[:size]
 

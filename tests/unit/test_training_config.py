@@ -68,6 +68,7 @@ def test_overrides_reach_into_tables(tmp_path):
         ("puppets_decoder.toml", VAETrainingConfig),
         ("puppets_text.toml", TextTrainingConfig),
         ("puppets_stage2.toml", Stage2TrainingConfig),
+        ("puppets_third.toml", Stage2TrainingConfig),
         ("puppets_ablation.toml", Stage2TrainingConfig),
         ("puppets_stage1.toml", Stage1TrainingConfig),
     ],

@@ -11,8 +11,9 @@ import torch
 pytest.importorskip("diffusers")
 
 from tiny_training import Squares, data_config
+from torch.utils.data import Subset
 
-from s2dm.data import DataConfig, build_dataset, held_out_clips
+from s2dm.data import DataConfig, build_dataset, held_out_clips, register_dataset
 from s2dm.flow import estimate_flow
 from s2dm.settings import SettingsError
 from s2dm.training.cache import (
@@ -176,3 +177,14 @@ def test_what_could_not_be_reserved_is_begun_again(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         build_clip_cache(tmp_path, data_config())
     assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_the_cache_knows_which_clips_are_elsewhere(tmp_path):
+    options = {"elsewhere": 1.0}
+    data = DataConfig(size=16, frames=1, split="test", options=options)
+    clips = build_dataset(data)
+    register_dataset("few", lambda config, split: Subset(clips, range(2)))
+    cache = build_clip_cache(tmp_path, dataclasses.replace(data, name="few", options={}))
+    assert cache.elsewhere.tolist() == [True, True]
+    (cache.folder / "elsewhere.npy").unlink()  # as a cache of before
+    assert ClipCache(cache.folder).elsewhere.tolist() == [False, False]

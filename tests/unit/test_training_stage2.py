@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import FRAMES, SIZE, stage2_config
 
 from s2dm.models import SamplingConfig, load_checkpoint
+from s2dm.sector import ReferenceStates
 from s2dm.settings import SettingsError
 from s2dm.training.loop import RunFolder, step_generator
 from s2dm.training.stage2 import build_stage2_task, train_stage2
@@ -159,3 +161,81 @@ def test_a_checkpoint_without_unet_is_refused(tmp_path, vae_file):
     config = stage2_config(tmp_path, vae_file, checkpoint=str(vae_file))
     with pytest.raises(SettingsError, match="a checkpoint with a U-Net, got"):
         build_stage2_task(config, torch.device("cpu"))
+
+
+def test_with_reference_attention_every_clip_begins_with_frame_1(stage2_task):
+    settings = {"reference_attention": True, "first_frame": 0.0, "clip_frames": 3}
+    batch = _batch(stage2_task, reference_dropout=0.0, **settings)
+    assert batch["reference"]
+    assert batch["latents"].shape[1] == 3
+    assert (batch["conditions"][:, 0] == 0).all()
+    assert (batch["conditions"][:, 1:, :2].abs().amax((2, 3, 4)) > 0).all()
+    assert not _batch(stage2_task, reference_dropout=1.0, **settings)["reference"]
+    assert not _batch(stage2_task)["reference"]
+
+
+def test_the_reference_reaches_the_other_frames_and_no_other_clip(stage2_task):
+    model, generator = stage2_task.model.eval(), torch.Generator().manual_seed(0)
+    x_t = torch.randn(6, 4, 4, 4, generator=generator)  # two clips of three frames
+    text = torch.randn(6, 77, model.unet.config.cross_attention_dim, generator=generator)
+
+    def predict(x_t):
+        beside = functools.partial(ReferenceStates().beside, groups=2, first=True)
+        timesteps = torch.full((6,), 500)
+        with torch.no_grad():
+            return model.unet(
+                x_t, timesteps, text, cross_attention_kwargs={"reference": beside}
+            ).sample
+
+    changed = x_t.clone()
+    changed[0] += 1
+    difference = (predict(changed) - predict(x_t)).abs().amax((1, 2, 3))
+    assert (difference[:3] > 1e-4).all()
+    assert difference[3:].max() < 1e-6
+
+
+def test_checkpointing_gives_the_same_gradients_with_a_reference(stage2_task):
+    batch = _batch(stage2_task, reference_attention=True, reference_dropout=0.0, clip_frames=3)
+    model = stage2_task.model.train()
+
+    def gradients():
+        model.zero_grad(set_to_none=True)
+        model(batch)["loss"].backward()
+        return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.unet.enable_gradient_checkpointing()
+    try:
+        again = gradients()
+    finally:
+        model.unet.disable_gradient_checkpointing()
+        model.zero_grad(set_to_none=True)
+    assert plain.keys() == again.keys()
+    assert all(torch.allclose(plain[key], again[key], atol=1e-6) for key in plain)
+
+
+def test_frames_that_cannot_know_the_place_do_not_count_early(stage2_task, monkeypatch):
+    settings = {"reference_attention": True, "clips": 8, "label_dropout": 0.0, "text_dropout": 0.0}
+    usual = _batch(stage2_task, **settings)
+    assert (usual["weights"] == 1).all()
+    everywhere = np.ones(len(stage2_task.clips), bool)
+    monkeypatch.setattr(stage2_task.clips, "elsewhere", everywhere)
+    early = usual["timesteps"] >= 850
+    assert early.any()
+    assert not early.all()
+    first_only = _batch(stage2_task, flow_dropout=0.0, **settings)["weights"]
+    assert torch.equal(first_only[:, 0], (~early).float())
+    assert (first_only[:, 1:] == 1).all()
+    without_flow = _batch(stage2_task, flow_dropout=1.0, **settings)["weights"]
+    assert torch.equal(without_flow, (~early).float()[:, None].expand_as(without_flow))
+
+
+def test_frames_without_weight_do_not_move_the_loss(stage2_task):
+    batch = _batch(stage2_task)
+    ones = stage2_task.model(batch)["loss"]
+    batch["weights"][0] = 0
+    others = {key: value[1:] for key, value in batch.items() if key != "reference"}
+    without = stage2_task.model(others | {"reference": batch["reference"]})["loss"]
+    weighted = stage2_task.model(batch)["loss"]
+    assert weighted.item() == pytest.approx(without.item(), rel=1e-4)
+    assert weighted.item() != pytest.approx(ones.item(), rel=1e-4)

@@ -18,7 +18,12 @@ _FLOORS: tuple[Colour, ...] = (
 
 
 def paint_room(
-    rng: np.random.Generator, size: int, ground: tuple[float, float], bench: float | None
+    rng: np.random.Generator,
+    size: int,
+    ground: tuple[float, float],
+    bench: float | None,
+    figure: float = 1.0,
+    margin: int = 0,
 ) -> Array:
     """Paint a room.
 
@@ -27,13 +32,17 @@ def paint_room(
         size: height and width in pixels.
         ground: where the figure stands, in pixels (x, y): a soft, static shadow lies there.
         bench: None, or the figure's pixels per unit: a bench stands behind it.
+        figure: size of the figure, which its shadow shares; 1 is the usual one.
+        margin: pixels that are painted beyond each edge.
 
     Returns:
-        (size, size, 3) float32 in [0, 1].
+        (size + 2 margin, size + 2 margin, 3) float32 in [0, 1].
     """
     # Painted in a frame of 128 units at twice the resolution, then averaged.
     unit = 128 / size
-    canvas = Canvas((0, 0, 128, 128), 2 / unit, np.array([-0.3, -0.6, 0.75]))
+    # A quarter of a texel less, which the canvas rounds up: no rounding error adds one.
+    low, high = -margin * unit, 128 + (margin - 1 / 8) * unit
+    canvas = Canvas((low, low, high, high), 2 / unit, np.array([-0.3, -0.6, 0.75]))
     x, y = canvas.x, canvas.y
     wall = np.array(_WALLS[rng.integers(len(_WALLS))])
     floor = np.array(_FLOORS[rng.integers(len(_FLOORS))])
@@ -65,9 +74,11 @@ def paint_room(
     gx, gy = ground[0] * unit, ground[1] * unit
     if bench is not None:
         _bench(canvas, gx, gy, bench * unit)
-    shadow = np.exp(-(((x - gx) / 21) ** 2 + ((y - gy - 0.5) / 4.2) ** 2) * 1.2)
+    across, deep = 21 * figure, 4.2 * figure
+    shadow = np.exp(-(((x - gx) / across) ** 2 + ((y - gy - 0.5) / deep) ** 2) * 1.2)
     canvas.tint(1 - 0.34 * shadow)
-    rgb = canvas.rgb.reshape(size, 2, size, 2, 3).mean((1, 3))
+    whole_size = size + 2 * margin
+    rgb = canvas.rgb.reshape(whole_size, 2, whole_size, 2, 3).mean((1, 3))
     return np.clip(rgb, 0, 1).astype(np.float32)
 
 

@@ -9,8 +9,10 @@ from torch.utils.data import Dataset
 
 from ..clip import Clip
 from .actions import ACTIONS
+from .outfits import dress, new_outfits
 from .persons import PERSONS
 from .render import render_clip
+from .staging import USUAL, draw_staging
 
 _HELD_OUT = 0.1
 
@@ -68,6 +70,13 @@ class PuppetClips(Dataset[Clip]):
         frames: frames of a clip.
         seed: of the split.
         amplitudes: how much larger than usual the movements are, taking turns from take to take.
+        elsewhere: share of the clips where the person stands at another place, at another size and
+            before a camera that may move.
+        recombined: share of the clips where the person wears clothes that nobody of the cast wears
+            together, those of the split (`new_outfits`).
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
     def __init__(
@@ -79,12 +88,21 @@ class PuppetClips(Dataset[Clip]):
         frames: int = 16,
         seed: int = 0,
         amplitudes: Sequence[float] = (1.0,),
+        elsewhere: float = 0.0,
+        recombined: float = 0.0,
     ) -> None:
         if takes < 1:
             raise ValueError(f"Expected at least 1 take, got {takes}.")
         if not amplitudes or min(amplitudes) < 0:
             raise ValueError(f"Expected one or more amplitudes from 0 on, got {[*amplitudes]}.")
+        if not (0 <= elsewhere <= 1 and 0 <= recombined <= 1):
+            raise ValueError(
+                f"Expected shares from 0 to 1, got elsewhere={elsewhere} and "
+                f"recombined={recombined}."
+            )
         self._pairs = split(name, seed)
+        self._outfits = new_outfits(name)
+        self._elsewhere, self._recombined = elsewhere, recombined
         self._takes, self._first_take = takes, first_take
         self._size, self._frames = size, frames
         self._amplitudes = tuple(amplitudes)
@@ -99,4 +117,11 @@ class PuppetClips(Dataset[Clip]):
         person, action = self._pairs[pair]
         amplitude = self._amplitudes[take % len(self._amplitudes)]
         take += self._first_take
-        return render_clip(person, action, take, self._size, self._frames, amplitude)
+        # Of its own generator, so that room, light and movement are those of the usual clip.
+        rng = np.random.default_rng((2403, 16, person, action, take))
+        draw = rng.random(2)
+        staging = draw_staging(rng) if draw[0] < self._elsewhere else USUAL
+        who = PERSONS[person]
+        if draw[1] < self._recombined:
+            who = dress(who, self._outfits[rng.integers(len(self._outfits))], rng)
+        return render_clip(person, action, take, self._size, self._frames, amplitude, who, staging)

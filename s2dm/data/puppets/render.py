@@ -7,6 +7,8 @@ frame 1, without estimation.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -18,6 +20,7 @@ from .captions import caption
 from .figure import Wardrobe
 from .persons import PERSONS, TOP_COLOURS, TROUSER_COLOURS, Person
 from .skeleton import Placement, View, body, place
+from .staging import USUAL, Camera, Staging
 
 _SUB = 3  # samples per pixel and axis
 _ZOOM, _FEET = 1.115, 0.94
@@ -33,6 +36,7 @@ def render_clip(
     frames: int = 16,
     amplitude: float = 1.0,
     who: Person | None = None,
+    staging: Staging = USUAL,
 ) -> Clip:
     """Render a person doing an action.
 
@@ -45,6 +49,7 @@ def render_clip(
         frames: number of frames, 1 or more.
         amplitude: how much larger than usual the movement is, 0 for none; frame 1 stays the same.
         who: somebody who is not of the cast, in the place of `person`.
+        staging: where the person stands, at which size, and how the camera moves.
 
     Raises:
         ValueError: an index or a number is out of range.
@@ -61,11 +66,11 @@ def render_clip(
         )
     rng = np.random.default_rng((2403, person, action, take))
     who, what = who or PERSONS[person], ACTIONS[action]
-    # The camera never moves, as in MHAD: frame 1 has no flow that could say where a person
-    # stands, so a place that varied would be another one in frame 1 than the flow of the rest
-    # starts from.
-    scale = size / 128 * _ZOOM
-    view = View(x=(size - 1) / 2, y=size * _FEET, scale=scale, turn=what.turn)
+    # Usually the camera stands still, as in MHAD, and the person in the middle: frame 1 has no
+    # flow that could say where a person stands, and the caption doesn't.
+    right, down = (size / 128 * shift for shift in staging.place)
+    scale = size / 128 * _ZOOM * staging.size
+    view = View(x=(size - 1) / 2 + right, y=size * _FEET + down, scale=scale, turn=what.turn)
     angle = rng.uniform(-1.1, 1.1)
     light = np.array([0.75 * np.sin(angle), -0.55, 0.75])
     moments = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
@@ -73,16 +78,21 @@ def render_clip(
     pose = poses(what, moments, amplitude * rng.uniform(0.88, 1.06))
 
     measures = body(who)
-    placements = place(measures, pose, view)
+    camera = staging.camera(size, frames)
+    placements = {
+        name: camera.film(placement) for name, placement in place(measures, pose, view).items()
+    }
     density = max(3.0 * scale, 1.0)
     wardrobe = Wardrobe(who, measures, person, density, light, what.turn)
     pieces = [
         _Piece(wardrobe.paint(name, placement.matrix[0]), placement)
         for name, placement in placements.items()
     ]
-    room = paint_room(rng, size, (view.x, view.y), scale if what.bench else None)
+    bench = scale if what.bench else None
+    room = paint_room(rng, size, (view.x, view.y), bench, staging.size, camera.margin)
     worn = [_GARMENTS.get(name.rpartition("_")[2], "") for name in placements]
-    return _Renderer(pieces, room, size, frames).clip(caption(who, action), who, worn)
+    clip = _Renderer(pieces, room, size, frames, camera).clip(caption(who, action), who, worn)
+    return dataclasses.replace(clip, elsewhere=staging != USUAL)
 
 
 class _Piece:
@@ -132,8 +142,11 @@ class _Piece:
 
 
 class _Renderer:
-    def __init__(self, pieces: list[_Piece], room: np.ndarray, size: int, frames: int) -> None:
+    def __init__(
+        self, pieces: list[_Piece], room: np.ndarray, size: int, frames: int, camera: Camera
+    ) -> None:
         self._pieces, self._room, self._size, self._frames = pieces, room, size, frames
+        self._camera = camera
         counts = np.array([piece.solid.size for piece in pieces])
         self._first = np.concatenate([[0], np.cumsum(counts)[:-1]]) + 1  # texel 0: the room
         colours = [np.zeros((1, 3), np.float32)] + [piece.rgb.reshape(-1, 3) for piece in pieces]
@@ -154,9 +167,10 @@ class _Renderer:
             owners = self._blocks(self._owner[samples[cut]])
             covered = (owners > 0).sum(-1)
             still[window] &= covered == 0
+            still &= self._camera.still
             share = covered[..., None].astype(np.float32) / _SUB**2
             colours = self._blocks(samples[cut])
-            video[i] = self._room
+            video[i] = self._camera.picture(self._room, i)
             video[i][window] *= 1 - share
             for k in range(_SUB**2):
                 video[i][window] += self._atlas[colours[..., k]] / _SUB**2
@@ -214,7 +228,10 @@ class _Renderer:
         """Displacement (2, H, W) and occlusion (H, W) from the owner (H, W) of each pixel."""
         size = self._size
         maps = np.concatenate(
-            [np.zeros((1, 2, 3)), np.stack([piece.backward(frame) for piece in self._pieces])]
+            [
+                self._camera.backward(frame)[None],
+                np.stack([piece.backward(frame) for piece in self._pieces]),
+            ]
         ).astype(np.float32)
         rows, columns = np.mgrid[:size, :size].astype(np.float32)
         own = maps[owner]
