@@ -234,3 +234,9 @@ def test_any_json_is_read_or_refused_in_words(content):
     else:
         assert all(isinstance(one, Layer) for one in motion.layers)
         assert all(np.isfinite(track).all() for one in motion.layers for track in one.tracks)
+
+
+def test_a_layer_that_the_editor_hides_is_left_out():
+    layers = [{"name": "hidden", "visible": False}, {"name": "shown", "visible": True}]
+    motion = read_motion(json.dumps({"layers": layers}), 16, 16)
+    assert [layer.name for layer in motion.layers] == ["shown"]
