@@ -96,8 +96,8 @@ class DrawFlow(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        "What is drawn, as JSON; the editor writes it. Paths of other editors, "
-                        '[[{"x": 10, "y": 20}, …], …], can be pasted. Empty: nothing moves.'
+                        "What is drawn, as JSON; the editor writes it. Paths of other editors, lists "
+                        "of points with x and y, can be pasted. Empty: nothing moves."
                     ),
                 ),
                 _frames_input("Number of frames of the flow."),
@@ -237,8 +237,8 @@ class TracksToFlow(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        'Paths in pixels as JSON, [[{"x": 10, "y": 20}, …], …], from the first '
-                        "frame on. Their points are spread evenly over the clip."
+                        "Paths in pixels as JSON, a list of paths, each a list of points with x "
+                        "and y, from the first frame on. Their points are spread evenly over the clip."
                     ),
                 ),
                 _frames_input(
@@ -326,8 +326,8 @@ class FlowToTracks(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        'Points of the first frame in pixels as JSON, [{"x": 10, "y": 20}, …]; of '
-                        "paths, the first points count. Empty: a grid over the picture."
+                        "Points of the first frame in pixels as JSON, a list of points with x and "
+                        "y; of paths, the first points count. Empty: a grid over the picture."
                     ),
                 ),
                 io.Float.Input(
