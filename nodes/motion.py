@@ -96,8 +96,8 @@ class DrawFlow(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        "What is drawn, as JSON; the editor writes it. Paths of other editors, lists "
-                        "of points with x and y, can be pasted. Empty: nothing moves."
+                        "What is drawn, as JSON; the editor writes it. Paths of other editors, "
+                        "lists of points with x and y, can be pasted. Empty: nothing moves."
                     ),
                 ),
                 _frames_input("Number of frames of the flow."),
@@ -238,7 +238,8 @@ class TracksToFlow(io.ComfyNode):
                     default="",
                     tooltip=(
                         "Paths in pixels as JSON, a list of paths, each a list of points with x "
-                        "and y, from the first frame on. Their points are spread evenly over the clip."
+                        "and y, from the first frame on. Their points are spread evenly over the "
+                        "clip."
                     ),
                 ),
                 _frames_input(
