@@ -52,9 +52,9 @@ def _flow_following(result: dict[str, Any]) -> str:
         "",
         _sheet(result, "Sheet of held-out puppets"),
         "",
-        "Held-out puppets: for each clip the true frames, the flow that was given, what the model "
-        "makes of caption and flow as it recommends (anchored to frame 1, which it draws first), "
-        "by the paper's plain method with shared and with independent noise, and of zero flow.",
+        "Held-out puppets: for each clip the true frames, the flow that was given, and what the "
+        "model makes of caption and flow as it recommends, anchored to frame 1, which it draws "
+        "first. *Plain* is the paper's method, without anchors.",
         "",
         markdown_table(table, TITLES),
         "",
@@ -172,7 +172,7 @@ def _limits(result: dict[str, Any]) -> str:
         "and that flow; of the two clips of another kind the flow alone. It was trained on people "
         "at one place and size before a camera that stands still.",
         rooms,
-        "Clips from captions alone, with the largest change of a still part of the room.",
+        "Clips from captions alone, anchored, with the largest change of a still part of the room.",
         outfits,
         "First frames in clothes that the cast wears, and in clothes that nobody wears.",
         limits.markdown(result["table"]),
