@@ -90,6 +90,6 @@ def _filled(picture: Tensor, hole: Tensor) -> Tensor:
 
     pixels = (picture.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     mask = hole[0].to(torch.uint8).numpy()
-    painted = cv2.inpaint(np.ascontiguousarray(pixels), mask, _FILL_RADIUS, cv2.INPAINT_TELEA)
-    painted = torch.from_numpy(painted).view(*pixels.shape).permute(2, 0, 1).float() / 255
+    filled = cv2.inpaint(np.ascontiguousarray(pixels), mask, _FILL_RADIUS, cv2.INPAINT_TELEA)
+    painted = torch.from_numpy(filled).view(*pixels.shape).permute(2, 0, 1).float() / 255
     return torch.where(hole, painted, picture)

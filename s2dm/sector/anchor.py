@@ -61,7 +61,7 @@ class Anchor:
             for start in starts
         ]
         latents = torch.cat(parts)
-        size = latents.shape[-2:]
+        size = (latents.shape[-2], latents.shape[-1])
         moved = F.adaptive_max_pool2d(flow.magnitude(), size)
         moved = F.max_pool2d(moved, 3, stride=1, padding=1)
         still = ((_MOVING - moved) / (_MOVING - _STILL)).clamp(0, 1)
