@@ -148,7 +148,7 @@ class Stage2Model(nn.Module):
         text = self.text_encoder(batch["token_ids"]).last_hidden_state.repeat_interleave(frames, 0)
         null = batch["flow_null"].repeat_interleave(frames)
         conditioned = {"flow_tokens": self.flow_tokens(conditions.flatten(0, 1), null)}
-        if batch["reference"]:
+        if "reference" in batch:
             # A fresh one: what is computed again for checkpointing keeps the same states again.
             beside = ReferenceStates().beside
             conditioned["reference"] = functools.partial(beside, groups=len(latents), first=True)
@@ -242,8 +242,9 @@ class Stage2Task:
             "flow_null": flow_null,
             "timesteps": timesteps,
             "weights": (~(placeless & (elsewhere & early)[:, None])).float(),
-            "reference": torch.as_tensor(reference),
         }
+        if reference:  # told by its presence: a value on a GPU would have to be waited for
+            values["reference"] = torch.ones(())
         return {key: value.to(device) for key, value in values.items()}
 
     def _frames(self, generator: torch.Generator) -> list[int]:

@@ -169,7 +169,7 @@ def test_errors_are_one_line_without_a_traceback(
     fails("validation_split=train", "evaluate", "--checkpoint", checkpoint, "--data", "split=train")
     fails("from 0 to 1, got 2", *base, "--clip", clip, "--sharing", "mixed", "--share", "2")
     fails("Choose a checkpoint with both, or give the motion of a clip", *base)
-    for option in ("--motion-strength", "--flow-steps", "--reference"):
+    for option in ("--motion-strength", "--flow-steps"):
         fails(f"{option} is for motion that is made from", *base, "--clip", clip, option, "1")
     base = ("generate", PROMPT, "--checkpoint", both_stages, "-o", tmp_path / "o.mp4")
     fails("1 to 64 frames, got 65", *base, "--frames", 65)
