@@ -8,12 +8,11 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import RENDERERS, drawn_by, interface
+from browser import RENDERERS, drawn_by, interface, interface_version
 from comfyui_graph import to_prompt
 from comfyui_install import PACK
 from comfyui_server import ComfyServer
@@ -90,8 +89,7 @@ def page(server: ComfyServer) -> Iterator[Any]:
 
 @pytest.fixture(scope="module", params=RENDERERS)
 def renderer(page: Any, request: pytest.FixtureRequest) -> Iterator[str]:
-    installed = tuple(map(int, version("comfyui-frontend-package").split(".")[:2]))
-    if request.param != RENDERERS[0] and installed < WRAPS_TEXT:
+    if request.param != RENDERERS[0] and interface_version() < WRAPS_TEXT:
         pytest.skip("the Nodes 2.0 of this interface makes a note as wide as its longest line")
     with drawn_by(page, request.param) as renderer:
         yield renderer

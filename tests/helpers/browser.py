@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -34,6 +35,11 @@ def interface(server: ComfyServer, node: str) -> Iterator[Any]:
         wait_until_ready(page, node)
         yield page
         browser.close()
+
+
+def interface_version() -> tuple[int, ...]:
+    """Major and minor version of the interface that servers of this environment have."""
+    return tuple(map(int, version("comfyui-frontend-package").split(".")[:2]))
 
 
 def wait_until_ready(page: Any, node: str) -> None:
