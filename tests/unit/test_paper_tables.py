@@ -306,7 +306,8 @@ def test_table_1_sets_two_stages_beside_given_flow_and_baselines(made, monkeypat
     output = tmp_path / "results" / "table1.json"
     result = run_table(monkeypatch, table1, output, "--checkpoint", checkpoint)
     table = result["table"]
-    assert list(table) == ["given flow", "two stages"]
+    ours = ["given flow", "two stages"]
+    assert list(table) == [*ours, *(f"{name}, anchored" for name in ours)]
     entry = result["ratios"]["given flow"]["two stages"]
     assert entry["ratio"] == pytest.approx(table["two stages"]["fvd"] / table["given flow"]["fvd"])
 
