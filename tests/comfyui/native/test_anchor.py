@@ -348,3 +348,20 @@ def test_the_next_run_works_after_a_failed_one(rig, picture, encoded, monkeypatc
         with pytest.raises(ValueError):
             rig.sample(encoded, model)
     assert torch.equal(rig.sample(encoded, model), usual)
+
+
+def test_a_run_that_is_cancelled_while_encoding_costs_the_next_one_nothing(
+    rig, picture, encoded, monkeypatch
+):
+    flow = rig.flow(FRAMES)
+    model = anchored(rig, picture, flow)
+    before = rig.sample(encoded, model)
+
+    def cancelled(pixels):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.loaded.vae, "encode", cancelled)
+        with pytest.raises(KeyboardInterrupt):
+            rig.sample(rig.encode(flow.resize(128, 128)), model)
+    assert torch.equal(rig.sample(encoded, model), before)
