@@ -33,7 +33,7 @@ def clip():
     [
         lambda frames, flow: limits.moved(frames, flow, 8),
         lambda frames, flow: limits.moved(frames, flow, -8),
-        lambda frames, flow: limits.smaller(frames, flow, 0.75),
+        lambda frames, flow: limits.smaller(frames, flow, limits.SCALE),
         lambda frames, flow: limits.panned(frames, flow, 9),
     ],
     ids=["right", "left", "smaller", "panned"],
