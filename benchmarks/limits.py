@@ -65,6 +65,7 @@ from s2dm.files import replacing, write_json
 from s2dm.flow import FlowField, estimate_flow, flow_to_image
 from s2dm.models import FlowSampling, read_config
 from s2dm.pipelines import FlowToVideoPipeline, animate
+from s2dm.sector import ANCHOR_END
 from s2dm.video import cover, iter_frames, write_contact_sheet
 
 SHIFT, SCALE, PAN = 16, 0.7, 16  # pixels, share of the size, pixels over the whole clip
@@ -311,7 +312,10 @@ def _from_caption(
 def _from_frame(
     generator: ClipSampler, prompt: str, true: Tensor, flow: FlowField, seed: int
 ) -> Tensor:
-    sampling = {**generator.sampling.to_dict(), "anchor_end": generator.sampling.anchor_end or 0.95}
+    sampling = {
+        **generator.sampling.to_dict(),
+        "anchor_end": generator.sampling.anchor_end or ANCHOR_END,
+    }
     call = partial(FlowToVideoPipeline.__call__, generator.pipeline)
     return call(prompt, flow, sampling=sampling, reference=true[0], seed=seed).frames
 

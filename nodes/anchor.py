@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..s2dm.flow import FlowField
+from ..s2dm.sector import ANCHOR_END
 from .native.anchor import anchor_model, sees_reference
 from .native.notices import Notice
 from .schema import advanced, named_errors, schema
@@ -77,7 +78,7 @@ class AnchorToReference(io.ComfyNode):
                     tooltip=(
                         "Where in the noise schedule moving parts are let go, so that the model "
                         "repairs what the motion broke. -1: as the checkpoint recommends, without "
-                        "a recommendation 0.95. 0: the model is unchanged."
+                        f"a recommendation {ANCHOR_END}. 0: the model is unchanged."
                     ),
                 ),
                 advanced(

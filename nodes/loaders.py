@@ -32,13 +32,10 @@ def _frames_at_once() -> io.Input:
 
 
 class NoFlowGenerator:
-    """What a checkpoint without stage 1 gives in place of a flow generator. It is false."""
+    """What a checkpoint without stage 1 gives in place of a flow generator."""
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = checkpoint
-
-    def __bool__(self) -> bool:
-        return False
 
     def __repr__(self) -> str:
         return f"no flow generator: {self.checkpoint} holds stage 2 alone"
@@ -91,7 +88,7 @@ class CheckpointLoader(io.ComfyNode):
     def execute(cls, checkpoint: str, frames_at_once: int = 0) -> io.NodeOutput:
         with named_errors(cls):
             loaded = load_all(find_file(checkpoint), frames_at_once)
-            stage1 = loaded.stage1 or NoFlowGenerator(checkpoint)
+            stage1 = loaded.stage1 if loaded.stage1 is not None else NoFlowGenerator(checkpoint)
             return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, stage1)
 
 

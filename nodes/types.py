@@ -7,7 +7,7 @@ Flow = io.Custom("S2DM_FLOW")
 
 FlowGenerator = io.Custom("S2DM_FLOW_GENERATOR")
 """Stage 1, which makes flow from a prompt and a reference frame: a `Stage1`, or in its place a
-`NoFlowGenerator`, which is false."""
+`NoFlowGenerator`."""
 
 Tracks = io.Custom("TRACKS")
 """Core's paths of points, as WanMove's nodes have them: {"track_path": (N,P,2) in pixels,

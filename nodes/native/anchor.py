@@ -20,7 +20,7 @@ from torch import Tensor
 from ...s2dm.flow import FlowField
 from ...s2dm.flow.geometry import resample
 from ...s2dm.models import whole_cells
-from ...s2dm.sector import Anchor, ReferenceStates, release, release_levels
+from ...s2dm.sector import ANCHOR_END, Anchor, ReferenceStates, release, release_levels
 from .frames import KEY as FRAMES
 from .frames import FramesOfCall, call_in_chunks
 from .labels import labels_of, of_frame_1
@@ -28,8 +28,6 @@ from .recommended import recommendation_of
 
 KEY = "s2dm_anchor"
 """Of our wrappers on a MODEL, and of a run's `_Run` in its transformer options."""
-END = 0.95
-"""How far through the noise schedule a MODEL that recommends nothing is anchored."""
 _NODE = "Anchor to Reference (S2DM)"
 
 
@@ -71,7 +69,7 @@ def anchor_model(
     recommended = recommendation_of(model)
     anchors = recommended is not None and recommended.anchor_end > 0
     if end is None:
-        end = recommended.anchor_end if anchors else END
+        end = recommended.anchor_end if anchors else ANCHOR_END
     if not strength or not end:
         return model
     if reference_attention is None:

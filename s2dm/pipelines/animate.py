@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..flow import FlowField
 from ..models import whole_cells
 from ..sector import (
+    ANCHOR_END,
     SHARED,
     Anchor,
     NoiseLevels,
@@ -37,7 +38,7 @@ def animate(
     reference: Any,
     flow: FlowField,
     seed: int | None = None,
-    anchor_end: float = 0.95,
+    anchor_end: float = ANCHOR_END,
     strength: float = 1.0,
     reference_attention: bool = True,
     noise_sharing: NoiseSharing = SHARED,

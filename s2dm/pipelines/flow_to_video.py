@@ -31,6 +31,7 @@ from ..models import (
     whole_cells,
 )
 from ..sector import (
+    ANCHOR_END,
     SHARED,
     Anchor,
     NoiseLevels,
@@ -248,7 +249,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
         if reference is not None and not sampling.anchor_end:
             raise ValueError(
                 "Expected no reference, because the sampling isn't anchored and nothing would see "
-                'it, got one. Leave it out, or set sampling={"anchor_end": 0.95}.'
+                f'it, got one. Leave it out, or set sampling={{"anchor_end": {ANCHOR_END}}}.'
             )
         size = (height or flow.height, width or flow.width)
         seed = torch.Generator().seed() if seed is None else seed

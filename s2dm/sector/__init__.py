@@ -1,6 +1,6 @@
 """The sector-shaped diffusion process: one noise for all frames, fanned out by their conditions."""
 
-from .anchor import Anchor, release, release_levels
+from .anchor import ANCHOR_END, Anchor, release, release_levels
 from .diffusion import (
     BETA_SCHEDULES,
     add_noise,
@@ -18,6 +18,7 @@ from .reference import ReferenceStates
 from .sampling import sample
 
 __all__ = [
+    "ANCHOR_END",
     "BETA_SCHEDULES",
     "NOISE_SHARING",
     "SHARED",
