@@ -288,7 +288,9 @@ class PreparedClips:
                 stored = file.get_slice(name)
                 return torch.cat([stored[frame : frame + 1] for frame in frames])
         except (SafetensorError, OSError) as error:
-            raise ClipsError(f"{path}: can't be read ({error}). Prepare the clips again.") from error
+            raise ClipsError(
+                f"{path}: can't be read ({error}). Prepare the clips again."
+            ) from error
 
 
 def _header(path: Path) -> tuple[str, dict[str, tuple[int, ...]]]:

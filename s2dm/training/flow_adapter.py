@@ -10,6 +10,7 @@ was stopped goes on with the losses of one that never was.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -351,7 +352,7 @@ class AdapterTrainer:
         with self.averaged():
             tokens = [self.tokens(conditions, torch.full((count,), null, device=device))
                       for null in (False, True)]  # fmt: skip
-            for now, after in zip(times[:-1], times[1:], strict=True):
+            for now, after in itertools.pairwise(times):
                 guided = []
                 for told, text in zip(tokens, texts, strict=True):
                     parts = []
