@@ -33,7 +33,7 @@ def apply_adapter(
         model: any MODEL with the U-Net of Stable Diffusion 1.x. An adapter that it may hold
             already is replaced.
         config, state: the adapter, as `load_checkpoint` gives it.
-        strength: multiplies the flow's keys and values; 0 is the model without flow.
+        strength: multiplies what the layers get of the flow; 0 is the model without flow.
         chunk_size: frames that the U-Net sees at a time; 0 chooses from free memory.
         sampling: how the adapter's checkpoint recommends to sample; the paper's settings if None.
 

@@ -9,7 +9,7 @@ import comfy.utils
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor, nn
 
-from ...s2dm.models import FlowAdapter, fuse_attention
+from ...s2dm.models import FlowAdapter
 
 Block = tuple[str, int, int]
 Patch = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -47,6 +47,7 @@ def with_flow(
     adapter: FlowAdapter,
     strength: float,
     tokens: Tensor,
+    size: tuple[int, int],
     mask: Tensor | None,
 ) -> dict[str, Any]:
     """A copy of core's transformer options in which each layer of the adapter sees the flow.
@@ -55,8 +56,9 @@ def with_flow(
 
     Args:
         transformer_options: of the call; not changed.
-        adapter, strength: the strength multiplies the flow's keys and values.
+        adapter, strength: the strength multiplies what a layer gets of the flow.
         tokens: (B, tokens, width), for the B samples of the call.
+        size: height and width of the latents of the call.
         mask: (B, 1, h, w), 1 where a place of the picture sees these tokens, 0 where it sees
             the null tokens; None for everywhere.
     """
@@ -66,7 +68,7 @@ def with_flow(
         block = block_of(layer)
         # A patch may be meant for one transformer of a block or, as core allows, for all.
         previous = patches.get(block, patches.get(block[:2]))
-        patches[block] = _FlowPatch(adapter, layer, strength, tokens, mask, previous)
+        patches[block] = _FlowPatch(adapter, layer, strength, tokens, size, mask, previous)
     return {**transformer_options, "patches_replace": {**replace, "attn2": patches}}
 
 
@@ -79,6 +81,7 @@ class _FlowPatch:
         layer: str,
         strength: float,
         tokens: Tensor,
+        size: tuple[int, int],
         mask: Tensor | None,
         previous: Patch | None,
     ) -> None:
@@ -86,6 +89,7 @@ class _FlowPatch:
         self.layer = layer
         self.strength = strength
         self.tokens = tokens
+        self.size = size
         self.mask = mask
         self.previous = previous
 
@@ -93,21 +97,14 @@ class _FlowPatch:
         out = self._attend(q, k, v, self.tokens, extra_options)
         if self.mask is None:
             return out
-        null = self.adapter.null_tokens(1).to(self.tokens).expand(len(q), -1, -1)
+        null = self.adapter.null_tokens(1, self.size).to(self.tokens).expand(len(q), -1, -1)
         share = self._mask_of_queries(q, extra_options)
         return share * out + (1 - share) * self._attend(q, k, v, null, extra_options)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, extra_options: dict[str, Any]
     ) -> Tensor:
-        flow_k, flow_v = (
-            self.strength * part.to(k) for part in self.adapter.keys_values(self.layer, tokens)
-        )
-
         def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            # Another node's patch adds something of its own, so it runs once: on the prompt.
-            if self.previous is not None and key is not flow_k:
-                return self.previous(query, key, value, extra_options)
             return optimized_attention(
                 query,
                 key,
@@ -117,7 +114,15 @@ class _FlowPatch:
                 transformer_options=extra_options,
             )
 
-        return fuse_attention(q, k, v, flow_k, flow_v, self.adapter.config.fusion, attention)
+        def of_prompt(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # Another node's patch adds something of its own, so it runs once: on the prompt.
+            if self.previous is not None:
+                return self.previous(query, key, value, extra_options)
+            return attention(query, key, value)
+
+        return self.adapter.attend(
+            self.layer, q, k, v, tokens, self.size, of_prompt, self.strength, attention
+        )
 
     def _mask_of_queries(self, q: Tensor, extra_options: dict[str, Any]) -> Tensor:
         height, width = extra_options["activations_shape"][-2:]

@@ -153,7 +153,7 @@ def _additions(kept: _Kept, weights: State) -> State:
         )
     added = _of_part("flow_adapter", kept.adapter)
     for name in added:
-        if name.endswith((".to_k.weight", ".to_v.weight")):
+        if name.endswith((".to_k.weight", ".to_v.weight", ".to_add.weight")):
             added[name] = added[name] * kept.strength
     if config.flow_generator is not None and kept.generator is not None:
         added |= _of_part("flow_generator", kept.generator)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..data import held_out_clips
 from ..flow import FlowField, flow_to_image
-from ..models.config import FlowAdapterConfig, S2DMConfig
+from ..models.checkpoint import read_config
+from ..models.config import LATENT_CELL, FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
 from ..pipelines.attention import attach_adapter
@@ -135,10 +136,15 @@ class Stage2Model(nn.Module):
         self.register_buffer("alpha_bars", alpha_bars(config.schedule), persistent=False)
         attach_adapter(unet, flow_adapter)
 
-    def flow_tokens(self, conditions: Tensor, null: Tensor) -> Tensor:
-        """Conditions (M,3,88,56) to tokens (M,77,d); the learned null label where `null` (M,)."""
+    def flow_tokens(
+        self, conditions: Tensor, null: Tensor, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Conditions (M,3,h,w) to tokens (M,T,d); the learned null label where `null` (M,).
+
+        size: height and width of the latents.
+        """
         tokens = self.flow_adapter.encode(conditions)
-        nothing = self.flow_adapter.null_tokens(len(tokens)).to(tokens.dtype)
+        nothing = self.flow_adapter.null_tokens(len(tokens), size).to(tokens.dtype)
         return torch.where(null[:, None, None], nothing, tokens)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,7 +153,9 @@ class Stage2Model(nn.Module):
         frames = latents.shape[1]
         text = self.text_encoder(batch["token_ids"]).last_hidden_state.repeat_interleave(frames, 0)
         null = batch["flow_null"].repeat_interleave(frames)
-        conditioned = {"flow_tokens": self.flow_tokens(conditions.flatten(0, 1), null)}
+        size = tuple(latents.shape[-2:])
+        tokens = self.flow_tokens(conditions.flatten(0, 1), null, size)
+        conditioned: dict[str, Any] = {"flow_tokens": tokens, "flow_size": size}
         if "reference" in batch:
             # A fresh one: what is computed again for checkpointing keeps the same states again.
             beside = ReferenceStates().beside
@@ -205,7 +213,10 @@ class Stage2Task:
 
     def compile(self) -> None:
         self.model.unet.compile(dynamic=False)
-        self.model.flow_adapter.encoder.compile(dynamic=False)
+        adapter = self.model.flow_adapter
+        for encoder in (adapter.encoder, adapter.pyramid):
+            if encoder is not None:
+                encoder.compile(dynamic=False)
 
     def batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
         config = self.config
@@ -306,9 +317,15 @@ class Stage2Task:
         save_model(path, self.model_config, parts, self.others)
 
 
-def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Stage2Task:
-    """Prepare data, latents and model for `config`."""
-    clips = training_clips(config)
+def build_stage2_task(
+    config: Stage2TrainingConfig, device: torch.device, clips: ClipCache | None = None
+) -> Stage2Task:
+    """Prepare data, latents and model for `config`.
+
+    clips: in place of those that the settings name; their conditions are of a size that the flow
+        adapter can encode.
+    """
+    clips = clips or training_clips(config, condition_size=_condition_size(config))
     model_config, states = _start(config, clips.captions)
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
     unet = build_unet(model_config.unet, states.get("unet"))
@@ -331,6 +348,13 @@ def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Sta
     tokenizer = build_tokenizer(model_config)
     others = {name: state for name, state in states.items() if name == "flow_generator"}
     return Stage2Task(config, model_config, model, vae, tokenizer, clips, latents, others)
+
+
+def _condition_size(config: Stage2TrainingConfig) -> tuple[int, int]:
+    """Height and width of the flow conditions that the flow adapter of a run encodes."""
+    adapter = read_config(config.checkpoint).flow_adapter if config.checkpoint else None
+    side = config.data.size // LATENT_CELL
+    return (adapter or FlowAdapterConfig(fusion=config.fusion)).condition_size(side, side)
 
 
 def _start(
