@@ -24,6 +24,7 @@ from torch import Tensor
 from ..files import save_tensors, write_json
 from ..flow import FlowField, estimate_flow
 from ..flow.estimate import FlowModel
+from ..flow.texture import clouds
 from ..video import read_clip, to_uint8
 from .clip import Clip
 from .sets import ClipDataset
@@ -32,6 +33,7 @@ from .videos import find_clips, read_captions
 FORMAT = 1
 INDEX = "clips.json"
 _EMPTY = "empty.safetensors"
+_TRIAL_SIDE, _TRIAL_TEXT = 64, "a person is walking"
 _PARTS = ("latents", "displacement", "occlusion", "text")
 
 
@@ -58,13 +60,16 @@ class Encoders:
     """VAE and text encoder of the model that is to be trained.
 
     latents: (N,3,H,W) in [0,1] → (N,C,h,w), as the VAE gives them, without a scale.
-    text: a caption → its states (L, width), as the U-Net reads them.
-    key: changes with the weights of either.
+    text: a caption → its states (L, width), as the U-Net reads them; as many for each caption.
     """
 
     latents: Callable[[Tensor], Tensor]
     text: Callable[[str], Tensor]
-    key: str
+
+    def key(self) -> str:
+        """Changes with the weights of either: of what they make of a picture and a prompt."""
+        made = (self.latents(clouds(1, _TRIAL_SIDE)), self.text(_TRIAL_TEXT))
+        return _hash([(part.float().cpu() * 100).round().tolist() for part in made])
 
 
 def folder_sources(
@@ -147,8 +152,9 @@ def prepare_clips(
     """
     folder = Path(folder)
     entries: list[dict[str, Any]] = []
+    weights = encoders.key()
     for number, source in enumerate(sources, 1):
-        key = _hash(FORMAT, source.key, encoders.key)
+        key = _hash(FORMAT, source.key, weights)
         path = folder / f"clip_{key}.safetensors"
         if not _is_whole(path):
             _write(path, source, encoders)

@@ -278,7 +278,8 @@ class AdapterTrainer:
         return sorted(torch.randperm(count, generator=generator)[:size].tolist())
 
     def _condition_size(self) -> tuple[int, int]:
-        return self.adapter.encoder.size
+        _, height, width = self.clips.latent_shape
+        return self.adapter.condition_size(height, width)
 
     def accumulate(self, batch: Batch) -> float:
         """The loss of a batch, and its gradient in the adapter, summed over chunks of frames.
@@ -310,7 +311,8 @@ class AdapterTrainer:
     def tokens(self, conditions: Tensor, null: Tensor) -> Tensor:
         """Conditions (B,3,h,w) to flow tokens; the learned null label where `null` (B,)."""
         tokens = self.adapter.encode(conditions)
-        nothing = self.adapter.null_tokens(len(tokens)).to(tokens)
+        size = (self.clips.latent_shape[1], self.clips.latent_shape[2])
+        nothing = self.adapter.null_tokens(len(tokens), size).to(tokens)
         return torch.where(null[:, None, None], nothing, tokens)
 
     @contextmanager

@@ -46,7 +46,7 @@ def encoders(channels: int = 4, width: int = WIDTH) -> Encoders:
         generator = torch.Generator().manual_seed(sum(map(ord, caption)))
         return torch.randn(LENGTH, width, generator=generator)
 
-    return Encoders(latents, text, f"means {channels} {width}")
+    return Encoders(latents, text)
 
 
 def write_clips(

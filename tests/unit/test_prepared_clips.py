@@ -71,8 +71,11 @@ def test_what_is_no_longer_among_the_clips_is_dropped(tmp_path: Path) -> None:
 def test_other_weights_prepare_the_clips_anew(tmp_path: Path) -> None:
     before = write_clips(tmp_path).paths
     given = encoders()
-    changed = Encoders(given.latents, given.text, "another VAE")
-    assert not set(before) & set(prepare_clips(tmp_path, sources(3), 3, changed).paths)
+    for changed in (
+        Encoders(lambda frames: 1.1 * given.latents(frames), given.text),
+        Encoders(given.latents, lambda caption: given.text(caption) + 0.1),
+    ):
+        assert not set(before) & set(prepare_clips(tmp_path, sources(3), 3, changed).paths)
 
 
 def test_a_full_disk_says_so_and_keeps_what_is_there(
@@ -131,7 +134,7 @@ def test_clips_of_different_sizes_are_refused(tmp_path: Path) -> None:
 
 def test_latents_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     given = encoders()
-    broken = Encoders(lambda frames: given.latents(frames) * torch.nan, given.text, "broken")
+    broken = Encoders(lambda frames: given.latents(frames) * torch.nan, given.text)
     with pytest.raises(ClipsError, match=r"clip 0: expected finite latents.*VAE"):
         prepare_clips(tmp_path, sources(1), 1, broken)
 
