@@ -24,7 +24,7 @@ from comfy.model_base import ModelType
 from torch import Tensor, nn
 
 from ...s2dm.data.prepared import Encoders, PreparedClips
-from ...s2dm.models import FlowAdapter, FlowAdapterConfig, ScheduleConfig
+from ...s2dm.models import FlowAdapter, FlowAdapterConfig
 from ...s2dm.training.flow_adapter import AdapterTrainer, Denoiser
 from .adapter import AdapterError
 from .attention import cross_attention_layers, with_flow
@@ -100,11 +100,6 @@ def schedule_of(model: comfy.model_patcher.ModelPatcher) -> tuple[Tensor, str]:
         )
     sigmas = sampling.sigmas.detach().float().cpu().clone()
     return 1 / (1 + sigmas.square()), kind
-
-
-def schedule_config(model: comfy.model_patcher.ModelPatcher) -> ScheduleConfig:
-    """What an adapter's file says of the schedule it was trained on."""
-    return ScheduleConfig(prediction_type=schedule_of(model)[1])
 
 
 def compute_dtype(model: comfy.model_patcher.ModelPatcher, precision: str) -> torch.dtype:
@@ -216,9 +211,7 @@ class _Checkpointed:
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         # Core goes on to write into its options which block it is at.
         args = tuple(dict(part) if type(part) is dict else part for part in args)
-        kwargs = {
-            name: dict(part) if type(part) is dict else part for name, part in kwargs.items()
-        }
+        kwargs = {name: dict(part) if type(part) is dict else part for name, part in kwargs.items()}
         return torch.utils.checkpoint.checkpoint(
             self._forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
         )

@@ -25,7 +25,8 @@ from ..files import save_tensors, write_json
 from ..flow import FlowField, estimate_flow
 from ..flow.estimate import FlowModel
 from ..flow.texture import clouds
-from ..video import read_clip, to_uint8
+from ..video import cover, read_clip, to_uint8
+from ..video.frames import spread
 from .clip import Clip
 from .sets import ClipDataset
 from .videos import find_clips, read_captions
@@ -114,9 +115,15 @@ def _file_source(
 
 
 def frames_source(
-    name: str, frames: Tensor, caption: str, method: str | FlowModel = "dis"
+    name: str,
+    frames: Tensor,
+    caption: str,
+    count: int,
+    size: tuple[int, int],
+    method: str | FlowModel = "dis",
 ) -> Source:
-    """A clip whose frames (N,3,H,W) in [0,1] are at hand."""
+    """A clip whose frames (N,3,H,W) in [0,1] are at hand; arguments as in `folder_sources`."""
+    frames = cover(frames[spread(len(frames), count)], *size)
     digest = hashlib.sha256()
     for frame in frames:
         digest.update(to_uint8(frame).tobytes())

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..data.prepared import PreparedClips
 from ..files import save_tensors, write_json
-from ..models import FlowAdapter, FlowAdapterConfig
+from ..models import Checkpoint, FlowAdapter, FlowAdapterConfig, S2DMConfig, ScheduleConfig
 from ..sector import NoiseSharing, add_noise, predicted_x0, training_target
 from ..sector.diffusion import PREDICTION_TYPES
 from ..settings import SettingsError, to_dict
@@ -328,6 +328,25 @@ class AdapterTrainer:
     def averaged_state(self) -> dict[str, Tensor]:
         """The averaged weights, on the CPU, of a kind that any engine can load."""
         return {name: value.detach().cpu().clone() for name, value in self.ema.average.items()}
+
+    def checkpoint(self) -> Checkpoint:
+        """The averaged adapter, as a file that holds it alone, and what it was trained on."""
+        clips, (height, width) = self.clips, self.clips.flow_size
+        config = S2DMConfig(
+            flow_adapter=self.adapter.config,
+            schedule=ScheduleConfig(
+                steps=len(self.denoiser.alpha_bars), prediction_type=self.denoiser.prediction_type
+            ),
+            resolution=(height, width),
+            frames=clips.num_frames,
+            noise_sharing=self.settings.noise_sharing,
+            noise_share=self.settings.noise_share if self.settings.noise_sharing == "mixed" else 1,
+            data=(
+                f"{self.step} steps on {len(clips)} clips of {clips.num_frames} frames, "
+                f"{width}x{height} ({clips.folder.name}, {clips.key})"
+            ),
+        )
+        return Checkpoint(config, {"flow_adapter": self.averaged_state()})
 
     @torch.no_grad()
     def sample(

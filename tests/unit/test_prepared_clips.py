@@ -162,7 +162,10 @@ def test_a_folder_without_clips_is_refused(tmp_path: Path, there: bool) -> None:
 
 def test_frames_at_hand_are_known_by_what_they_show() -> None:
     pixels = moving_clip(0).pixels
-    one = frames_source("a", pixels, "moves")
-    assert one.key == frames_source("b", pixels.clone(), "moves").key
-    assert one.key != frames_source("a", pixels.flip(0), "moves").key
-    assert one.key != frames_source("a", pixels, "stands").key
+    shape = (3, (24, 32))
+    one = frames_source("a", pixels, "moves", *shape)
+    assert tuple(one.load().frames.shape) == (3, 3, 24, 32)
+    assert one.key == frames_source("b", pixels.clone(), "moves", *shape).key
+    assert one.key != frames_source("a", pixels.flip(0), "moves", *shape).key
+    assert one.key != frames_source("a", pixels, "stands", *shape).key
+    assert one.key != frames_source("a", pixels, "moves", 4, (24, 32)).key

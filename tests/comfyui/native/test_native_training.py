@@ -57,9 +57,7 @@ class Run:
             with training.frozen(
                 model, adapter, prepared, chosen.chunk, checkpointing=checkpointing
             ) as denoiser:
-                self.trainer = library.AdapterTrainer(
-                    chosen, adapter, denoiser, prepared, folder
-                )
+                self.trainer = library.AdapterTrainer(chosen, adapter, denoiser, prepared, folder)
                 self.loss = self.trainer.accumulate(self.trainer.batch(0))
                 self.gradient = torch.cat([p.grad.flatten() for p in adapter.parameters()])
                 adapter.zero_grad()
@@ -105,7 +103,9 @@ def test_it_trains_what_was_loaded_in_inference_mode_and_leaves_it_alone(
     after = unet.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(image(), clean)
-    forwards = [m for m in unet.modules() if type(vars(m).get("forward")).__name__ == "_Checkpointed"]
+    forwards = [
+        m for m in unet.modules() if type(vars(m).get("forward")).__name__ == "_Checkpointed"
+    ]
     assert not forwards
 
 
