@@ -149,13 +149,13 @@ def test_sizes_that_do_not_fit_are_refused_by_name():
         adapter.attend("input_1_0", q, prompt, prompt, tokens, size, attention)
 
     attend(tokens, (8, 8))
-    with pytest.raises(ValueError, match="expected 75 features for latents of 9x6.*got 84"):
+    with pytest.raises(ValueError, match=r"expected 75 features for latents of 9x6.*got 84"):
         attend(tokens, (9, 6))
-    with pytest.raises(ValueError, match="a layer of 8x8, 4x4, 2x2 pixels.*got one of 36.*channel"):
+    with pytest.raises(ValueError, match=r"a layer of 8x8, 4x4, 2x2 pixels.*got one of 36"):
         attend(tokens, (8, 8), q=torch.randn(1, 36, 32))
-    with pytest.raises(ValueError, match="height and width.*got none"):
+    with pytest.raises(ValueError, match=r"height and width.*got none"):
         attend(tokens, None)
-    with pytest.raises(ValueError, match="height and width.*got none"):
+    with pytest.raises(ValueError, match=r"height and width.*got none"):
         adapter.null_tokens(1)
     with pytest.raises(ValueError, match=r"8 pixels for each latent.*got \(60, 64\)"):
         adapter.encode(torch.zeros(1, 3, 60, 64))
