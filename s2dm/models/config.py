@@ -37,6 +37,7 @@ _MOST_LAYERS = 512
 _MOST_TOKENS = 2**20
 _MOST_PIXELS = 2**14  # along a side
 _MOST_STEPS = 10**5
+_MOST_COUNT = 10**12
 _HUGE = 1e30
 
 
@@ -497,12 +498,32 @@ class FlowGeneratorConfig(_Config):
 
 
 @dataclass(frozen=True)
+class AdapterTrainingConfig(_Config):
+    """What a flow adapter alone was trained on, for people who look for one for their model.
+
+    `base` is the name of the model that it was trained for, `clips` how many clips it saw, in
+    `steps` steps. Sizes, schedule, data and licence are those of the file.
+    """
+
+    base: str = ""
+    clips: int = 0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self._expect(isinstance(self.base, str), "base", "text")
+        for name in ("clips", "steps"):
+            good = _is_count(getattr(self, name), _MOST_COUNT, least=0)
+            self._expect(good, name, f"a whole number from 0 to {_MOST_COUNT}")
+
+
+@dataclass(frozen=True)
 class S2DMConfig(_Config):
     """Everything a checkpoint says about itself. A part that it does not hold is `None`.
 
     `text_encoder` reads the prompt for both stages. `tokenizer` is the specification of its
     tokenizer (see `tokenizer.py`); `sampling` is what the checkpoint recommends;
     `resolution` is (height, width) in pixels; `data` and `licence` are free text for people.
+    `adapter_training` is known of an adapter that was trained alone, for a model of its own.
     `frames`, `noise_sharing` and `noise_share` say how stage 2 was trained. Sampling does not
     follow the last two: it shares noise unless told otherwise.
     """
@@ -522,8 +543,12 @@ class S2DMConfig(_Config):
     noise_share: float = 1.0
     data: str = ""
     licence: str = ""
+    adapter_training: AdapterTrainingConfig | None = None
 
     def __post_init__(self) -> None:
+        training = self.adapter_training
+        good = training is None or isinstance(training, AdapterTrainingConfig)
+        self._expect(good, "adapter_training", "base, clips and steps")
         self._expect(_is_count(self.format_version), "format_version", "a whole number")
         self._expect(isinstance(self.schedule, ScheduleConfig), "schedule", "a schedule")
         self._expect(isinstance(self.sampling, SamplingConfig), "sampling", "steps and guidance")
