@@ -24,7 +24,7 @@ from ..s2dm.data.prepared import (
     prepare_clips,
 )
 from ..s2dm.flow.estimate import METHODS
-from ..s2dm.models import FUSIONS, LATENT_CELL, load_checkpoint, save_checkpoint
+from ..s2dm.models import FUSIONS, LATENT_CELL, load_checkpoint
 from ..s2dm.training.curves import loss_picture
 from ..s2dm.training.flow_adapter import AdapterSettings, AdapterTrainer, new_adapter
 from ..s2dm.video import to_uint8
@@ -408,7 +408,7 @@ class TrainFlowAdapter(io.ComfyNode):
             def on_step(trainer: AdapterTrainer) -> None:
                 nonlocal sheet
                 if trainer.step % save_every == 0 and trainer.step < steps:
-                    save_checkpoint(path, trainer.checkpoint(), torch.float16)
+                    trainer.export(path)
                 if preview_every and trainer.step % preview_every == 0:
                     sheet = preview(trainer, latent_format)
                     bar.update_absolute(trainer.step, steps, _shown(sheet, trainer.losses))
@@ -430,9 +430,9 @@ class TrainFlowAdapter(io.ComfyNode):
                     trainer.run(on_step)
                 except interrupted:
                     if trainer.step:
-                        save_checkpoint(path, trainer.checkpoint(), torch.float16)
+                        trainer.export(path)
                     raise
-                save_checkpoint(path, trainer.checkpoint(), torch.float16)
+                trainer.export(path)
             found = load_checkpoint(path, parts=("flow_adapter",))
             patched = apply_adapter(model, *found["flow_adapter"], sampling=found.config.sampling)
             keep_when_saving(patched, found.config.adapter_only())

@@ -25,7 +25,13 @@ from torch import Tensor
 
 from ..data.prepared import PreparedClips
 from ..files import save_tensors, write_json
-from ..models import Checkpoint, FlowAdapter, FlowAdapterConfig, S2DMConfig, ScheduleConfig
+from ..models import (
+    AdapterTrainingConfig,
+    FlowAdapter,
+    FlowAdapterConfig,
+    ScheduleConfig,
+    save_adapter,
+)
 from ..sector import NoiseSharing, add_noise, predicted_x0, training_target
 from ..sector.diffusion import PREDICTION_TYPES
 from ..settings import SettingsError, to_dict
@@ -329,24 +335,32 @@ class AdapterTrainer:
         """The averaged weights, on the CPU, of a kind that any engine can load."""
         return {name: value.detach().cpu().clone() for name, value in self.ema.average.items()}
 
-    def checkpoint(self) -> Checkpoint:
-        """The averaged adapter, as a file that holds it alone, and what it was trained on."""
+    def export(self, path: Path, base: str = "") -> None:
+        """Write the averaged adapter alone, in half precision, with what it was trained on.
+
+        base: name of the model that it was trained for.
+
+        Raises:
+            AdapterTrainingError: the disk is full, or the file can't be written.
+        """
+        if self.process != 0:
+            return
         clips, (height, width) = self.clips, self.clips.flow_size
-        config = S2DMConfig(
-            flow_adapter=self.adapter.config,
-            schedule=ScheduleConfig(
-                steps=len(self.denoiser.alpha_bars), prediction_type=self.denoiser.prediction_type
-            ),
-            resolution=(height, width),
-            frames=clips.num_frames,
-            noise_sharing=self.settings.noise_sharing,
-            noise_share=self.settings.noise_share if self.settings.noise_sharing == "mixed" else 1,
-            data=(
-                f"{self.step} steps on {len(clips)} clips of {clips.num_frames} frames, "
-                f"{width}x{height} ({clips.folder.name}, {clips.key})"
-            ),
-        )
-        return Checkpoint(config, {"flow_adapter": self.averaged_state()})
+        kind = self.denoiser.prediction_type
+        try:
+            save_adapter(
+                path,
+                self.adapter.config,
+                self.averaged_state(),
+                training=AdapterTrainingConfig(base=base, clips=len(clips), steps=self.step),
+                schedule=ScheduleConfig(steps=len(self.denoiser.alpha_bars), prediction_type=kind),
+                resolution=(height, width),
+                frames=clips.num_frames,
+                data=f"{clips.folder.name} ({clips.key})",
+                dtype=torch.float16,
+            )
+        except (OSError, SafetensorError) as error:
+            raise self._full(path, error) from error
 
     @torch.no_grad()
     def sample(
@@ -428,7 +442,7 @@ class AdapterTrainer:
             try:
                 write_json(path, config)
             except OSError as error:
-                raise self._full(error) from error
+                raise self._full(self.folder.path, error) from error
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -480,12 +494,12 @@ class AdapterTrainer:
         try:
             self.folder.append(record)
         except OSError as error:
-            raise self._full(error) from error
+            raise self._full(self.folder.path, error) from error
 
-    def _full(self, error: OSError) -> AdapterTrainingError:
+    def _full(self, path: Path, error: Exception) -> AdapterTrainingError:
         return AdapterTrainingError(
-            f"{self.folder.path} could not be written ({error}). Make room on the disk, then run "
-            f"it again: it goes on from step {max(self._saved, 0)}."
+            f"{path} could not be written ({error}). Make room on the disk, then run it again: it "
+            f"goes on from step {max(self._saved, 0)}."
         )
 
     def _unreadable(self, path: Path, error: Exception) -> AdapterTrainingError:
