@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..files import replacing
-from ..video.frames import from_uint8
+from ..video.frames import from_uint8, to_uint8
 
 
 def save_curves(path: str | Path, records: Sequence[dict[str, float]]) -> None:
@@ -69,3 +69,11 @@ def loss_picture(losses: Sequence[float], width: int = 512, height: int = 192) -
         draw.text((left, 4), told, fill="black")
         draw.text((left, height - 16), f"step {len(losses)}", fill="black")
     return from_uint8(np.asarray(image).copy())
+
+
+def write_loss_picture(path: str | Path, losses: Sequence[float]) -> None:
+    """Write what `loss_picture` draws, whole or not at all."""
+    from PIL import Image
+
+    with replacing(Path(path)) as temporary:
+        Image.fromarray(to_uint8(loss_picture(losses))).save(temporary, format="PNG")

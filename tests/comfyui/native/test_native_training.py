@@ -318,3 +318,27 @@ def test_what_is_missing_is_asked_for(rig: Any, tmp_path: Path) -> None:
         prepare(rig, videos=[video, video], captions="one")
     with pytest.raises(ValueError, match="which isn't there"):
         prepare(rig, folder=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("fusion", ["channel", "spatial"])
+def test_the_command_line_trains_the_same_weights_from_the_same_seed(
+    rig: Any, inference_model: Any, prepared: Any, tmp_path: Path, fusion: str
+) -> None:
+    from s2dm.training.adapter_run import AdapterRunConfig, train_adapter
+
+    settings = {"steps": 5, "clips": 2, "frames": 3, "chunk": 2, "warmup_steps": 1, "seed": 3}
+    settings |= {"learning_rate": 1e-3}
+    here = Run(rig, inference_model, prepared, tmp_path / "node", fusion, **settings).trainer
+    config = AdapterRunConfig(
+        checkpoint=str(rig.checkpoint),
+        clips_folder=str(prepared.folder),
+        output=str(tmp_path / "command"),
+        fusion=fusion,
+        width=32,
+        hidden=32,
+        **settings,
+    )
+    there = train_adapter(config)
+    assert there.losses == pytest.approx(here.losses, rel=1e-4)
+    for name, weight in there.averaged_state().items():
+        assert (weight - here.averaged_state()[name]).abs().max() <= 1e-4, name
