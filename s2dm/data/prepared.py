@@ -34,7 +34,7 @@ from .videos import find_clips, read_captions
 FORMAT = 1
 INDEX = "clips.json"
 _EMPTY = "empty.safetensors"
-_TRIAL_SIDE, _TRIAL_TEXT = 64, "a person is walking"
+_TRIAL_SIDE = 64
 _PARTS = ("latents", "displacement", "occlusion", "text")
 
 
@@ -68,8 +68,8 @@ class Encoders:
     text: Callable[[str], Tensor]
 
     def key(self) -> str:
-        """Changes with the weights of either: of what they make of a picture and a prompt."""
-        made = (self.latents(clouds(1, _TRIAL_SIDE)), self.text(_TRIAL_TEXT))
+        """Changes with the weights of either: of what they make of a picture and of no words."""
+        made = (self.latents(clouds(1, _TRIAL_SIDE)), self.text(""))
         return _hash([(part.float().cpu() * 100).round().tolist() for part in made])
 
 

@@ -326,8 +326,7 @@ def test_the_command_line_trains_the_same_weights_from_the_same_seed(
 ) -> None:
     from s2dm.training.adapter_run import AdapterRunConfig, train_adapter
 
-    settings = {"steps": 5, "clips": 2, "frames": 3, "chunk": 2, "warmup_steps": 1, "seed": 3}
-    settings |= {"learning_rate": 1e-3}
+    settings = {"steps": 5, "clips": 2, "frames": 3, "chunk": 2, "seed": 3}
     here = Run(rig, inference_model, prepared, tmp_path / "node", fusion, **settings).trainer
     config = AdapterRunConfig(
         checkpoint=str(rig.checkpoint),
