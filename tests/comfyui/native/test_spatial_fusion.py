@@ -65,9 +65,7 @@ def test_flow_acts_where_it_moves(rig_of):
     moved = still.displacement.clone()
     moved[1, :, :, 96:] = 9.0
     moving = type(still)(moved, still.occlusion)
-    one, other = (
-        rig.sample(rig.encode(flow), model, steps=1, cfg=1.0) for flow in (still, moving)
-    )
+    one, other = (rig.sample(rig.encode(flow), model, steps=1, cfg=1.0) for flow in (still, moving))
     change = (one - other)[1].abs().mean((0, 1))
     assert change[13:].mean() > 2 * change[:8].mean()
 
