@@ -46,7 +46,7 @@ from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task
 
 PLAIN, ANCHORED = Variant("given-flow-plain"), Variant("given-flow")
 BESIDE = (Variant("zero-flow"), Variant("autoencoder"))
-BASE_STEPS, STEPS = 150, 400
+BASE_STEPS, STEPS = 240, 300
 LEARNING_RATES = dict.fromkeys(FUSIONS, 1e-3)
 """Of each fusion, the better one of two by the loss of its first steps on training clips."""
 
@@ -101,7 +101,7 @@ def settings(options: argparse.Namespace, name: str, **changes: Any) -> Stage2Tr
             options={"clips": options.training_clips},
         ),
         "final_learning_rate": 1e-5,
-        "warmup_steps": 20,
+        "warmup_steps": 10,
         "ema_decay": 0.99,
         "mixed_precision": "no",
         "threads": options.threads,
@@ -129,7 +129,7 @@ def train_base(options: argparse.Namespace) -> Path:
         checkpoint=str(start),
         train=("unet",),
         steps=BASE_STEPS,
-        learning_rate=1e-4,
+        learning_rate=2e-4,
         clips=16,
         clip_frames=1,
         label_dropout=0.0,
@@ -154,8 +154,8 @@ def train_adapter(options: argparse.Namespace, base: Path, fusion: str) -> Path:
         steps=options.steps,
         learning_rate=rate,
         clips=8,
-        clip_frames=2,
-        first_frame=0.25,
+        clip_frames=1,
+        first_frame=0.1,
     )
     export = Path(config.output) / "export.safetensors"
     if not export.exists():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.utils
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 from torch import Tensor, nn
 
 from ...s2dm.models import FlowAdapter
@@ -24,22 +25,35 @@ def block_of(layer: str) -> Block:
 def cross_attention_layers(unet: nn.Module) -> dict[str, int]:
     """Name and inner width of each cross-attention layer of core's U-Net.
 
-    Empty for anything that is not built like Stable Diffusion's U-Net.
+    Empty for anything that is not built like Stable Diffusion's U-Net, with one or several layers
+    in a block (1.x, 2.x, SDXL).
     """
+    return {name: width for name, width, _ in _layers(unet)}
+
+
+def cross_attention_levels(unet: nn.Module) -> tuple[int, ...]:
+    """How often the latents are halved where the layers are, finest first."""
+    return tuple(sorted({level for *_, level in _layers(unet)}))
+
+
+def _layers(unet: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """Name, inner width and level of each cross-attention layer."""
     parts = {
         "input": getattr(unet, "input_blocks", ()),
         "middle": (getattr(unet, "middle_block", ()),),
         "output": getattr(unet, "output_blocks", ()),
     }
-    layers = {}
+    level = 0
     for part, blocks in parts.items():
         for number, block in enumerate(blocks):
             for module in block or ():
+                # A block ends in the layer that changes the size, or is nothing else.
+                level += isinstance(module, Downsample) - isinstance(module, Upsample)
                 for index, transformer in enumerate(getattr(module, "transformer_blocks", ())):
                     attention = getattr(transformer, "attn2", None)
                     if attention is not None:
-                        layers[f"{part}_{number}_{index}"] = attention.heads * attention.dim_head
-    return layers
+                        width = attention.heads * attention.dim_head
+                        yield f"{part}_{number}_{index}", width, level
 
 
 def with_flow(

@@ -55,6 +55,25 @@ def test_only_the_named_parts_learn(tmp_path, vae_file):
     assert same == {"unet": True, "text_encoder": True, "vae": True, "flow_adapter": False}
 
 
+@pytest.mark.parametrize("fusion", ["spatial", "channel+spatial"])
+def test_an_adapter_with_spatial_features_is_trained_and_goes_on(tmp_path, vae_file, fusion):
+    """Its conditions are as large as the pictures; a checkpoint that holds one needs no fusion."""
+    first = tmp_path / "first"
+    train_stage2(stage2_config(first, vae_file, steps=2, fusion=fusion))
+    start = first / "export.safetensors"
+    made = load_checkpoint(start)
+    assert made.config.flow_adapter.fusion == fusion
+    moved = [name for name, weight in made["flow_adapter"].state.items() if ".to_" in name]
+    assert all(made["flow_adapter"].state[name].any() for name in moved)
+    config = stage2_config(
+        tmp_path / "second", "", checkpoint=str(start), train=["flow_adapter"], steps=1
+    )
+    task = build_stage2_task(config, torch.device("cpu"))
+    assert task.model_config.flow_adapter.fusion == fusion
+    assert _batch(task)["conditions"].shape[2:] == (3, SIZE, SIZE)
+    train_stage2(config)
+
+
 @pytest.fixture(scope="module")
 def two_stages(tmp_path_factory):
     """A checkpoint with stage 1 in it, of random weights."""
