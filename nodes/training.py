@@ -35,10 +35,10 @@ from .native.files import adapter_path
 from .native.saving import keep_when_saving
 from .native.training import (
     PRECISIONS,
-    adapter_config_for,
     encoders,
     frozen,
     preview,
+    trainable_config,
     training_mode,
 )
 from .schema import advanced, named_errors, schema, seed_input
@@ -389,7 +389,7 @@ class TrainFlowAdapter(io.ComfyNode):
         with named_errors(cls), training_mode():
             folder = _folder("s2dm_training", name)
             path = adapter_path(folder.name, ours=folder.is_dir())
-            config = adapter_config_for(model, joining)
+            config = trainable_config(model, joining)
             settings = AdapterSettings(
                 steps=steps,
                 learning_rate=learning_rate,

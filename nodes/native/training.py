@@ -19,15 +19,15 @@ import comfy.model_patcher
 import comfy.sd
 import torch
 import torch.utils.checkpoint
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, TimestepBlock, UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepBlock
 from comfy.model_base import ModelType
 from torch import Tensor, nn
 
 from ...s2dm.data.prepared import Encoders, PreparedClips
 from ...s2dm.models import FlowAdapter, FlowAdapterConfig
 from ...s2dm.training.flow_adapter import AdapterTrainer, Denoiser
-from .adapter import AdapterError
-from .attention import cross_attention_layers, with_flow
+from .adapter import AdapterError, adapter_config_for
+from .attention import with_flow
 from .compat import is_dynamic
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -37,27 +37,22 @@ _ACTIVATIONS = 3
 """How much more memory than sampling a training step takes, by core's estimate of sampling."""
 
 
-def adapter_config_for(
+def trainable_config(
     model: comfy.model_patcher.ModelPatcher, fusion: str, **sizes: Any
 ) -> FlowAdapterConfig:
-    """The config of a new adapter for all cross-attention layers of a MODEL.
+    """The config of a new adapter that can be trained on a MODEL.
 
     Raises:
-        AdapterError: no adapter can be trained on this kind of model; it says which kind it is.
+        AdapterError: none can be; it says which kind of MODEL this is.
     """
+    config = adapter_config_for(model, fusion, **sizes)
     unet = model.get_model_object("diffusion_model")
-    layers = cross_attention_layers(unet) if isinstance(unet, UNetModel) else {}
-    if not layers:
-        raise AdapterError(
-            "expected a MODEL with the U-Net of Stable Diffusion 1.x, got "
-            f"{type(model.model).__name__}, which has no such cross-attention layers. Load a "
-            "Stable Diffusion 1.5 checkpoint."
-        )
     if unet.num_classes is not None:
         raise AdapterError(
-            f"expected a MODEL with the U-Net of Stable Diffusion 1.x, got {_kind(model)}, which "
-            "is also told the size of the picture: no adapter can be trained for it yet. Load a "
-            "Stable Diffusion 1.5 checkpoint."
+            "expected a MODEL with the U-Net of Stable Diffusion 1.x or 2.x, got "
+            f"{type(model.model).__name__}, which is also told a picture's size and the whole "
+            "prompt's meaning (SDXL): its adapters can be used, but not trained yet. Load a Stable "
+            "Diffusion 1.5 checkpoint."
         )
     channels = model.get_model_object("latent_format").latent_channels
     if unet.in_channels != channels:
@@ -66,23 +61,7 @@ def adapter_config_for(
             f"{unet.in_channels}: an inpainting or editing model. Train on the base model; the "
             "adapter then works on both."
         )
-    return FlowAdapterConfig(
-        fusion=fusion, layers=tuple(layers.items()), levels=_levels(unet, layers), **sizes
-    )
-
-
-def _kind(model: comfy.model_patcher.ModelPatcher) -> str:
-    return type(model.model).__name__
-
-
-def _levels(unet: UNetModel, layers: dict[str, int]) -> tuple[int, ...]:
-    """How often the latents are halved where the layers are, finest first."""
-    level, of_input = 0, []
-    for block in unet.input_blocks:
-        level += any(isinstance(layer, Downsample) for layer in block)
-        of_input.append(level)
-    inputs = {of_input[int(name.split("_")[1])] for name in layers if name.startswith("input")}
-    return tuple(sorted(inputs | ({level} if "middle_0_0" in layers else set())))
+    return config
 
 
 def schedule_of(model: comfy.model_patcher.ModelPatcher) -> tuple[Tensor, str]:
@@ -136,7 +115,7 @@ def frozen(
     it; what other nodes add while sampling is not.
 
     Args:
-        model: with a U-Net that `adapter_config_for` takes.
+        model: with a U-Net that `trainable_config` takes.
         adapter: in float32; moved to the model's device.
         clips: of the model's VAE and text encoder.
         rows: frames of a call.

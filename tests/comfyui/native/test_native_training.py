@@ -47,7 +47,7 @@ class Run:
         chosen = library.AdapterSettings(**values)
         with torch.inference_mode(), training.training_mode():
             sizes = {"width": 32, "hidden": 32}
-            config = training.adapter_config_for(model, fusion, **sizes)
+            config = training.trainable_config(model, fusion, **sizes)
             adapter = library.new_adapter(config, chosen.seed)
             if stir:
                 generator = torch.Generator().manual_seed(5)
@@ -266,7 +266,7 @@ def test_models_that_no_adapter_can_be_trained_for_are_refused_by_name(
         expected = "FLOW"
     else:
         model.model.diffusion_model = torch.nn.Identity()
-        expected = "Stable Diffusion 1.5"
+        expected = "Stable Diffusion"
     with pytest.raises(ValueError, match=rf"Train Flow Adapter \(S2DM\): .*{expected}"):
         train(rig, model, prepared, "refused")
 
@@ -326,7 +326,7 @@ def test_the_command_line_trains_the_same_weights_from_the_same_seed(
 ) -> None:
     from s2dm.training.adapter_run import AdapterRunConfig, train_adapter
 
-    settings = {"steps": 5, "clips": 2, "frames": 3, "chunk": 2, "seed": 3}
+    settings = {"steps": 5, "clips": 2, "frames": 3, "chunk": 2, "seed": 3, "warmup_steps": 5}
     here = Run(rig, inference_model, prepared, tmp_path / "node", fusion, **settings).trainer
     config = AdapterRunConfig(
         checkpoint=str(rig.checkpoint),
