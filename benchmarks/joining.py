@@ -46,7 +46,7 @@ from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task
 
 PLAIN, ANCHORED = Variant("given-flow-plain"), Variant("given-flow")
 BESIDE = (Variant("zero-flow"), Variant("autoencoder"))
-BASE_STEPS, STEPS = 240, 300
+BASE_STEPS, STEPS = 60, 300
 LEARNING_RATES = dict.fromkeys(FUSIONS, 1e-3)
 """Of each fusion, the better one of two by the loss of its first steps on training clips."""
 
@@ -129,7 +129,7 @@ def train_base(options: argparse.Namespace) -> Path:
         checkpoint=str(start),
         train=("unet",),
         steps=BASE_STEPS,
-        learning_rate=2e-4,
+        learning_rate=1e-4,
         clips=16,
         clip_frames=1,
         label_dropout=0.0,
