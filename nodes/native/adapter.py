@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.model_patcher
@@ -10,11 +11,14 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...s2dm.models import FlowAdapter, FlowAdapterConfig, SamplingConfig
+from ...s2dm.models import FlowAdapter, FlowAdapterConfig, SamplingConfig, ScheduleConfig
 from .attention import cross_attention_layers, cross_attention_levels
 from .frames import call_in_chunks
 from .recommended import recommend
+from .saving import PREDICTIONS
 from .wrappers import KEY, Wrappers
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterError(ValueError):
@@ -76,6 +80,20 @@ def _weights(
     adapter.load_state_dict(state)
     adapter.eval().requires_grad_(False)
     return comfy.model_patcher.ModelPatcher(adapter, load_device, offload_device)
+
+
+def tell_other_prediction(
+    model: comfy.model_patcher.ModelPatcher, schedule: ScheduleConfig
+) -> None:
+    """Warn where a MODEL predicts something else than the one that its adapter was trained on."""
+    found = PREDICTIONS.get(model.model.model_type)
+    if found is not None and found != schedule.prediction_type:
+        logger.warning(
+            "S2DM: the adapter was trained on a model that predicts %s, and the MODEL predicts %s: "
+            "it may follow the flow badly. Use it with the kind of model that it was trained for.",
+            schedule.prediction_type,
+            found,
+        )
 
 
 def adapter_config_for(

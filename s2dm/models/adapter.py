@@ -130,7 +130,7 @@ class FlowAdapter(nn.Module):
             n: how many times.
             size: height and width of the latents, for spatial features.
         """
-        parts = [self.null] if self.encoder is not None else []
+        parts: list[Tensor] = [self.null] if self.encoder is not None else []
         if self.pyramid is not None:
             parts.append(self.pyramid.nulls(_known(size)))
         return torch.cat(parts, dim=1).expand(n, -1, -1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..data import held_out_clips
 from ..flow import FlowField, flow_to_image
-from ..models.checkpoint import read_config
+from ..models.checkpoint import Checkpoint
 from ..models.config import LATENT_CELL, FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
@@ -56,7 +56,8 @@ class Stage2TrainingConfig(TrainingConfig):
     Start: `checkpoint` (a file with a U-Net and a text encoder; parts it lacks are new) or else
     random weights in the sizes of `preset`. `vae` and `text_encoder` are files to take the
     VAE, and the text encoder with its tokenizer, from if they are not the checkpoint's. `train`
-    names the parts that learn. With stage 1 in the checkpoint its text encoder has to stay.
+    names the parts that learn. `fusion` is that of a new adapter, which takes the place of one that
+    was never trained. With stage 1 in the checkpoint its text encoder has to stay.
 
     A batch is `clips` clips with `clip_frames` frames each, drawn from the clip; with
     probability `first_frame` one of them is frame 1, which the flow starts from. With
@@ -325,8 +326,13 @@ def build_stage2_task(
     clips: in place of those that the settings name; their conditions are of a size that the flow
         adapter can encode.
     """
-    clips = clips or training_clips(config, condition_size=_condition_size(config))
-    model_config, states = _start(config, clips.captions)
+    start = load_model(config.checkpoint) if config.checkpoint else None
+    kept = _kept_adapter(config, start)
+    if clips is None:
+        side = config.data.size // LATENT_CELL
+        size = (kept or FlowAdapterConfig(fusion=config.fusion)).condition_size(side, side)
+        clips = training_clips(config, condition_size=size)
+    model_config, states = _start(config, start, kept, clips.captions)
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
     unet = build_unet(model_config.unet, states.get("unet"))
     adapter = build_flow_adapter(model_config.flow_adapter, states.get("flow_adapter"))
@@ -350,20 +356,35 @@ def build_stage2_task(
     return Stage2Task(config, model_config, model, vae, tokenizer, clips, latents, others)
 
 
-def _condition_size(config: Stage2TrainingConfig) -> tuple[int, int]:
-    """Height and width of the flow conditions that the flow adapter of a run encodes."""
-    adapter = read_config(config.checkpoint).flow_adapter if config.checkpoint else None
-    side = config.data.size // LATENT_CELL
-    return (adapter or FlowAdapterConfig(fusion=config.fusion)).condition_size(side, side)
+def _kept_adapter(
+    config: Stage2TrainingConfig, start: Checkpoint | None
+) -> FlowAdapterConfig | None:
+    """The adapter of the checkpoint, if it is trained on; None where a new one takes its place."""
+    if start is None or "flow_adapter" not in start:
+        return None
+    adapter, state = start["flow_adapter"]
+    if adapter.fusion == config.fusion:
+        return adapter
+    if not any(weight.any() for name, weight in state.items() if ".to_" in name):
+        return None  # `s2dm convert` adds one that was never trained
+    if config.fusion != Stage2TrainingConfig.fusion:
+        raise SettingsError(
+            f"{config.checkpoint} holds an adapter that was trained with {adapter.fusion} fusion, "
+            f"got fusion={config.fusion!r}. Leave fusion out to train it on, or start from a "
+            "checkpoint without an adapter."
+        )
+    return adapter
 
 
 def _start(
-    config: Stage2TrainingConfig, captions: list[str]
+    config: Stage2TrainingConfig,
+    start: Checkpoint | None,
+    kept: FlowAdapterConfig | None,
+    captions: list[str],
 ) -> tuple[S2DMConfig, dict[str, dict[str, Tensor]]]:
     """The model's config and the weights that exist already, by part."""
-    if config.checkpoint:
-        start = load_model(config.checkpoint)
-        model_config, states = start.config, start.states
+    if start is not None:
+        model_config, states = start.config, dict(start.states)
         if "unet" not in start:
             raise SettingsError(
                 f"stage 2 needs a checkpoint with a U-Net, got {config.checkpoint} without. Leave "
@@ -393,7 +414,8 @@ def _start(
             "stage 2 needs a trained VAE: set vae to a file that holds one, for example the "
             "export of the VAE trainer."
         )
-    if "flow_adapter" not in states:
+    if kept is None:
+        states.pop("flow_adapter", None)
         adapter = FlowAdapterConfig.for_unet(model_config.unet, fusion=config.fusion)
         model_config = dataclasses.replace(model_config, flow_adapter=adapter)
     model_config = model_config.recommending(config.sampling)

@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import FRAMES, SIZE, stage2_config
 
-from s2dm.models import SamplingConfig, load_checkpoint
+from s2dm.models import Checkpoint, SamplingConfig, load_checkpoint, save_checkpoint
 from s2dm.sector import ReferenceStates
 from s2dm.settings import SettingsError
 from s2dm.training.loop import RunFolder, step_generator
@@ -72,6 +72,28 @@ def test_an_adapter_with_spatial_features_is_trained_and_goes_on(tmp_path, vae_f
     assert task.model_config.flow_adapter.fusion == fusion
     assert _batch(task)["conditions"].shape[2:] == (3, SIZE, SIZE)
     train_stage2(config)
+
+
+def test_an_adapter_that_was_never_trained_gives_way_to_another_fusion(tmp_path, vae_file):
+    """As `s2dm convert` adds one; a trained one is never dropped in silence."""
+    first = tmp_path / "first"
+    train_stage2(stage2_config(first, vae_file, steps=1))
+    found = load_checkpoint(first / "export.safetensors")
+    fresh, trained = tmp_path / "fresh.safetensors", first / "export.safetensors"
+    adapter = {
+        name: torch.zeros_like(weight) if ".to_" in name else weight
+        for name, weight in found["flow_adapter"].state.items()
+    }
+    save_checkpoint(fresh, Checkpoint(found.config, {**found.states, "flow_adapter": adapter}))
+
+    def task(start, **settings):
+        config = stage2_config(tmp_path / "next", "", checkpoint=str(start), **settings)
+        return build_stage2_task(config, torch.device("cpu"))
+
+    assert task(fresh).model_config.flow_adapter.fusion == "channel"
+    assert task(fresh, fusion="spatial").model.flow_adapter.config.fusion == "spatial"
+    with pytest.raises(SettingsError, match=r"trained with channel fusion.*Leave fusion out"):
+        task(trained, fusion="spatial")
 
 
 @pytest.fixture(scope="module")

@@ -82,7 +82,9 @@ def test_flow_acts_and_an_untrained_adapter_does_not(rig, adapter, model, fusion
     assert torch.equal(sample(rig, model, flow), plain), "the model that came in was changed"
 
 
-def test_an_adapter_file_is_listed_and_applied(rig, adapter, model):
+def test_an_adapter_file_is_listed_and_applied(rig, adapter, model, caplog):
+    from pathlib import Path
+
     import folder_paths
 
     from s2dm.models import AdapterTrainingConfig, FlowAdapterConfig, ScheduleConfig, save_adapter
@@ -91,21 +93,20 @@ def test_an_adapter_file_is_listed_and_applied(rig, adapter, model):
     state = trained(rig, config)
     folder = rig.module("nodes.native.files").FOLDER
     (place, *_) = folder_paths.get_folder_paths(folder)
-    from pathlib import Path
-
     path = Path(place) / "xl_spatial.safetensors"
     save_adapter(
         path,
         FlowAdapterConfig.from_dict(config.to_dict()),
         state,
         training=AdapterTrainingConfig("tiny_xl", 3, 10),
-        schedule=ScheduleConfig(),
+        schedule=ScheduleConfig(prediction_type="v_prediction"),
         resolution=(64, 64),
         frames=3,
     )
     try:
         assert path.name in rig.module("nodes.native.files").list_files()
         (patched,) = rig.run("S2DMApplyFlowAdapter", model=model, adapter=path.name)
+        assert "predicts v_prediction, and the MODEL predicts epsilon" in caplog.text
         flow = rig.flow(2)
         direct = adapter.apply_adapter(model, config, state)
         assert torch.equal(sample(rig, patched, flow), sample(rig, direct, flow))
