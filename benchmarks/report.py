@@ -11,6 +11,7 @@ from typing import Any
 
 import ablation
 import flow_generation
+import joining
 import limits
 import noise_in_training
 import table1
@@ -219,6 +220,18 @@ def _ablation(result: dict[str, Any]) -> str:
     )
 
 
+def _joining(result: dict[str, Any]) -> str:
+    return _section(
+        result,
+        "Ways of joining flow",
+        "An image model that stays as it is, and for each fusion an adapter that was trained on it "
+        "alone, from one seed on the same clips, frames and noise. What the fusions are, the "
+        "[method](method.md#joining-flow-and-prompt) says. The budgets are small: the figures say "
+        "which way learns sooner on this model, not how far each would come.",
+        joining.markdown(result),
+    )
+
+
 def _noise_in_training(result: dict[str, Any]) -> str:
     return _section(
         result,
@@ -235,6 +248,7 @@ SECTIONS = {
     "flow_following": _flow_following,
     "limits": _limits,
     "ablation": _ablation,
+    "joining": _joining,
     "noise_in_training": _noise_in_training,
     "table1": _table1,
     "flow_generation": _flow_generation,

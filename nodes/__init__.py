@@ -13,6 +13,7 @@ from .loaders import ApplyFlowAdapter, CheckpointLoader
 from .motion import CameraFlow, DrawFlow, FlowToTracks, TracksToFlow
 from .native.files import register_folder
 from .sampling import SharedNoise, SharedNoiseKSampler, SharedNoiseSampler
+from .training import PrepareClips, TrainFlowAdapter
 
 NODES: list[type[io.ComfyNode]] = [
     CheckpointLoader,
@@ -36,6 +37,8 @@ NODES: list[type[io.ComfyNode]] = [
     WarpImage,
     SaveFlow,
     LoadFlow,
+    PrepareClips,
+    TrainFlowAdapter,
 ]
 
 

@@ -71,7 +71,7 @@ class EstimateFlow(io.ComfyNode):
         cls, frames: torch.Tensor, method: str, optical_flow: object = None
     ) -> io.NodeOutput:
         with named_errors(cls):
-            estimator = _flow_model(optical_flow) if method == _MODEL else method
+            estimator = flow_model(optical_flow) if method == _MODEL else method
             progress = progress_bar(len(frames))
             return io.NodeOutput(estimate_flow(library_frames(frames), estimator, progress))
 
@@ -256,7 +256,7 @@ def library_frames(images: torch.Tensor) -> torch.Tensor:
     return frames.expand(-1, 3, -1, -1) if frames.shape[1] == 1 else frames
 
 
-def _flow_model(connected: object) -> FlowModel:
+def flow_model(connected: object) -> FlowModel:
     """What to call for an object that came in through an OPTICAL_FLOW socket."""
     if isinstance(connected, ModelPatcher):
         comfy.model_management.load_models_gpu([connected])

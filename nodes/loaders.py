@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..s2dm.models import load_checkpoint
-from .native.adapter import apply_adapter
+from .native.adapter import apply_adapter, tell_other_prediction
 from .native.files import find_file, list_files
 from .native.loading import load_all
 from .native.saving import keep_when_saving
@@ -141,6 +141,7 @@ class ApplyFlowAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             found = load_checkpoint(find_file(adapter), parts=("flow_adapter",))
+            tell_other_prediction(model, found.config.schedule)
             sampling = found.config.sampling
             patched = apply_adapter(
                 model, *found["flow_adapter"], strength, frames_at_once, sampling

@@ -9,6 +9,9 @@ FlowGenerator = io.Custom("S2DM_FLOW_GENERATOR")
 """Stage 1, which makes flow from a prompt and a reference frame: a `Stage1`, or in its place a
 `NoFlowGenerator`."""
 
+Clips = io.Custom("S2DM_CLIPS")
+"""Clips prepared for training: a `PreparedClips`, which are files in a folder."""
+
 Tracks = io.Custom("TRACKS")
 """Core's paths of points, as WanMove's nodes have them: {"track_path": (N,P,2) in pixels,
 "track_visibility": (N,P) or (N,1) bool}. Versions of ComfyUI without those nodes have nothing to

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -136,3 +136,27 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Any) -> None:
     """Write a file whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Any],
+    error: type[ValueError],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        error: it can't be written, most often because the disk is full. What was there stays.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        with replacing(path) as temporary:
+            save_file(dict(tensors), temporary, metadata=metadata)
+    except (OSError, SafetensorError) as reason:
+        raise error(
+            f"{path} could not be written ({reason}). Make room on the disk, or let others write "
+            "to the folder; then run it again: it goes on from what was written before."
+        ) from reason

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...s2dm.models import FlowAdapter, FlowAdapterConfig, SamplingConfig
-from .attention import cross_attention_layers
+from ...s2dm.models import FlowAdapter, FlowAdapterConfig, SamplingConfig, ScheduleConfig
+from .attention import cross_attention_layers, cross_attention_levels
 from .frames import call_in_chunks
 from .recommended import recommend
+from .saving import PREDICTIONS
 from .wrappers import KEY, Wrappers
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterError(ValueError):
@@ -30,10 +36,10 @@ def apply_adapter(
     """A clone of a MODEL that follows flow. The model itself stays as it is.
 
     Args:
-        model: any MODEL with the U-Net of Stable Diffusion 1.x. An adapter that it may hold
-            already is replaced.
+        model: any MODEL with the U-Net of Stable Diffusion (1.x, 2.x, SDXL) that the adapter was
+            made for. An adapter that it may hold already is replaced.
         config, state: the adapter, as `load_checkpoint` gives it.
-        strength: multiplies the flow's keys and values; 0 is the model without flow.
+        strength: multiplies what the layers get of the flow; 0 is the model without flow.
         chunk_size: frames that the U-Net sees at a time; 0 chooses from free memory.
         sampling: how the adapter's checkpoint recommends to sample; the paper's settings if None.
 
@@ -76,15 +82,58 @@ def _weights(
     return comfy.model_patcher.ModelPatcher(adapter, load_device, offload_device)
 
 
-def _check_layers(unet: torch.nn.Module, config: FlowAdapterConfig) -> None:
-    there = cross_attention_layers(unet)
-    if not there:
-        raise AdapterError(
-            "expected a MODEL with the U-Net of Stable Diffusion 1.x, got "
-            f"{type(unet).__name__}, which has no such cross-attention layers. Load a Stable "
-            "Diffusion 1.5 checkpoint."
+def tell_other_prediction(
+    model: comfy.model_patcher.ModelPatcher, schedule: ScheduleConfig
+) -> None:
+    """Warn where a MODEL predicts something else than the one that its adapter was trained on."""
+    found = PREDICTIONS.get(model.model.model_type)
+    if found is not None and found != schedule.prediction_type:
+        logger.warning(
+            "S2DM: the adapter was trained on a model that predicts %s, and the MODEL predicts %s: "
+            "it may follow the flow badly. Use it with the kind of model that it was trained for.",
+            schedule.prediction_type,
+            found,
         )
-    wanted = dict(config.layers)
+
+
+def adapter_config_for(
+    model: comfy.model_patcher.ModelPatcher, fusion: str = "channel", **settings: Any
+) -> FlowAdapterConfig:
+    """The config of a new adapter for all cross-attention layers of a MODEL.
+
+    Raises:
+        AdapterError: the MODEL isn't built as an adapter needs it.
+    """
+    unet = model.get_model_object("diffusion_model")
+    layers = _layers_of(unet)
+    levels = cross_attention_levels(unet)
+    return FlowAdapterConfig(fusion=fusion, layers=tuple(layers.items()), levels=levels, **settings)
+
+
+def _layers_of(unet: torch.nn.Module) -> dict[str, int]:
+    """The cross-attention layers that an adapter may enter, with their widths.
+
+    Raises:
+        AdapterError: there are none, or they belong to a model of videos.
+    """
+    layers = cross_attention_layers(unet)
+    if not layers:
+        raise AdapterError(
+            "expected a MODEL with the U-Net of Stable Diffusion (1.x, 2.x, SDXL), got "
+            f"{type(unet).__name__}, which has no such cross-attention layers. Load a checkpoint "
+            "of that kind, such as Stable Diffusion 1.5."
+        )
+    if any(hasattr(module, "time_stack") for module in unet.modules()):
+        raise AdapterError(
+            "expected a MODEL that draws each frame by itself, got one whose frames see one "
+            "another (Stable Video Diffusion). It moves by itself: load a model of images, such "
+            "as Stable Diffusion 1.5."
+        )
+    return layers
+
+
+def _check_layers(unet: torch.nn.Module, config: FlowAdapterConfig) -> None:
+    there, wanted = _layers_of(unet), dict(config.layers)
     wrong = [
         f"{name} is {there.get(name, 'missing')} (expected {width})"
         for name, width in wanted.items()
@@ -97,4 +146,11 @@ def _check_layers(unet: torch.nn.Module, config: FlowAdapterConfig) -> None:
             f"{', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}. Use the adapter with the "
             "kind of model that it was trained for (Stable Diffusion 1.5 has widths 320, 640 "
             "and 1280)."
+        )
+    levels = cross_attention_levels(unet)
+    if config.spatial and not set(levels) <= set(config.levels):
+        raise AdapterError(
+            f"the adapter was made for another U-Net: it has features for the levels "
+            f"{list(config.levels)}, the MODEL's layers are at {list(levels)}. Use the adapter "
+            "with the kind of model that it was trained for."
         )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.utils
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 from torch import Tensor, nn
 
-from ...s2dm.models import FlowAdapter, fuse_attention
+from ...s2dm.models import FlowAdapter
 
 Block = tuple[str, int, int]
 Patch = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -24,22 +25,35 @@ def block_of(layer: str) -> Block:
 def cross_attention_layers(unet: nn.Module) -> dict[str, int]:
     """Name and inner width of each cross-attention layer of core's U-Net.
 
-    Empty for anything that is not built like Stable Diffusion's U-Net.
+    Empty for anything that is not built like Stable Diffusion's U-Net, with one or several layers
+    in a block (1.x, 2.x, SDXL).
     """
+    return {name: width for name, width, _ in _layers(unet)}
+
+
+def cross_attention_levels(unet: nn.Module) -> tuple[int, ...]:
+    """How often the latents are halved where the layers are, finest first."""
+    return tuple(sorted({level for *_, level in _layers(unet)}))
+
+
+def _layers(unet: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """Name, inner width and level of each cross-attention layer."""
     parts = {
         "input": getattr(unet, "input_blocks", ()),
         "middle": (getattr(unet, "middle_block", ()),),
         "output": getattr(unet, "output_blocks", ()),
     }
-    layers = {}
+    level = 0
     for part, blocks in parts.items():
         for number, block in enumerate(blocks):
             for module in block or ():
+                # A block ends in the layer that changes the size, or is nothing else.
+                level += isinstance(module, Downsample) - isinstance(module, Upsample)
                 for index, transformer in enumerate(getattr(module, "transformer_blocks", ())):
                     attention = getattr(transformer, "attn2", None)
                     if attention is not None:
-                        layers[f"{part}_{number}_{index}"] = attention.heads * attention.dim_head
-    return layers
+                        width = attention.heads * attention.dim_head
+                        yield f"{part}_{number}_{index}", width, level
 
 
 def with_flow(
@@ -47,6 +61,7 @@ def with_flow(
     adapter: FlowAdapter,
     strength: float,
     tokens: Tensor,
+    size: tuple[int, int],
     mask: Tensor | None,
 ) -> dict[str, Any]:
     """A copy of core's transformer options in which each layer of the adapter sees the flow.
@@ -55,8 +70,9 @@ def with_flow(
 
     Args:
         transformer_options: of the call; not changed.
-        adapter, strength: the strength multiplies the flow's keys and values.
+        adapter, strength: the strength multiplies what a layer gets of the flow.
         tokens: (B, tokens, width), for the B samples of the call.
+        size: height and width of the latents of the call.
         mask: (B, 1, h, w), 1 where a place of the picture sees these tokens, 0 where it sees
             the null tokens; None for everywhere.
     """
@@ -66,7 +82,7 @@ def with_flow(
         block = block_of(layer)
         # A patch may be meant for one transformer of a block or, as core allows, for all.
         previous = patches.get(block, patches.get(block[:2]))
-        patches[block] = _FlowPatch(adapter, layer, strength, tokens, mask, previous)
+        patches[block] = _FlowPatch(adapter, layer, strength, tokens, size, mask, previous)
     return {**transformer_options, "patches_replace": {**replace, "attn2": patches}}
 
 
@@ -79,6 +95,7 @@ class _FlowPatch:
         layer: str,
         strength: float,
         tokens: Tensor,
+        size: tuple[int, int],
         mask: Tensor | None,
         previous: Patch | None,
     ) -> None:
@@ -86,6 +103,7 @@ class _FlowPatch:
         self.layer = layer
         self.strength = strength
         self.tokens = tokens
+        self.size = size
         self.mask = mask
         self.previous = previous
 
@@ -93,21 +111,14 @@ class _FlowPatch:
         out = self._attend(q, k, v, self.tokens, extra_options)
         if self.mask is None:
             return out
-        null = self.adapter.null_tokens(1).to(self.tokens).expand(len(q), -1, -1)
+        null = self.adapter.null_tokens(1, self.size).to(self.tokens).expand(len(q), -1, -1)
         share = self._mask_of_queries(q, extra_options)
         return share * out + (1 - share) * self._attend(q, k, v, null, extra_options)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, extra_options: dict[str, Any]
     ) -> Tensor:
-        flow_k, flow_v = (
-            self.strength * part.to(k) for part in self.adapter.keys_values(self.layer, tokens)
-        )
-
         def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            # Another node's patch adds something of its own, so it runs once: on the prompt.
-            if self.previous is not None and key is not flow_k:
-                return self.previous(query, key, value, extra_options)
             return optimized_attention(
                 query,
                 key,
@@ -117,7 +128,15 @@ class _FlowPatch:
                 transformer_options=extra_options,
             )
 
-        return fuse_attention(q, k, v, flow_k, flow_v, self.adapter.config.fusion, attention)
+        def of_prompt(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # Another node's patch adds something of its own, so it runs once: on the prompt.
+            if self.previous is not None:
+                return self.previous(query, key, value, extra_options)
+            return attention(query, key, value)
+
+        return self.adapter.attend(
+            self.layer, q, k, v, tokens, self.size, of_prompt, self.strength, attention
+        )
 
     def _mask_of_queries(self, q: Tensor, extra_options: dict[str, Any]) -> Tensor:
         height, width = extra_options["activations_shape"][-2:]

@@ -221,13 +221,13 @@ def _attempt(
     try:
         return call(latents, frames=frames, **arguments)
     except RuntimeError as error:
-        if last or not _is_out_of_memory(error):
+        if last or not is_out_of_memory(error):
             raise
     # Outside the except block, because the exception holds the tensors of the failed call.
     return None
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     # Newer versions of core know errors that only say so by a code, and clear what such an
     # error leaves on the device.
     if getattr(comfy.model_management, "is_oom", lambda error: False)(error):

@@ -66,3 +66,20 @@ def find_file(name: str) -> str:
             f"{folder_paths.get_folder_paths(FOLDER)[0]} and refresh the page."
         )
     return found
+
+
+def adapter_path(name: str, ours: bool) -> Path:
+    """Where a trained adapter is kept, `models/s2dm/NAME.safetensors`.
+
+    ours: whether a run of this name has written there before.
+
+    Raises:
+        ValueError: a file of this name is there that no run has written.
+    """
+    path = Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}.safetensors"
+    if path.exists() and not ours:
+        raise ValueError(
+            f"expected a name that no file in {path.parent} has, got '{name}': {path.name} was not "
+            "trained here and would be lost. Take another name."
+        )
+    return path

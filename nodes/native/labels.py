@@ -25,10 +25,12 @@ from ...s2dm.models import LATENT_CELL, FlowAdapter
 LABEL = "s2dm_flow"
 """Key of a `FlowLabel`, or of None for the null label, in a conditioning entry."""
 TABLES = "s2dm_tokens"
-"""Key of each adapter's table in the transformer options of a run: (rows, tokens, width), null
-first."""
+"""Key of each adapter's tables in the transformer options of a run (see `encode_labels`)."""
 _ROW, _WINDOW, _MASK = "s2dm_row", "s2dm_window", "s2dm_mask"
 """Keys among the model conditions of an entry: rows of the table, sigmas, and where it is seen."""
+Size = tuple[int, int]
+Tables = dict[Size | None, Tensor]
+
 _ALWAYS = (float("inf"), float("-inf"))
 
 
@@ -114,7 +116,7 @@ def encode_labels(
     adapter: FlowAdapter,
     model: comfy.model_base.BaseModel,
     latents: Tensor,
-) -> Tensor:
+) -> Tables:
     """Replace every label by its rows in a table of tokens, its window of sigmas and its mask.
 
     Args:
@@ -124,27 +126,28 @@ def encode_labels(
         latents: of the run, (N, C, h, w), on the device to encode on.
 
     Returns:
-        The table, (rows, tokens, width). Row 0 is the null label.
+        By the size of the latents that an entry sees, its table, (rows, tokens, width). Row 0 is
+        the null label. Without spatial features there is one, for every size.
     """
     entries = list(_labelled(conditions))
     labels = [entry[_ROW].label for _, entry in entries]
     masked = any(label is not None and label.mask is not None for label in labels)
     size = tuple(latents.shape[-2:])
     like = latents.new_empty(0, dtype=model.manual_cast_dtype or model.get_dtype())
-    null = adapter.null_tokens(1).to(like)
-    table = [null]
-    count = 1
+    tables: dict[Size | None, list[Tensor]] = {}
     rows = {id(None): torch.zeros(1, 1, dtype=torch.long, device=like.device)}
     for (area, entry), label in zip(entries, labels, strict=True):
+        within = size if area is None else _within(area, size)
+        null = adapter.null_tokens(1, within).to(like)
+        table = tables.setdefault(_size_of_table(adapter, within), [null])
         key = id(None) if label is None or not label.strength else (id(label), area)
         if key not in rows:
-            seen = _seen(label.flow, area, size)
-            tokens = adapter.tokens(seen, like)
+            seen, count = _seen(label.flow, area, size), sum(map(len, table))
+            tokens = adapter.tokens(seen, within, like)
             table.append(torch.lerp(null, tokens, label.strength))
             numbers = torch.arange(count, count + len(tokens))
             numbers[_as_frame_1(seen)] = count
             rows[key] = numbers[:, None].to(like.device)
-            count += len(tokens)
         entry[_ROW] = comfy.conds.CONDRegular(rows[key])
         text = entry.get("c_crossattn")
         if type(text) is comfy.conds.CONDCrossAttn and text.cond.shape[0] == 1:
@@ -152,7 +155,7 @@ def encode_labels(
         entry[_WINDOW] = comfy.conds.CONDRegular(_window(label, model.model_sampling, like.device))
         if masked:
             entry[_MASK] = comfy.conds.CONDNoiseShape(_mask(label, size, like))
-    return torch.cat(table)
+    return {key: torch.cat(table) for key, table in tables.items()}
 
 
 def settle_rows(t: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +173,11 @@ def settle_rows(t: Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokens_of_call(
-    adapter: FlowAdapter, options: dict[str, Any], t: Tensor, conditions: dict[str, Any]
+    adapter: FlowAdapter,
+    options: dict[str, Any],
+    t: Tensor,
+    size: Size,
+    conditions: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """What a call of the U-Net is to see of the flow.
 
@@ -178,19 +185,30 @@ def tokens_of_call(
         adapter: of the model that is called.
         options: core's transformer options, with the tables of the run.
         t: sigmas of the call, (B,).
+        size: height and width of the latents of the call.
         conditions: of the call, from `settle_rows`.
 
     Returns:
         Tokens, (B, tokens, width); where the picture sees them, (B, 1, h, w), or None for
         everywhere; and the conditions without ours.
+
+    Raises:
+        FlowLabelError: latents of a size that no flow was encoded for.
     """
     row, mask = (conditions.get(name) for name in (_ROW, _MASK))
     rest = {k: v for k, v in conditions.items() if k not in (_ROW, _MASK)}
     tables = options.get(TABLES, {})
     # On a further GPU the model and its adapter are copies.
-    table = tables.get(adapter, next(iter(tables.values()), None))
-    if row is None or table is None:
-        return adapter.null_tokens(1).to(t.device).expand(len(t), -1, -1), None, rest
+    by_size = tables.get(adapter, next(iter(tables.values()), None))
+    if row is None or by_size is None:
+        return adapter.null_tokens(1, size).to(t.device).expand(len(t), -1, -1), None, rest
+    table = by_size.get(_size_of_table(adapter, size))
+    if table is None:
+        raise FlowLabelError(
+            f"S2DM flow: expected latents of one of the sizes {sorted(by_size)} (height, width), "
+            f"as the flow was encoded for, got {size}. An adapter with spatial features sees no "
+            "tiles: leave out the node that samples in tiles, or use an adapter of channel fusion."
+        )
     # Another GPU may run a part of the conditions.
     return table.to(t.device)[row[:, 0]], mask, rest
 
@@ -210,6 +228,17 @@ def _labelled(
             if isinstance(model_conditions.get(_ROW), _LabelCondition):
                 area = entry.get("area")
                 yield (tuple(area) if area is not None else None), model_conditions
+
+
+def _size_of_table(adapter: FlowAdapter, size: Size) -> Size | None:
+    """Spatial features differ in number from size to size, the tokens of a grid don't."""
+    return tuple(size) if adapter.config.spatial else None
+
+
+def _within(area: tuple[int, ...], size: Size) -> Size:
+    """Height and width of an area (height, width, top, left), which core cuts at the border."""
+    height, width, top, left = area
+    return min(height, size[0] - top), min(width, size[1] - left)
 
 
 def _seen(flow: FlowField, area: tuple[int, ...] | None, size: tuple[int, int]) -> FlowField:

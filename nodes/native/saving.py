@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
-_PREDICTIONS = {ModelType.EPS: "epsilon", ModelType.V_PREDICTION: "v_prediction"}
+PREDICTIONS = {ModelType.EPS: "epsilon", ModelType.V_PREDICTION: "v_prediction"}
+"""What models predict, in the words of a `ScheduleConfig`, by core's names for it."""
 _PARTS = ("unet", "text_encoder", "vae")
 _CONFIG = "model_config"
 """Where core keeps the configuration of a model."""
@@ -115,7 +116,7 @@ def _with_stable_diffusion(config: S2DMConfig, model_type: ModelType) -> S2DMCon
             text_encoder=SD15.text_encoder,
             vae=SD15.vae,
             tokenizer=SD15.tokenizer,
-            schedule=ScheduleConfig(prediction_type=_PREDICTIONS[model_type]),
+            schedule=ScheduleConfig(prediction_type=PREDICTIONS[model_type]),
         )
     except (SettingsError, KeyError):
         return config
@@ -153,7 +154,7 @@ def _additions(kept: _Kept, weights: State) -> State:
         )
     added = _of_part("flow_adapter", kept.adapter)
     for name in added:
-        if name.endswith((".to_k.weight", ".to_v.weight")):
+        if name.endswith((".to_k.weight", ".to_v.weight", ".to_add.weight")):
             added[name] = added[name] * kept.strength
     if config.flow_generator is not None and kept.generator is not None:
         added |= _of_part("flow_generator", kept.generator)

@@ -85,6 +85,7 @@ class Wrappers:
         options = transformer_options or {}
         adapter = held_adapter(executor.class_obj.current_patcher)
         if adapter is not None:  # not the second model of a guider
-            tokens, mask, kwargs = tokens_of_call(adapter, options, t, kwargs)
-            options = with_flow(options, adapter, self.strength, tokens, mask)
+            size = tuple(x.shape[-2:])
+            tokens, mask, kwargs = tokens_of_call(adapter, options, t, size, kwargs)
+            options = with_flow(options, adapter, self.strength, tokens, size, mask)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)

@@ -19,6 +19,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         ("text", "the text encoder of a new model"),
         ("stage1", "the flow generator"),
         ("stage2", "the U-Net with its flow adapter and text encoder"),
+        ("adapter", "a flow adapter alone, for an image model that stays as it is"),
     ):
         network = networks.add_parser(name, help=text, description=f"Train {text}.")
         add_arguments(network)
@@ -38,6 +39,10 @@ def run(options: argparse.Namespace) -> None:
         from ..training.stage1 import Stage1TrainingConfig, train_stage1
 
         train_stage1(from_arguments(Stage1TrainingConfig, options))
+    elif options.network == "adapter":
+        from ..training.adapter_run import AdapterRunConfig, train_adapter
+
+        train_adapter(from_arguments(AdapterRunConfig, options))
     else:
         from ..training.stage2 import Stage2TrainingConfig, train_stage2
 

@@ -55,9 +55,9 @@ class VideoClips:
                 "one that holds them."
             )
         if all((folder / split).is_dir() for split in _SPLITS):
-            self.paths = _clips(folder / name)
+            self.paths = find_clips(folder / name)
         else:
-            found = _clips(folder)
+            found = find_clips(folder)
             held_out = _held_out([path.relative_to(folder).as_posix() for path in found])
             self.paths = [
                 path for path, held in zip(found, held_out, strict=True) if held == (name == "test")
@@ -68,7 +68,7 @@ class VideoClips:
                 f"({', '.join(VIDEO_SUFFIXES)}), animations ({', '.join(MOVING_SUFFIXES)}) or "
                 "folders of images, two or more, each with a text file of the same name beside it."
             )
-        self.captions = _captions(self.paths)
+        self.captions = read_captions(self.paths)
         self._size, self._frames = size, frames
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class VideoClips:
         return Clip(frames, estimate_flow(frames), self.captions[index])
 
 
-def _clips(folder: Path) -> list[Path]:
+def find_clips(folder: Path) -> list[Path]:
     """Videos and folders of images anywhere below, in the order of names."""
     found = []
     for parent, folders, files in os.walk(folder, onerror=_raise):
@@ -118,8 +118,12 @@ def _held_out(names: list[str]) -> list[bool]:
     return [digest in lowest for digest in hashes]
 
 
-def _captions(clips: Iterable[Path]) -> list[str]:
-    """What the text file beside each clip says."""
+def read_captions(clips: Iterable[Path]) -> list[str]:
+    """What the text file beside each clip says.
+
+    Raises:
+        ValueError: a clip has none, or in another encoding.
+    """
     texts: dict[Path, dict[str, Path]] = {}  # by folder and stem
     captions = []
     for path in clips:

@@ -27,7 +27,14 @@ from torch import Tensor
 
 from ..files import replacing
 from ..settings import SettingsError
-from .config import FORMAT_VERSION, S2DMConfig
+from .config import (
+    FORMAT_VERSION,
+    AdapterTrainingConfig,
+    FlowAdapterConfig,
+    S2DMConfig,
+    SamplingConfig,
+    ScheduleConfig,
+)
 from .impostors import impostor, is_pickle
 from .keys import (
     Key,
@@ -235,6 +242,51 @@ def save_checkpoint(
     metadata = {"format": "pt", METADATA_KEY: json.dumps(config.to_dict())}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def save_adapter(
+    path: str | Path,
+    config: FlowAdapterConfig,
+    state: State,
+    *,
+    training: AdapterTrainingConfig,
+    schedule: ScheduleConfig,
+    resolution: tuple[int, int],
+    frames: int,
+    sampling: SamplingConfig | None = None,
+    data: str = "",
+    licence: str = "",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a flow adapter alone, for the model that it was trained for, whole or not at all.
+
+    `load_checkpoint(path, ("flow_adapter",))` reads it again.
+
+    Args:
+        path: the file; its folder is created. A file that is there is replaced.
+        config, state: of the adapter.
+        training: the name of the model it was trained for, clips and steps.
+        schedule: of that model, with its prediction type.
+        resolution, frames: height and width in pixels, and frames of a clip in training.
+        sampling: what the adapter recommends; the paper's settings if None.
+        data, licence: free text for people.
+        dtype: store the weights as this type, for example `torch.float16`.
+
+    Raises:
+        CheckpointError: if the weights are not those that the config describes, or not finite.
+        SettingsError: if one of the values is out of its range.
+    """
+    whole = S2DMConfig(
+        flow_adapter=config,
+        schedule=schedule,
+        sampling=sampling or SamplingConfig(),
+        resolution=resolution,
+        frames=frames,
+        data=data,
+        licence=licence,
+        adapter_training=training,
+    )
+    save_checkpoint(path, Checkpoint(whole, {"flow_adapter": state}), dtype)
 
 
 def parts_of(config: S2DMConfig) -> list[str]:

@@ -8,6 +8,7 @@ names and values so that a broken file is refused in plain words.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ..settings import SettingsError, from_dict
 FORMAT_VERSION = 1
 """Version of the checkpoint format that this code writes, and the newest that it reads."""
 
-FUSIONS = ("channel", "token")
+FUSIONS = ("channel", "token", "spatial", "channel+spatial")
 NORM_SPANS = ("frame", "clip")
 NULL_LABELS = ("learned", "zero")
 UPSAMPLINGS = ("nearest", "transposed")
@@ -36,6 +37,7 @@ _MOST_LAYERS = 512
 _MOST_TOKENS = 2**20
 _MOST_PIXELS = 2**14  # along a side
 _MOST_STEPS = 10**5
+_MOST_COUNT = 10**12
 _HUGE = 1e30
 
 
@@ -184,6 +186,12 @@ class UNetConfig(_Config):
                 number += 1
         return tuple(layers)
 
+    def cross_attention_levels(self) -> tuple[int, ...]:
+        """Return the levels of these layers, finest first: 0 has the size of the latents."""
+        last = len(self.widths) - 1  # where the middle block is
+        levels = self.attention_levels
+        return tuple(level for level in range(last + 1) if levels[level] or level == last)
+
 
 @dataclass(frozen=True)
 class VAEConfig(_Config):
@@ -248,13 +256,19 @@ class TextEncoderConfig(_Config):
 
 @dataclass(frozen=True)
 class FlowAdapterConfig(_Config):
-    """The flow adapter: how flow becomes tokens, and which layers they enter."""
+    """The flow adapter: how flow becomes tokens, and which layers they enter.
+
+    `grid` is the rows and columns of tokens of "channel" and "token". `levels` are the halvings of
+    the latents' size that the layers work at, which "spatial" has features for: 0 is the latents'
+    own size, 3 an eighth of it.
+    """
 
     fusion: str = "channel"
     width: int = 256
     hidden: int = 64
     frequencies: int = 5
     grid: tuple[int, int] = (11, 7)
+    levels: tuple[int, ...] = (0, 1, 2, 3)
     layers: tuple[tuple[str, int], ...] = UNetConfig().cross_attention_layers()
 
     def __post_init__(self) -> None:
@@ -268,6 +282,13 @@ class FlowAdapterConfig(_Config):
         self._expect(good, "frequencies", f"a whole number from 0 to {_MOST_BLOCKS}")
         self._expect_multipliers("grid")
         self._expect(len(self.grid) == 2, "grid", "two numbers, rows and columns")
+        good = (
+            isinstance(self.levels, tuple)
+            and len(self.levels) > 0
+            and all(_is_count(level, _MOST_LEVELS - 1, least=0) for level in self.levels)
+            and all(before < after for before, after in itertools.pairwise(self.levels))
+        )
+        self._expect(good, "levels", f"ascending whole numbers from 0 to {_MOST_LEVELS - 1}")
         good = isinstance(self.layers, tuple) and all(
             isinstance(layer, tuple)
             and len(layer) == 2
@@ -286,10 +307,31 @@ class FlowAdapterConfig(_Config):
         """Number of flow tokens, 77 with the default grid: one for each text token."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def attended(self) -> str | None:
+        """How the grid's tokens enter attention, "channel" or "token"; None without a grid."""
+        kind = self.fusion.split("+")[0]
+        return None if kind == "spatial" else kind
+
+    @property
+    def spatial(self) -> bool:
+        """Whether features at the resolution of the latents are added to what attention gives."""
+        return "spatial" in self.fusion.split("+")
+
+    def condition_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels of the condition to encode for latents of height x width.
+
+        Spatial features need a condition of the latents' own size in pixels, the tokens of a grid
+        always the same one.
+        """
+        cells = (height, width) if self.spatial else self.grid
+        return cells[0] * LATENT_CELL, cells[1] * LATENT_CELL
+
     @classmethod
     def for_unet(cls, unet: UNetConfig, **settings: Any) -> FlowAdapterConfig:
         """Return the config of an adapter for all cross-attention layers of `unet`."""
-        return cls(layers=unet.cross_attention_layers(), **settings)
+        layers, levels = unet.cross_attention_layers(), unet.cross_attention_levels()
+        return cls(layers=layers, levels=levels, **settings)
 
 
 @dataclass(frozen=True)
@@ -456,12 +498,32 @@ class FlowGeneratorConfig(_Config):
 
 
 @dataclass(frozen=True)
+class AdapterTrainingConfig(_Config):
+    """What a flow adapter alone was trained on, for people who look for one for their model.
+
+    `base` is the name of the model that it was trained for, `clips` how many clips it saw, in
+    `steps` steps. Sizes, schedule, data and licence are those of the file.
+    """
+
+    base: str = ""
+    clips: int = 0
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self._expect(isinstance(self.base, str), "base", "text")
+        for name in ("clips", "steps"):
+            good = _is_count(getattr(self, name), _MOST_COUNT, least=0)
+            self._expect(good, name, f"a whole number from 0 to {_MOST_COUNT}")
+
+
+@dataclass(frozen=True)
 class S2DMConfig(_Config):
     """Everything a checkpoint says about itself. A part that it does not hold is `None`.
 
     `text_encoder` reads the prompt for both stages. `tokenizer` is the specification of its
     tokenizer (see `tokenizer.py`); `sampling` is what the checkpoint recommends;
     `resolution` is (height, width) in pixels; `data` and `licence` are free text for people.
+    `adapter_training` is known of an adapter that was trained alone, for a model of its own.
     `frames`, `noise_sharing` and `noise_share` say how stage 2 was trained. Sampling does not
     follow the last two: it shares noise unless told otherwise.
     """
@@ -481,8 +543,12 @@ class S2DMConfig(_Config):
     noise_share: float = 1.0
     data: str = ""
     licence: str = ""
+    adapter_training: AdapterTrainingConfig | None = None
 
     def __post_init__(self) -> None:
+        training = self.adapter_training
+        good = training is None or isinstance(training, AdapterTrainingConfig)
+        self._expect(good, "adapter_training", "base, clips and steps")
         self._expect(_is_count(self.format_version), "format_version", "a whole number")
         self._expect(isinstance(self.schedule, ScheduleConfig), "schedule", "a schedule")
         self._expect(isinstance(self.sampling, SamplingConfig), "sampling", "steps and guidance")

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..models import FlowAdapter, UNetConfig, fuse_attention
+from ..models import FlowAdapter, UNetConfig
 from ..models.keys import attention_names
 
 Beside = Callable[[Hashable, Tensor], Tensor]
@@ -21,10 +21,11 @@ def attach_adapter(unet: UNet2DConditionModel, adapter: FlowAdapter) -> None:
     """Let the U-Net's cross-attention read flow tokens.
 
     From then on `unet(..., cross_attention_kwargs={"flow_tokens": tokens})` takes tokens
-    (N, 77, width), and as "reference" what `ReferenceStates.beside` gives, with its other
-    arguments bound. Without them the U-Net works as before. The adapter stays a module of its
-    own: the U-Net does not register it, so move, train and save it beside the U-Net. Layers that
-    the adapter leaves out see the prompt alone.
+    (N, tokens, width), with "flow_size", the latents' (height, width), which spatial features need,
+    and as "reference" what `ReferenceStates.beside` gives, with its other arguments bound. Without
+    them the U-Net works as before. The adapter stays a module of its own: the U-Net does not
+    register it, so move, train and save it beside the U-Net. Layers that the adapter leaves out see
+    the prompt alone.
 
     Raises:
         ValueError: if the adapter has layers that the U-Net has not, or of another width.
@@ -83,7 +84,7 @@ def unet_config(unet: UNet2DConditionModel) -> UNetConfig:
 
 
 class FlowAttentionProcessor:
-    """Attention of one layer; cross-attention adds the flow's keys and values if given any."""
+    """Attention of one layer; in cross-attention the adapter joins the flow, if given any."""
 
     def __init__(self, adapter: FlowAdapter, layer: str | None) -> None:
         self.adapter = adapter
@@ -97,6 +98,7 @@ class FlowAttentionProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         flow_tokens: Tensor | None = None,
+        flow_size: tuple[int, int] | None = None,
         reference: Beside | None = None,
     ) -> Tensor:
         """Attend from (B, pixels, C) to itself or to the prompt (B, length, context)."""
@@ -116,6 +118,5 @@ class FlowAttentionProcessor:
         if self.layer is None or flow_tokens is None:
             out = attend(q, k, v)
         else:
-            flow_k, flow_v = self.adapter.keys_values(self.layer, flow_tokens)
-            out = fuse_attention(q, k, v, flow_k, flow_v, self.adapter.config.fusion, attend)
+            out = self.adapter.attend(self.layer, q, k, v, flow_tokens, flow_size, attend)
         return attn.to_out[1](attn.to_out[0](out))

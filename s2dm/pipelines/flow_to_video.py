@@ -301,8 +301,11 @@ class FlowToVideoPipeline(DiffusionPipeline):
         if canvas != size:
             flow = flow.resize(*size).pad(*canvas)
         shape = (self.vae.config.latent_channels, *(side // self.vae_factor for side in canvas))
-        labels = self._labels(prompt, negative_prompt, flow, guidance_scale, flow_guidance_scale)
-        without_flow = [(text, self._null_tokens(len(flow))) for text, _ in labels]
+        latent_size = shape[1], shape[2]
+        labels = self._labels(
+            prompt, negative_prompt, flow, latent_size, guidance_scale, flow_guidance_scale
+        )
+        without_flow = [(text, self._null_tokens(len(flow), latent_size)) for text, _ in labels]
         generator = torch.Generator().manual_seed(seed)
         noise = noise_sharing.draw(len(flow), shape, generator).to(self._execution_device)
         levels = NoiseLevels(self.scheduler.alphas_cumprod)
@@ -413,9 +416,17 @@ class FlowToVideoPipeline(DiffusionPipeline):
         return states.flatten(0, 1)[None].to(self.unet.dtype)
 
     @torch.no_grad()
-    def encode_flow(self, flow: FlowField) -> Tensor:
-        """Encode a flow field to tokens (N, tokens, width)."""
-        return self.flow_adapter(flow)
+    def encode_flow(self, flow: FlowField, size: tuple[int, int] | None = None) -> Tensor:
+        """Encode a flow field to tokens (N, tokens, width).
+
+        Args:
+            flow: of any size.
+            size: height and width of the latents; those of a clip of the flow's size if None.
+        """
+        if size is None:
+            height, width = self._canvas(flow.height, flow.width)
+            size = height // self.vae_factor, width // self.vae_factor
+        return self.flow_adapter(flow, size)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, chunk_size: int = 8) -> Tensor:
@@ -441,25 +452,26 @@ class FlowToVideoPipeline(DiffusionPipeline):
         prompt: str,
         negative_prompt: str,
         flow: FlowField,
+        size: tuple[int, int],
         guidance_scale: float,
         flow_guidance_scale: float | None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Text (1, L, d) and flow tokens (N, tokens, width) of each prediction that is needed."""
-        conditional = (self.encode_prompt(prompt), self.encode_flow(flow))
+        conditional = (self.encode_prompt(prompt), self.encode_flow(flow, size))
         if guidance_scale == 1 and flow_guidance_scale in (None, 1):
             return [conditional]
         negative = self.encode_prompt(negative_prompt or "")
         texts = _same_length([conditional[0], negative])
         conditional, negative = (texts[0], conditional[1]), texts[1]
-        unconditional = (negative, self._null_tokens(len(flow)))
+        unconditional = (negative, self._null_tokens(len(flow), size))
         if flow_guidance_scale == 1:  # the prediction under null labels has no weight
             return [(negative, conditional[1]), conditional]
         if flow_guidance_scale is None:
             return [unconditional, conditional]
         return [unconditional, (negative, conditional[1]), conditional]
 
-    def _null_tokens(self, frames: int) -> Tensor:
-        return self.flow_adapter.adapter.null_tokens(frames).detach()
+    def _null_tokens(self, frames: int, size: tuple[int, int]) -> Tensor:
+        return self.flow_adapter.adapter.null_tokens(frames, size).detach()
 
     def _predict(
         self,
@@ -472,11 +484,12 @@ class FlowToVideoPipeline(DiffusionPipeline):
         """ε_θ of the same frames under each of the labels, as one batch, in float32."""
         text = torch.cat([text.expand(len(frames), -1, -1) for text, _ in labels])
         tokens = torch.cat([tokens[frames] for _, tokens in labels])
+        flow = {"flow_tokens": tokens, "flow_size": tuple(latents.shape[-2:])}
         prediction = self.unet(
             latents.to(self.unet.dtype).repeat(len(labels), 1, 1, 1),
             timestep,
             encoder_hidden_states=text,
-            cross_attention_kwargs={"flow_tokens": tokens, "reference": reference},
+            cross_attention_kwargs={**flow, "reference": reference},
         ).sample
         return list(prediction.to(latents.dtype).chunk(len(labels)))
 

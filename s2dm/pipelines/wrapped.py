@@ -35,9 +35,9 @@ class FlowAdapterModel(ModelMixin, ConfigMixin):
         model.adapter = adapter
         return model
 
-    def forward(self, field: FlowField) -> Tensor:
-        """Encode a flow field to tokens (N, tokens, width)."""
-        return self.adapter.tokens(field)
+    def forward(self, field: FlowField, size: tuple[int, int]) -> Tensor:
+        """Encode a flow field to tokens (N, tokens, width), for latents of (height, width)."""
+        return self.adapter.tokens(field, size)
 
 
 class FlowGeneratorModel(ModelMixin, ConfigMixin):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BETA_SCHEDULES = ("scaled_linear", "linear", "cosine")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
 def betas(
@@ -149,5 +150,5 @@ def _roots(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _unknown_type(prediction_type: str) -> ValueError:
     return ValueError(
-        f'The prediction type must be "epsilon" or "v_prediction", not {prediction_type!r}.'
+        f"The prediction type must be {' or '.join(PREDICTION_TYPES)}, not {prediction_type!r}."
     )

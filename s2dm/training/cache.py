@@ -1,7 +1,7 @@
 """Prepared clips on disk, so that a training step touches only small arrays.
 
 A cache folder holds, for every clip of a data set: the frames (uint8), the flow condition
-(float16, at the flow adapter's own size) and the caption; and, for each VAE, the latents
+(float16, at the size that the flow adapter wants) and the caption; and, for each VAE, the latents
 (float16). Filling is resumable: a `done` array says which clips are there.
 """
 
@@ -32,6 +32,7 @@ from .config import TrainingConfig
 logger = logging.getLogger(__name__)
 
 CONDITION_SIZE = (88, 56)
+"""Height and width that the tokens of a flow adapter's grid are made of."""
 
 Arrays = tuple[int, np.ndarray, np.ndarray, str, bool]
 """Number of a clip, its frames, its flow condition, its caption, and whether it is elsewhere."""
@@ -48,9 +49,15 @@ class _Prepared(Dataset):
     traceback.
     """
 
-    def __init__(self, clips: ClipDataset, estimated_flow: float = 0.0) -> None:
+    def __init__(
+        self,
+        clips: ClipDataset,
+        estimated_flow: float = 0.0,
+        condition_size: tuple[int, int] = CONDITION_SIZE,
+    ) -> None:
         self.clips = clips
         self.estimated_flow = estimated_flow
+        self.condition_size = condition_size
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -68,13 +75,13 @@ class _Prepared(Dataset):
         share = self.estimated_flow
         estimated = int((index + 1) * share) > int(index * share)
         flow = estimate_flow(frames) if estimated else clip.flow
-        condition = flow.condition(*CONDITION_SIZE).half().numpy()
+        condition = flow.condition(*self.condition_size).half().numpy()
         pixels = (frames * 255).round().to(torch.uint8).numpy()
         return index, pixels, condition, clip.caption, clip.elsewhere
 
 
 class ClipCache:
-    """Frames (C,N,3,H,W) uint8, conditions (C,N,3,88,56) float16 and captions of C clips.
+    """Frames (C,N,3,H,W) uint8, conditions (C,N,3,h,w) float16 and captions of C clips.
 
     `elsewhere` (C,) bool is what the clips say of themselves.
     """
@@ -96,29 +103,43 @@ class ClipCache:
 
 
 def cache_folder(
-    root: str | Path, data: DataConfig, split: str, fingerprint: str | None = None
+    root: str | Path,
+    data: DataConfig,
+    split: str,
+    fingerprint: str | None = None,
+    condition_size: tuple[int, int] = CONDITION_SIZE,
 ) -> Path:
-    """Where the clips of a split are cached: another data config, or files, another folder."""
+    """Where the clips of a split are cached.
+
+    With other settings, files or conditions of another size: in another folder.
+    """
     values = to_dict(data)
     values.pop("validation_split")
     values["split"] = split
     if fingerprint is not None:
         values["fingerprint"] = fingerprint
+    if condition_size != CONDITION_SIZE:
+        values["condition_size"] = condition_size
     key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
     return Path(root) / f"{data.name}-{split}-{key}"
 
 
 def build_clip_cache(
-    root: str | Path, data: DataConfig, split: str | None = None, workers: int = 0
+    root: str | Path,
+    data: DataConfig,
+    split: str | None = None,
+    workers: int = 0,
+    condition_size: tuple[int, int] = CONDITION_SIZE,
 ) -> ClipCache:
     """Render or read every clip of the split once, with `workers` processes, and cache it."""
     split = split or data.split
     clips = build_dataset(data, split)
-    folder = cache_folder(root, data, split, getattr(clips, "fingerprint", None))
+    fingerprint = getattr(clips, "fingerprint", None)
+    folder = cache_folder(root, data, split, fingerprint, condition_size)
     if (folder / "captions.json").exists():
         return ClipCache(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    prepared = _Prepared(clips, data.estimated_flow)
+    prepared = _Prepared(clips, data.estimated_flow, condition_size)
     count = len(prepared)
     ((_, frames, condition, _, _),) = _load(prepared, [0], workers=0)
     frame_store = _open(folder / "frames.npy", (count, *frames.shape), np.uint8)
@@ -146,10 +167,14 @@ def build_clip_cache(
     return ClipCache(folder)
 
 
-def training_clips(config: TrainingConfig, split: str | None = None) -> ClipCache:
+def training_clips(
+    config: TrainingConfig,
+    split: str | None = None,
+    condition_size: tuple[int, int] = CONDITION_SIZE,
+) -> ClipCache:
     """The clips of a run, cached where its settings say; by default those it trains on."""
     root = config.cache or Path(config.output) / "cache"
-    return build_clip_cache(root, config.data, split, workers=config.workers)
+    return build_clip_cache(root, config.data, split, config.workers, condition_size)
 
 
 def build_latent_cache(

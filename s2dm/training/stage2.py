@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..data import held_out_clips
 from ..flow import FlowField, flow_to_image
-from ..models.config import FlowAdapterConfig, S2DMConfig
+from ..models.checkpoint import Checkpoint
+from ..models.config import LATENT_CELL, FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
 from ..pipelines.attention import attach_adapter
@@ -55,7 +56,8 @@ class Stage2TrainingConfig(TrainingConfig):
     Start: `checkpoint` (a file with a U-Net and a text encoder; parts it lacks are new) or else
     random weights in the sizes of `preset`. `vae` and `text_encoder` are files to take the
     VAE, and the text encoder with its tokenizer, from if they are not the checkpoint's. `train`
-    names the parts that learn. With stage 1 in the checkpoint its text encoder has to stay.
+    names the parts that learn. `fusion` is that of a new adapter, which takes the place of one that
+    was never trained. With stage 1 in the checkpoint its text encoder has to stay.
 
     A batch is `clips` clips with `clip_frames` frames each, drawn from the clip; with
     probability `first_frame` one of them is frame 1, which the flow starts from. With
@@ -135,10 +137,15 @@ class Stage2Model(nn.Module):
         self.register_buffer("alpha_bars", alpha_bars(config.schedule), persistent=False)
         attach_adapter(unet, flow_adapter)
 
-    def flow_tokens(self, conditions: Tensor, null: Tensor) -> Tensor:
-        """Conditions (M,3,88,56) to tokens (M,77,d); the learned null label where `null` (M,)."""
+    def flow_tokens(
+        self, conditions: Tensor, null: Tensor, size: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Conditions (M,3,h,w) to tokens (M,T,d); the learned null label where `null` (M,).
+
+        size: height and width of the latents.
+        """
         tokens = self.flow_adapter.encode(conditions)
-        nothing = self.flow_adapter.null_tokens(len(tokens)).to(tokens.dtype)
+        nothing = self.flow_adapter.null_tokens(len(tokens), size).to(tokens.dtype)
         return torch.where(null[:, None, None], nothing, tokens)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -147,7 +154,9 @@ class Stage2Model(nn.Module):
         frames = latents.shape[1]
         text = self.text_encoder(batch["token_ids"]).last_hidden_state.repeat_interleave(frames, 0)
         null = batch["flow_null"].repeat_interleave(frames)
-        conditioned = {"flow_tokens": self.flow_tokens(conditions.flatten(0, 1), null)}
+        size = tuple(latents.shape[-2:])
+        tokens = self.flow_tokens(conditions.flatten(0, 1), null, size)
+        conditioned: dict[str, Any] = {"flow_tokens": tokens, "flow_size": size}
         if "reference" in batch:
             # A fresh one: what is computed again for checkpointing keeps the same states again.
             beside = ReferenceStates().beside
@@ -205,7 +214,10 @@ class Stage2Task:
 
     def compile(self) -> None:
         self.model.unet.compile(dynamic=False)
-        self.model.flow_adapter.encoder.compile(dynamic=False)
+        adapter = self.model.flow_adapter
+        for encoder in (adapter.encoder, adapter.pyramid):
+            if encoder is not None:
+                encoder.compile(dynamic=False)
 
     def batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
         config = self.config
@@ -306,10 +318,21 @@ class Stage2Task:
         save_model(path, self.model_config, parts, self.others)
 
 
-def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Stage2Task:
-    """Prepare data, latents and model for `config`."""
-    clips = training_clips(config)
-    model_config, states = _start(config, clips.captions)
+def build_stage2_task(
+    config: Stage2TrainingConfig, device: torch.device, clips: ClipCache | None = None
+) -> Stage2Task:
+    """Prepare data, latents and model for `config`.
+
+    clips: in place of those that the settings name; their conditions are of a size that the flow
+        adapter can encode.
+    """
+    start = load_model(config.checkpoint) if config.checkpoint else None
+    kept = _kept_adapter(config, start)
+    if clips is None:
+        side = config.data.size // LATENT_CELL
+        size = (kept or FlowAdapterConfig(fusion=config.fusion)).condition_size(side, side)
+        clips = training_clips(config, condition_size=size)
+    model_config, states = _start(config, start, kept, clips.captions)
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
     unet = build_unet(model_config.unet, states.get("unet"))
     adapter = build_flow_adapter(model_config.flow_adapter, states.get("flow_adapter"))
@@ -333,13 +356,35 @@ def build_stage2_task(config: Stage2TrainingConfig, device: torch.device) -> Sta
     return Stage2Task(config, model_config, model, vae, tokenizer, clips, latents, others)
 
 
+def _kept_adapter(
+    config: Stage2TrainingConfig, start: Checkpoint | None
+) -> FlowAdapterConfig | None:
+    """The adapter of the checkpoint, if it is trained on; None where a new one takes its place."""
+    if start is None or "flow_adapter" not in start:
+        return None
+    adapter, state = start["flow_adapter"]
+    if adapter.fusion == config.fusion:
+        return adapter
+    if not any(weight.any() for name, weight in state.items() if ".to_" in name):
+        return None  # `s2dm convert` adds one that was never trained
+    if config.fusion != Stage2TrainingConfig.fusion:
+        raise SettingsError(
+            f"{config.checkpoint} holds an adapter that was trained with {adapter.fusion} fusion, "
+            f"got fusion={config.fusion!r}. Leave fusion out to train it on, or start from a "
+            "checkpoint without an adapter."
+        )
+    return adapter
+
+
 def _start(
-    config: Stage2TrainingConfig, captions: list[str]
+    config: Stage2TrainingConfig,
+    start: Checkpoint | None,
+    kept: FlowAdapterConfig | None,
+    captions: list[str],
 ) -> tuple[S2DMConfig, dict[str, dict[str, Tensor]]]:
     """The model's config and the weights that exist already, by part."""
-    if config.checkpoint:
-        start = load_model(config.checkpoint)
-        model_config, states = start.config, start.states
+    if start is not None:
+        model_config, states = start.config, dict(start.states)
         if "unet" not in start:
             raise SettingsError(
                 f"stage 2 needs a checkpoint with a U-Net, got {config.checkpoint} without. Leave "
@@ -369,7 +414,8 @@ def _start(
             "stage 2 needs a trained VAE: set vae to a file that holds one, for example the "
             "export of the VAE trainer."
         )
-    if "flow_adapter" not in states:
+    if kept is None:
+        states.pop("flow_adapter", None)
         adapter = FlowAdapterConfig.for_unet(model_config.unet, fusion=config.fusion)
         model_config = dataclasses.replace(model_config, flow_adapter=adapter)
     model_config = model_config.recommending(config.sampling)

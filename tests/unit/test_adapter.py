@@ -71,7 +71,7 @@ def test_autocast_does_not_round_the_condition():
 
 
 def test_resize_keeps_constants_and_means():
-    from s2dm.models.adapter import _resize
+    from s2dm.models.flow_encoder import _resize
 
     assert torch.allclose(_resize(torch.full((1, 1, 7, 300), 0.3), (88, 56)), torch.tensor(0.3))
     fine = torch.rand(1, 1, 880, 560)

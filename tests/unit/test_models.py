@@ -10,6 +10,7 @@ from random_checkpoint import TINY
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.models import (
     FORMAT_VERSION,
+    FUSIONS,
     PUPPETS,
     SD15,
     FlowAdapter,
@@ -58,10 +59,14 @@ def inputs(frames=3, length=77):
 
 
 def flow(frames=3):
-    return torch.randn(frames, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    return torch.randn(frames, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("fusion", ["channel", "token"])
+def kwargs(tokens):
+    return {"cross_attention_kwargs": {"flow_tokens": tokens, "flow_size": (8, 8)}}
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("length", [77, 154])
 @torch.no_grad()
 def test_an_untrained_adapter_changes_no_bit(fusion, length):
@@ -71,22 +76,22 @@ def test_an_untrained_adapter_changes_no_bit(fusion, length):
     adapter = make_adapter(fusion)
     attention.attach_adapter(unet, adapter)
     tokens = adapter.encode(flow())
-    after = unet(*inputs(length=length), cross_attention_kwargs={"flow_tokens": tokens}).sample
+    after = unet(*inputs(length=length), **kwargs(tokens)).sample
     assert torch.equal(before, after)
     assert torch.equal(before, unet(*inputs(length=length)).sample)
 
 
-@pytest.mark.parametrize("fusion", ["channel", "token"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 @torch.no_grad()
 def test_a_trained_adapter_acts_on_each_frame_alone(unet, fusion):
     adapter = make_adapter(fusion, trained=True)
     attention.attach_adapter(unet, adapter)
     plain = unet(*inputs()).sample
     tokens = adapter.encode(flow())
-    out = unet(*inputs(), cross_attention_kwargs={"flow_tokens": tokens}).sample
+    out = unet(*inputs(), **kwargs(tokens)).sample
     assert (out - plain).abs().max() > 1e-3
-    tokens[1] = adapter.null_tokens(1)[0]
-    other = unet(*inputs(), cross_attention_kwargs={"flow_tokens": tokens}).sample
+    tokens[1] = adapter.null_tokens(1, (8, 8))[0]
+    other = unet(*inputs(), **kwargs(tokens)).sample
     torch.testing.assert_close(other[[0, 2]], out[[0, 2]], rtol=1e-4, atol=1e-5)
     assert (other[1] - out[1]).abs().max() > 1e-3
 

@@ -36,7 +36,9 @@ CONFIG = dataclasses.replace(
     text_encoder=dataclasses.replace(
         TINY.text_encoder, hidden_size=32, layers=1, intermediate_size=32, max_length=8
     ),
-    flow_adapter=FlowAdapterConfig.for_unet(UNET, width=32, hidden=32, grid=(2, 2)),
+    flow_adapter=FlowAdapterConfig.for_unet(
+        UNET, fusion="channel+spatial", width=32, hidden=32, grid=(2, 2)
+    ),
     flow_generator=dataclasses.replace(
         TINY.flow_generator, text_dim=32, model_channels=8, channel_mult=(1,)
     ),

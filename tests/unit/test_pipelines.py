@@ -12,7 +12,7 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from safetensors.torch import load_file
 
 from s2dm.flow import FlowField
-from s2dm.models import SamplingConfig
+from s2dm.models import FUSIONS, SamplingConfig
 from s2dm.models.checkpoint import read_config
 from s2dm.pipelines import FlowToVideoPipeline
 from s2dm.sector import SHARED, NoiseSharing
@@ -314,18 +314,37 @@ def test_folder_round_trip(pipeline, tmp_path):
     assert again.config.s2dm_config["resolution"] == [64, 48]
 
 
-@pytest.mark.parametrize("fusion", ["channel", "token"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_single_file_round_trip(tmp_path, fusion):
     flow = sliding_flow(2, 32, 32)
     config = tiny_config(fusion, flow_generator=None)
     pipeline = load(write_random_checkpoint(tmp_path / "first.safetensors", config))
     pipeline.save_single_file(tmp_path / "model.safetensors")
     again = load(tmp_path / "model.safetensors")
-    assert torch.equal(again(PROMPT, flow, **SHORT).frames, pipeline(PROMPT, flow, **SHORT).frames)
+    clip = pipeline(PROMPT, flow, **SHORT).frames
+    assert torch.equal(again(PROMPT, flow, **SHORT).frames, clip)
     half = tmp_path / "half.safetensors"
     again.save_single_file(half, dtype=torch.float16)
     assert half.stat().st_size < 0.6 * (tmp_path / "model.safetensors").stat().st_size
     FlowToVideoPipeline.from_single_file(half)
+
+
+@torch.no_grad()
+def test_a_folder_keeps_spatial_features_and_any_size_follows_the_flow(tmp_path):
+    """Chunks, sizes that are no whole latents, and a flow of another size than the clip."""
+    flow = sliding_flow(3, 32, 32)
+    config = tiny_config("channel+spatial", flow_generator=None)
+    pipeline = load(write_random_checkpoint(tmp_path / "first.safetensors", config))
+    settings = {**SHORT, "height": 52, "width": 76}
+    clip = pipeline(PROMPT, flow, **settings).frames
+    assert clip.shape == (3, 4, 7, 10)  # latents
+    chunks = pipeline(PROMPT, flow, chunk_size=1, **settings).frames
+    torch.testing.assert_close(chunks, clip, rtol=1e-4, atol=1e-4)
+    pipeline.save_pretrained(tmp_path / "folder")
+    again = FlowToVideoPipeline.from_pretrained(tmp_path / "folder")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(PROMPT, flow, **settings).frames, clip)
+    assert pipeline.encode_flow(flow).shape[1] == 77 + 4 * 4 + 2 * 2
 
 
 def test_folder_and_file_hold_the_same(pipeline, tmp_path):

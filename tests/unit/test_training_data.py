@@ -125,6 +125,16 @@ def test_estimated_flow_has_a_cache_of_its_own(tmp_path):
     assert len({cache.folder for cache in caches}) == len(shares)
 
 
+def test_conditions_of_another_size_have_a_cache_of_their_own(tmp_path):
+    data = data_config()
+    usual, larger = (
+        build_clip_cache(tmp_path, data, condition_size=s) for s in ((88, 56), (8, 16))
+    )
+    assert usual.folder == build_clip_cache(tmp_path, data).folder != larger.folder
+    expected = Squares(data, "train")[1].flow.condition(8, 16).half()
+    assert torch.equal(torch.from_numpy(larger.conditions[1].copy()), expected)
+
+
 def test_latents_of_another_scale_or_precision_are_others(tmp_path):
     class Encoder(torch.nn.Module):
         """In place of an autoencoder: the pixels themselves."""

@@ -15,7 +15,7 @@ pytest.importorskip("diffusers")
 from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import FRAMES, SIZE, stage2_config
 
-from s2dm.models import SamplingConfig, load_checkpoint
+from s2dm.models import Checkpoint, SamplingConfig, load_checkpoint, save_checkpoint
 from s2dm.sector import ReferenceStates
 from s2dm.settings import SettingsError
 from s2dm.training.loop import RunFolder, step_generator
@@ -53,6 +53,47 @@ def test_only_the_named_parts_learn(tmp_path, vae_file):
         for part, state in before.states.items()
     }
     assert same == {"unet": True, "text_encoder": True, "vae": True, "flow_adapter": False}
+
+
+@pytest.mark.parametrize("fusion", ["spatial", "channel+spatial"])
+def test_an_adapter_with_spatial_features_is_trained_and_goes_on(tmp_path, vae_file, fusion):
+    """Its conditions are as large as the pictures; a checkpoint that holds one needs no fusion."""
+    first = tmp_path / "first"
+    train_stage2(stage2_config(first, vae_file, steps=2, fusion=fusion))
+    start = first / "export.safetensors"
+    made = load_checkpoint(start)
+    assert made.config.flow_adapter.fusion == fusion
+    moved = [name for name, weight in made["flow_adapter"].state.items() if ".to_" in name]
+    assert all(made["flow_adapter"].state[name].any() for name in moved)
+    config = stage2_config(
+        tmp_path / "second", "", checkpoint=str(start), train=["flow_adapter"], steps=1
+    )
+    task = build_stage2_task(config, torch.device("cpu"))
+    assert task.model_config.flow_adapter.fusion == fusion
+    assert _batch(task)["conditions"].shape[2:] == (3, SIZE, SIZE)
+    train_stage2(config)
+
+
+def test_an_adapter_that_was_never_trained_gives_way_to_another_fusion(tmp_path, vae_file):
+    """As `s2dm convert` adds one; a trained one is never dropped in silence."""
+    first = tmp_path / "first"
+    train_stage2(stage2_config(first, vae_file, steps=1))
+    found = load_checkpoint(first / "export.safetensors")
+    fresh, trained = tmp_path / "fresh.safetensors", first / "export.safetensors"
+    adapter = {
+        name: torch.zeros_like(weight) if ".to_" in name else weight
+        for name, weight in found["flow_adapter"].state.items()
+    }
+    save_checkpoint(fresh, Checkpoint(found.config, {**found.states, "flow_adapter": adapter}))
+
+    def task(start, **settings):
+        config = stage2_config(tmp_path / "next", "", checkpoint=str(start), **settings)
+        return build_stage2_task(config, torch.device("cpu"))
+
+    assert task(fresh).model_config.flow_adapter.fusion == "channel"
+    assert task(fresh, fusion="spatial").model.flow_adapter.config.fusion == "spatial"
+    with pytest.raises(SettingsError, match=r"trained with channel fusion.*Leave fusion out"):
+        task(trained, fusion="spatial")
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -194,10 +196,17 @@ def rig(
 
 
 @pytest.fixture(scope="session")
-def token_rig(
+def rig_of(
     rig: Rig, node_classes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> Rig:
-    """The same with token fusion."""
-    path = tmp_path_factory.mktemp("tiny") / "token.safetensors"
-    config = tiny_config("token", flow_generator=None)
-    return Rig(rig.pack, node_classes, write_random_checkpoint(path, config))
+) -> Callable[[str], Rig]:
+    """The same with a fusion."""
+
+    @functools.cache
+    def of(fusion: str) -> Rig:
+        if fusion == "channel":
+            return rig
+        path = tmp_path_factory.mktemp("tiny") / f"{fusion}.safetensors"
+        config = tiny_config(fusion, flow_generator=None)
+        return Rig(rig.pack, node_classes, write_random_checkpoint(path, config))
+
+    return of

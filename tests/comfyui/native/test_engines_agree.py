@@ -11,7 +11,7 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.flow import FlowField
-from s2dm.models import Checkpoint, SamplingConfig, load_checkpoint, save_checkpoint
+from s2dm.models import FUSIONS, Checkpoint, SamplingConfig, load_checkpoint, save_checkpoint
 from s2dm.pipelines import FlowToVideoPipeline
 from s2dm.sector import NoiseSharing
 
@@ -37,8 +37,14 @@ def exact(rig, text_in_float32):
 
 
 @pytest.fixture(scope="module")
-def exact_token(token_rig, text_in_float32):
-    return type(token_rig)(token_rig.pack, token_rig.nodes, token_rig.checkpoint)
+def exact_of(rig_of, text_in_float32):
+    """The same with a fusion."""
+
+    def of(fusion):
+        rig = rig_of(fusion)
+        return type(rig)(rig.pack, rig.nodes, rig.checkpoint)
+
+    return of
 
 
 def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **options):
@@ -165,8 +171,19 @@ def test_latents_of_more_channels_agree(exact, tmp_path):
         assert wide.loaded.vae.decode(comfy).shape == (3, 64, 64, 3)
 
 
-def test_token_fusion_agrees(exact_token):
-    assert relative(*both(exact_token, exact_token.flow(3))) <= TOLERANCE
+@pytest.mark.parametrize("fusion", FUSIONS[1:])
+def test_other_fusions_agree(exact_of, fusion):
+    rig = exact_of(fusion)
+    assert relative(*both(rig, rig.flow(3), steps=10)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("height, width", [(72, 40), (60, 136)])
+def test_spatial_fusion_agrees_at_sizes_that_halve_unevenly(exact_of, height, width):
+    """9x5 and 8x17 latents: the coarser level has 5x3 and 4x9."""
+    rig = exact_of("channel+spatial")
+    comfy, diffusers = both(rig, rig.flow(2, height, width), steps=5)
+    assert comfy.shape[-2:] == (-(-height // 8), -(-width // 8))
+    assert relative(comfy, diffusers) <= TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,9 @@ class Foreign:
 
 
 @pytest.mark.parametrize("index", [0, None])
-@pytest.mark.parametrize("fusion", ["channel", "token"])
-def test_a_patch_of_another_node_in_either_order(rig, token_rig, fusion, index):
-    rig = {"channel": rig, "token": token_rig}[fusion]
+@pytest.mark.parametrize("fusion", ["channel", "token", "spatial"])
+def test_a_patch_of_another_node_in_either_order(rig_of, fusion, index):
+    rig = rig_of(fusion)
     encoded = rig.encode(rig.flow(3))
     plain = rig.plain_model()
     patch = Foreign()

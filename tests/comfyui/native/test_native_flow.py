@@ -6,6 +6,8 @@ import pytest
 import torch
 from compare import relative
 
+from s2dm.models import FUSIONS
+
 pytestmark = pytest.mark.comfyui
 
 
@@ -17,10 +19,10 @@ def zeroed(state):
     }
 
 
-@pytest.fixture(scope="module", params=["channel", "token"])
-def fused(request, rig, token_rig):
-    """The checkpoint with either fusion."""
-    return {"channel": rig, "token": token_rig}[request.param]
+@pytest.fixture(scope="module", params=FUSIONS)
+def fused(request, rig_of):
+    """The checkpoint with each fusion."""
+    return rig_of(request.param)
 
 
 def test_flow_acts(fused):

@@ -53,6 +53,15 @@ SOCKETS = {
     "S2DMWarpImage": ("flow image mask holes", "IMAGE MASK MASK"),
     "S2DMSaveFlow": ("flow filename_prefix format", "STRING"),
     "S2DMLoadFlow": ("file measured_to", "S2DM_FLOW"),
+    "S2DMPrepareClips": (
+        "vae clip name folder captions width height frames method videos optical_flow",
+        "S2DM_CLIPS",
+    ),
+    "S2DMTrainFlowAdapter": (
+        "model clips name steps learning_rate joining seed clips_per_step frames_per_clip "
+        "frames_at_once precision gradient_checkpointing save_every preview_every resume",
+        "MODEL STRING IMAGE",
+    ),
 }
 
 

@@ -1,0 +1,473 @@
+"""Nodes that train: clips prepared once, and a flow adapter for a model of one's own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ..s2dm.data.prepared import (
+    ClipsError,
+    PreparedClips,
+    Source,
+    folder_sources,
+    frames_source,
+    prepare_clips,
+)
+from ..s2dm.flow.estimate import METHODS
+from ..s2dm.models import FUSIONS, LATENT_CELL, load_checkpoint
+from ..s2dm.training.curves import loss_picture
+from ..s2dm.training.flow_adapter import AdapterSettings, AdapterTrainer, new_adapter
+from ..s2dm.video import to_uint8
+from .flow import flow_model, library_frames, progress_bar
+from .native.adapter import apply_adapter
+from .native.chunks import is_out_of_memory
+from .native.files import adapter_path
+from .native.saving import keep_when_saving
+from .native.training import (
+    PRECISIONS,
+    encoders,
+    frozen,
+    preview,
+    trainable_config,
+    training_mode,
+)
+from .schema import advanced, named_errors, schema, seed_input
+from .types import Clips, OpticalFlowModel
+
+_MODEL = "model"
+_NAME = re.compile(r"[\w][\w .-]*")
+
+
+def _folder(kind: str, name: str) -> Path:
+    """Where a node keeps the files of a name, in the output folder.
+
+    Raises:
+        ValueError: a name that is none of a file.
+    """
+    if not _NAME.fullmatch(name.strip()):
+        raise ValueError(
+            f"expected a name of letters, digits, spaces, dots and dashes, got {name!r}: it "
+            "becomes the name of a file."
+        )
+    return Path(folder_paths.get_output_directory()) / kind / name.strip()
+
+
+def _side(name: str) -> io.Input:
+    return io.Int.Input(
+        name,
+        default=128,
+        min=LATENT_CELL,
+        max=2048,
+        step=LATENT_CELL,
+        tooltip=(
+            f"{name.capitalize()} that the clips are brought to, in pixels, cropped at the centre: "
+            "128 for the bundled checkpoint, 512 for most Stable Diffusion 1.5 models."
+        ),
+    )
+
+
+class PrepareClips(io.ComfyNode):
+    """What training needs of each clip, computed once."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMPrepareClips",
+            display_name="Prepare Clips (S2DM)",
+            category="s2dm/training",
+            description=(
+                "Prepares clips for training: latents, flow and prompt of each, kept in the folder "
+                "output/s2dm_clips. A clip that is there already isn't computed again, so a run "
+                "that was stopped goes on where it was."
+            ),
+            search_aliases=["s2dm", "dataset", "train", "cache latents", "captions"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Vae.Input("vae", tooltip="Of the model that is to be trained."),
+                io.Clip.Input("clip", tooltip="Of the model that is to be trained."),
+                io.String.Input(
+                    "name",
+                    default="my_clips",
+                    tooltip="Of these clips. Other clips under the same name replace them.",
+                ),
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip=(
+                        "Folder of videos, each with a text file of the same name beside it that "
+                        "says what it shows (wave.mp4, wave.txt). In the input folder, or a full "
+                        "path. Empty: the connected videos."
+                    ),
+                ),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    tooltip="What each of the connected videos shows, a line for each, in order.",
+                ),
+                _side("width"),
+                _side("height"),
+                io.Int.Input(
+                    "frames",
+                    default=16,
+                    min=2,
+                    max=4096,
+                    tooltip=(
+                        "Frames of each clip, spread from its first to its last. Flow is measured "
+                        "from the first, so a clip should show one action."
+                    ),
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=[*METHODS, _MODEL],
+                    default="dis",
+                    tooltip=(
+                        "How flow is measured, as in Estimate Flow. model: by the network "
+                        "connected to optical_flow."
+                    ),
+                ),
+                io.Video.Input(
+                    "videos",
+                    optional=True,
+                    tooltip="One clip or a list of them, beside or in place of the folder.",
+                ),
+                OpticalFlowModel.Input(
+                    "optical_flow",
+                    optional=True,
+                    tooltip='Network for the method "model": RAFT, from Load Optical Flow Model.',
+                ),
+            ],
+            outputs=[
+                Clips.Output(
+                    "clips", display_name="clips", tooltip="For Train Flow Adapter (S2DM)."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        vae: list[Any],
+        clip: list[Any],
+        name: list[str],
+        folder: list[str],
+        captions: list[str],
+        width: list[int],
+        height: list[int],
+        frames: list[int],
+        method: list[str],
+        videos: list[Any] | None = None,
+        optical_flow: list[Any] | None = None,
+    ) -> io.NodeOutput:
+        with named_errors(cls):
+            target = _folder("s2dm_clips", name[0])
+            estimator = method[0]
+            if estimator == _MODEL:
+                estimator = flow_model((optical_flow or [None])[0])
+            shape = (frames[0], (height[0], width[0]), estimator)
+            found = folder_sources(_input_folder(folder[0]), *shape) if folder[0].strip() else []
+            given = videos or []
+            total = len(found) + len(given)
+            if not total:
+                raise ClipsError(
+                    "expected a folder of clips or connected videos, got neither. Fill in one."
+                )
+            told = _captions(captions, len(given))
+
+            def sources() -> Iterator[Source]:
+                yield from found
+                for number, (video, caption) in enumerate(zip(given, told, strict=True), 1):
+                    pixels = library_frames(video.get_components().images)
+                    yield frames_source(f"video {number}", pixels, caption, *shape)
+
+            brought = encoders(vae[0], clip[0])
+            clips = prepare_clips(target, sources(), total, brought, progress_bar(total))
+            return io.NodeOutput(clips)
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: list[str], **inputs: Any) -> str:
+        """Changes when a file of the folder does."""
+        if not folder or not folder[0] or not folder[0].strip():
+            return ""
+        path = _input_folder(folder[0])
+        if not path.is_dir():
+            return "missing"
+        marks = [file.stat() for file in sorted(path.rglob("*"))]
+        return str([(mark.st_mtime_ns, mark.st_size) for mark in marks])
+
+
+def _input_folder(name: str) -> Path:
+    return Path(folder_paths.get_input_directory()) / name.strip()  # a full path stays one
+
+
+def _captions(texts: list[str], count: int) -> list[str]:
+    """A caption for each of so many videos.
+
+    Raises:
+        ClipsError: more or fewer than that.
+    """
+    if not count:
+        return []
+    lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+    if len(texts) == count > 1:
+        lines = [" ".join(text.split()) for text in texts]
+    if len(lines) != count or not all(lines):
+        raise ClipsError(
+            f"expected {count} captions, one for each connected video, got {len(lines)}. Write a "
+            "line for each."
+        )
+    return lines
+
+
+class TrainFlowAdapter(io.ComfyNode):
+    """A flow adapter for a model of one's own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMTrainFlowAdapter",
+            display_name="Train Flow Adapter (S2DM)",
+            category="s2dm/training",
+            description=(
+                "Trains a flow adapter for a Stable Diffusion 1.x model, which itself stays as it "
+                "is. The adapter is kept in models/s2dm, for Apply Flow Adapter. Cancel when you "
+                "like: what was learned stays, and the next run goes on from there."
+            ),
+            search_aliases=["s2dm", "train", "finetune", "motion adapter", "motion lora"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A Stable Diffusion 1.x model, with or without LoRA. It isn't changed.",
+                ),
+                Clips.Input("clips", tooltip="From Prepare Clips, with the model's VAE and CLIP."),
+                io.String.Input(
+                    "name",
+                    default="my_adapter",
+                    tooltip="Of the adapter's file in models/s2dm.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=2000,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Steps in all. A run that has made them can go on with more.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=3e-4,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-7,
+                    tooltip="How far a step goes. Lower it if the loss grows or is no number.",
+                ),
+                io.Combo.Input(
+                    "joining",
+                    options=list(FUSIONS),
+                    default=FUSIONS[0],
+                    tooltip=(
+                        "How flow reaches the U-Net. channel: added to the prompt's keys and "
+                        "values, as in the paper; 77 tokens a frame. token: attention of its own. "
+                        "spatial: at the resolution of the latents, added in each layer. "
+                        "channel+spatial: both."
+                    ),
+                ),
+                seed_input("Of the adapter's first weights, and of all that training draws."),
+                advanced(
+                    io.Int.Input,
+                    "clips_per_step",
+                    default=4,
+                    min=1,
+                    max=256,
+                    tooltip="Clips that a step learns from. More: steadier, and slower.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "frames_per_clip",
+                    default=4,
+                    min=0,
+                    max=4096,
+                    tooltip="Frames of each clip in a step, drawn anew each time. 0: all of them.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "frames_at_once",
+                    default=4,
+                    min=1,
+                    max=4096,
+                    tooltip=(
+                        "How many frames the U-Net computes at once. Fewer need less memory, and "
+                        "the result is the same."
+                    ),
+                ),
+                advanced(
+                    io.Combo.Input,
+                    "precision",
+                    options=list(PRECISIONS),
+                    default=PRECISIONS[0],
+                    tooltip=(
+                        "In which the frozen model computes; the adapter always learns in fp32. "
+                        "auto: bf16 where the card is good at it, else fp32."
+                    ),
+                ),
+                advanced(
+                    io.Boolean.Input,
+                    "gradient_checkpointing",
+                    default=True,
+                    tooltip="Less than half of the memory, for about a third more time.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "save_every",
+                    default=100,
+                    min=1,
+                    max=100_000,
+                    tooltip="Steps between two states on disk, for a power cut or a crash.",
+                ),
+                advanced(
+                    io.Int.Input,
+                    "preview_every",
+                    default=100,
+                    min=0,
+                    max=100_000,
+                    tooltip="Steps between two sampled clips in the node. 0: the loss alone.",
+                ),
+                advanced(
+                    io.Boolean.Input,
+                    "resume",
+                    default=True,
+                    tooltip="Go on with the run of this name, if there is one. Off: start anew.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "trained_model",
+                    display_name="model",
+                    tooltip="A copy of the model that follows flow by the trained adapter.",
+                ),
+                io.String.Output(
+                    "adapter",
+                    display_name="adapter",
+                    tooltip="Name of the adapter's file, as Apply Flow Adapter lists it.",
+                ),
+                io.Image.Output(
+                    "loss", display_name="loss", tooltip="The loss of each step, as a picture."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clips: PreparedClips,
+        name: str,
+        steps: int = 2000,
+        learning_rate: float = 3e-4,
+        joining: str = FUSIONS[0],
+        seed: int = 0,
+        clips_per_step: int = 4,
+        frames_per_clip: int = 4,
+        frames_at_once: int = 4,
+        precision: str = PRECISIONS[0],
+        gradient_checkpointing: bool = True,
+        save_every: int = 100,
+        preview_every: int = 100,
+        resume: bool = True,
+    ) -> io.NodeOutput:
+        with named_errors(cls), training_mode():
+            folder = _folder("s2dm_training", name)
+            path = adapter_path(folder.name, ours=folder.is_dir())
+            config = trainable_config(model, joining)
+            settings = AdapterSettings(
+                steps=steps,
+                learning_rate=learning_rate,
+                clips=clips_per_step,
+                frames=frames_per_clip,
+                chunk=frames_at_once,
+                seed=seed,
+                save_every=save_every,
+            )
+            clips = PreparedClips(clips.folder)
+            adapter = new_adapter(config, seed)
+            latent_format = model.get_model_object("latent_format")
+            bar = comfy.utils.ProgressBar(steps)
+            sheet: torch.Tensor | None = None
+
+            def on_step(trainer: AdapterTrainer) -> None:
+                nonlocal sheet
+                if trainer.step % save_every == 0 and trainer.step < steps:
+                    trainer.export(path)
+                if preview_every and trainer.step % preview_every == 0:
+                    sheet = preview(trainer, latent_format)
+                    bar.update_absolute(trainer.step, steps, _shown(sheet, trainer.losses))
+                else:
+                    bar.update_absolute(trainer.step, steps)
+
+            interrupted = comfy.model_management.InterruptProcessingException
+            with (
+                _memory(frames_at_once),
+                frozen(
+                    model, adapter, clips, frames_at_once, precision, gradient_checkpointing
+                ) as denoiser,
+            ):
+                check = comfy.model_management.throw_exception_if_processing_interrupted
+                trainer = AdapterTrainer(
+                    settings, adapter, denoiser, clips, folder, resume, between=check
+                )
+                try:
+                    trainer.run(on_step)
+                except interrupted:
+                    if trainer.step:
+                        trainer.export(path)
+                    raise
+                trainer.export(path)
+            found = load_checkpoint(path, parts=("flow_adapter",))
+            patched = apply_adapter(model, *found["flow_adapter"], sampling=found.config.sampling)
+            keep_when_saving(patched, found.config.adapter_only())
+            curve = loss_picture(trainer.losses).movedim(0, -1)[None].contiguous()
+            return io.NodeOutput(patched, path.name, curve, ui=ui.PreviewImage(curve))
+
+
+@contextmanager
+def _memory(frames_at_once: int) -> Iterator[None]:
+    """Say what to change when memory runs out. What was learned is on disk by then."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = (
+            f"Lower frames_at_once (it is {frames_at_once})"
+            if frames_at_once > 1
+            else "Prepare the clips at a smaller width and height, or choose precision bf16"
+        )
+        raise ValueError(
+            f"out of memory. {remedy}, or turn gradient_checkpointing on, then run it again: it "
+            "goes on where it was."
+        ) from error
+
+
+def _shown(sheet: torch.Tensor | None, losses: list[float]) -> tuple[str, Any, int]:
+    """A clip above the loss, as the picture of a progress bar."""
+    curve = loss_picture(losses)
+    parts = [curve]
+    if sheet is not None:
+        width = curve.shape[-1]
+        height = round(sheet.shape[-2] * width / sheet.shape[-1])
+        parts.insert(
+            0, comfy.utils.common_upscale(sheet[None], width, height, "area", "disabled")[0]
+        )
+    picture = Image.fromarray(to_uint8(torch.cat(parts, dim=1)))
+    return "JPEG", picture, max(picture.size)

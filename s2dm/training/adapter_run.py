@@ -1,0 +1,258 @@
+"""`s2dm train adapter`: the trainer of `flow_adapter` on the denoiser of a checkpoint.
+
+ComfyUI's node Train Flow Adapter is the other face of the same trainer: it reads the same prepared
+clips and writes the same file, and the same seed gives the same weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import DataConfig, build_dataset
+from ..data.prepared import Encoders, PreparedClips, dataset_sources, prepare_clips
+from ..models import FlowAdapterConfig
+from ..models.checkpoint import Checkpoint
+from ..pipelines.attention import attach_adapter
+from ..pipelines.modules import build, build_tokenizer, tokenize
+from ..settings import SettingsError, to_dict
+from ..video import write_contact_sheet
+from .curves import write_loss_picture
+from .flow_adapter import AdapterSettings, AdapterTrainer, Denoiser, new_adapter
+from .models import frozen_vae, load_model
+from .schedule import alpha_bars
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRunConfig(AdapterSettings):
+    """A run of `s2dm train adapter`.
+
+    `checkpoint` holds the image model: U-Net, VAE and text encoder, which all stay as they are.
+    `clips_folder` holds prepared clips, of this command or of ComfyUI's Prepare Clips; without,
+    those of `data` are prepared in the run folder. `fusion` is how flow joins. `mixed_precision`
+    is the U-Net's: "no" or "bf16". A sample sheet is drawn every `sample_every` steps, if not 0.
+    """
+
+    output: str = "runs/adapter"
+    checkpoint: str = ""
+    clips_folder: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    fusion: str = "channel"
+    width: int = 256
+    hidden: int = 64
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = True
+    sample_every: int = 0
+    threads: int = 0
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mixed_precision not in ("no", "bf16"):
+            raise SettingsError(
+                f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}: small "
+                "gradients vanish in fp16."
+            )
+        if not self.checkpoint:
+            raise SettingsError(
+                "checkpoint must name a file with the image model to train an adapter for, got "
+                "none. A model in the layout of diffusers becomes one by s2dm convert."
+            )
+
+    @property
+    def settings(self) -> AdapterSettings:
+        """Those of the trainer alone."""
+        names = [entry.name for entry in dataclasses.fields(AdapterSettings)]
+        return AdapterSettings(**{name: getattr(self, name) for name in names})
+
+
+def train_adapter(config: AdapterRunConfig) -> AdapterTrainer:
+    """Train an adapter as `config` says, or go on with the run in its folder.
+
+    The folder's `export.safetensors` is the adapter alone. Of several processes, started by
+    accelerate, each takes clips of its own, and their gradients are averaged.
+
+    Raises:
+        SettingsError: a setting or the checkpoint doesn't serve. ClipsError: nor do the clips.
+        AdapterTrainingError: the run can't start or go on.
+    """
+    from accelerate import Accelerator
+
+    if config.threads > 0:
+        torch.set_num_threads(config.threads)
+    accelerator = Accelerator()
+    device = accelerator.device
+    start = load_model(config.checkpoint, ["unet", "vae", "text_encoder"])
+    vae = frozen_vae(*start["vae"], device)
+    with accelerator.main_process_first():  # the others find what it prepares
+        clips = _clips(config, start, vae, device)
+    adapter = new_adapter(
+        FlowAdapterConfig.for_unet(
+            start.config.unet, fusion=config.fusion, width=config.width, hidden=config.hidden
+        ),
+        config.seed,
+    ).to(device)
+    shared: dict[str, Any] = {"process": accelerator.process_index}
+    if accelerator.num_processes > 1:
+        shared["average"] = lambda value: accelerator.reduce(value, "mean")
+    with _stopping() as stop:
+        trainer = AdapterTrainer(
+            config.settings,
+            adapter,
+            denoiser_of(start, adapter, clips, device, config),
+            clips,
+            config.output,
+            config.resume,
+            between=stop,
+            **shared,
+        )
+        base = Path(config.checkpoint).stem
+        try:
+            with _bar(config, trainer, vae) as on_step:
+                trainer.run(on_step)
+        except KeyboardInterrupt:
+            logger.warning("stopped at step %d; the same command goes on", trainer.step)
+        if trainer.step:
+            trainer.export(trainer.folder.export, base)
+            write_loss_picture(trainer.folder.path / "loss.png", trainer.losses)
+    return trainer
+
+
+def denoiser_of(
+    start: Checkpoint,
+    adapter: nn.Module,
+    clips: PreparedClips,
+    device: torch.device,
+    config: AdapterRunConfig,
+) -> Denoiser:
+    """The frozen U-Net of a checkpoint with an adapter on it.
+
+    Raises:
+        SettingsError: the clips were prepared with another VAE or text encoder.
+    """
+    unet_config, scale = start.config.unet, start.config.vae.scaling_factor
+    expected = unet_config.in_channels, unet_config.context_dim
+    got = clips.latent_shape[0], clips.empty_text.shape[-1]
+    if got != expected:
+        raise SettingsError(
+            f"clips_folder: expected latents of {expected[0]} channels and prompts of width "
+            f"{expected[1]}, as the checkpoint has them, got {got[0]} and {got[1]}. Prepare the "
+            "clips with this checkpoint's VAE and text encoder."
+        )
+    unet = build(start, "unet").requires_grad_(False).to(device)
+    attach_adapter(unet, adapter)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()  # diffusers computes blocks again in training alone
+    size = (clips.latent_shape[1], clips.latent_shape[2])
+    half = torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16")
+
+    def predict(x_t: Tensor, t: Tensor, tokens: Tensor, text: Tensor) -> Tensor:
+        told = {"flow_tokens": tokens, "flow_size": size}
+        with half:
+            return unet(x_t, t, text, cross_attention_kwargs=told).sample
+
+    schedule = start.config.schedule
+    return Denoiser(
+        predict, alpha_bars(schedule), schedule.prediction_type, device, lambda x: x * scale
+    )
+
+
+def _clips(
+    config: AdapterRunConfig, start: Checkpoint, vae: nn.Module, device: torch.device
+) -> PreparedClips:
+    if config.clips_folder:
+        return PreparedClips(config.clips_folder)
+    from tqdm.auto import tqdm
+
+    clips = build_dataset(config.data)
+    key = str([to_dict(config.data), getattr(clips, "fingerprint", None)])
+    with tqdm(total=len(clips), desc="preparing clips", mininterval=5.0) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        return prepare_clips(
+            Path(config.output) / "clips",
+            dataset_sources(clips, key),
+            len(clips),
+            encoders_of(start, vae, device),
+            progress,
+        )
+
+
+def encoders_of(start: Checkpoint, vae: nn.Module, device: torch.device) -> Encoders:
+    """VAE and text encoder of a checkpoint as what prepares clips."""
+    tokenizer = build_tokenizer(start.config)
+    text_encoder = build(start, "text_encoder").eval().to(device)
+
+    @torch.no_grad()
+    def latents(frames: Tensor) -> Tensor:
+        parts = [vae.encode(part.to(device) * 2 - 1) for part in frames.split(8)]
+        return torch.cat([part.latent_dist.mode() for part in parts]).float().cpu()
+
+    @torch.no_grad()
+    def text(caption: str) -> Tensor:
+        ids = tokenize(tokenizer, [caption]).to(device)
+        return text_encoder(ids).last_hidden_state[0].float().cpu()
+
+    return Encoders(latents, text)
+
+
+@contextlib.contextmanager
+def _bar(
+    config: AdapterRunConfig, trainer: AdapterTrainer, vae: nn.Module
+) -> Iterator[Callable[[AdapterTrainer], None]]:
+    from tqdm.auto import tqdm
+
+    folder = trainer.folder
+    with tqdm(total=config.steps, initial=trainer.step, desc="adapter", mininterval=5.0) as bar:
+
+        def on_step(trainer: AdapterTrainer) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{trainer.losses[-1]:.4f}", refresh=False)
+            due = config.sample_every and trainer.step % config.sample_every == 0
+            if due and trainer.process == 0:
+                path = folder.samples / f"step_{trainer.step:07d}.png"
+                write_contact_sheet(path, [_decode(vae, trainer.sample())])
+
+        yield on_step
+
+
+@torch.no_grad()
+def _decode(vae: nn.Module, latents: Tensor) -> Tensor:
+    pictures = vae.decode(latents / vae.config.scaling_factor).sample
+    return ((pictures.float().cpu() + 1) / 2).clamp(0, 1)
+
+
+@contextlib.contextmanager
+def _stopping() -> Iterator[Callable[[], None]]:
+    """Let SIGINT and SIGTERM end the run at the next chunk, where the weights are whole."""
+    asked = []
+
+    def between() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, lambda *_: asked.append(1))
+    except ValueError:  # not the main thread: the caller handles signals
+        logger.debug("not in the main thread: signals are left alone")
+    try:
+        yield between
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
