@@ -119,7 +119,7 @@ class VideoClips:
                 for path, row in zip(self.paths, texts, strict=True)
             ]
         else:
-            self.captions = _captions(self.paths)
+            self.captions = read_captions(self.paths)
         self._size, self._frames, self._takes = size, frames, takes
         self._flow, self._sampling = flow, frame_sampling
 
@@ -242,8 +242,12 @@ def _no_caption(path: Path, table: Path) -> NoReturn:
     raise ValueError(f"{path} has no caption: expected one in {table}.")
 
 
-def _captions(clips: Iterable[Path]) -> list[str]:
-    """What the text file beside each clip says."""
+def read_captions(clips: Iterable[Path]) -> list[str]:
+    """What the text file beside each clip says.
+
+    Raises:
+        ValueError: a clip has none, or in another encoding.
+    """
     texts: dict[Path, dict[str, Path]] = {}  # by folder and stem
     captions = []
     for path in clips:
