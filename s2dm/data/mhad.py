@@ -1,7 +1,8 @@
 """UTD-MHAD as its authors publish it: the RGB videos, named by action, subject and trial.
 
-https://personal.utdallas.edu/~kehtar/UTD-MHAD.html (Chen et al., ICIP 2015): 27 actions of 8
-persons in 4 trials, less three that are missing. Licence and files are the authors'.
+Chen et al., "UTD-MHAD: A multimodal dataset for human action recognition utilizing a depth camera
+and a wearable inertial sensor" (ICIP 2015): 27 actions of 8 persons in 4 trials, less the missing
+a8_s1_t4, a23_s6_t4 and a27_s8_t4. Licence and files are the authors'.
 """
 
 from __future__ import annotations

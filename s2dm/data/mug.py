@@ -1,7 +1,7 @@
 """The MUG Facial Expression Database as its authors give it out: folders of pictures.
 
-https://mug.ee.auth.gr/fed/ (Aifanti et al., WIAMIS 2010). Licence and files are the authors'; who
-was allowed to use them may not pass them on.
+Aifanti et al., "The MUG facial expression database" (WIAMIS 2010). Licence and files are the
+authors'; who was allowed to use them may not pass them on.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import dataclasses
+import time as clock
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data import build_dataset
-from ..models import S2DMConfig, read_config
+from ..models import FlowGenerator, S2DMConfig, read_config
 from ..models.checkpoint import CheckpointError
 from ..models.presets import SD15
 from ..pipelines.modules import build_flow_generator, build_unet, build_vae
@@ -96,35 +97,27 @@ class _Work:
         latents = torch.zeros(1, channels, cells, cells, device="meta")
         with torch.device("meta"):
             unet, vae = build_unet(config.unet), build_vae(config.vae)
-            name = experiment.stage1.preset
-            self.generator = config.flow_generator or preset(name).flow_generator
-            generator = build_flow_generator(self.generator)
+            network = config.flow_generator or dataclasses.replace(
+                preset(experiment.stage1.preset).flow_generator,
+                reference_channels=channels,
+                text_dim=config.text_encoder.hidden_size,
+            )
+            generator = build_flow_generator(network)
             text = torch.zeros(1, 77, config.unet.context_dim)
             picture = torch.zeros(1, 3, self.size, self.size)
             self.encode = operations(lambda: vae.encode(picture))
             self.decode = operations(lambda: vae.decode(latents))
             self.denoise = operations(lambda: unet(latents, torch.zeros(1), text))
-            self.generate = self._generate(generator)
+            self.generate = flow_operations(generator, self.frames)
         counts = [sum(p.numel() for p in part.parameters()) for part in (unet, vae, generator)]
         self.unet, self.autoencoder, self.flow = counts
         self.parameters = self.unet + self.autoencoder
 
-    def _generate(self, generator: Any) -> float:
-        network = self.generator
-        shape = (1, self.frames, 3, *network.size)
-        features = torch.zeros(1, network.reference_channels, *network.size)
-        return operations(
-            lambda: generator(
-                torch.zeros(shape), torch.zeros(1, dtype=torch.long), features,
-                torch.zeros(1, network.text_dim), torch.zeros(1),
-            )
-        )  # fmt: skip
-
     def clips(self) -> Cost:
         data = build_dataset(self.experiment.data, "train")
-        began = time.monotonic()
+        began = clock.monotonic()
         _ = data[0]
-        seconds = (time.monotonic() - began) * self.count
+        seconds = (clock.monotonic() - began) * self.count
         frame = 3 * self.size**2 + 6 * CONDITION_SIZE[0] * CONDITION_SIZE[1] + self.latent_bytes
         hours = seconds / 3600 / max(1, self.experiment.stage2.workers)
         return Cost(hours, 0.0, 1e-9 * self.count * self.frames * frame)
@@ -161,6 +154,18 @@ class _Work:
         return Cost(hours, 4e-9 * (self.parameters + self.flow), 1e-9 * disk)
 
 
+def flow_operations(generator: FlowGenerator, frames: int) -> float:
+    """Floating-point operations of one call for a clip, of a network without data."""
+    network = generator.config
+    with torch.device("meta"):
+        sample = torch.zeros(1, frames, 3, *network.size)
+        time = torch.zeros(1, dtype=torch.long)
+        reference = torch.zeros(1, network.reference_channels, *network.size)
+        text = torch.zeros(1, network.text_dim)
+        motion = torch.zeros(1) if network.motion_strength else None
+        return operations(lambda: generator(sample, time, reference, text, motion))
+
+
 def operations(run: Callable[[], Any]) -> float:
     """Floating-point operations of a call of networks without data."""
     counter = FlopCounterMode(display=False)
@@ -173,8 +178,8 @@ def matrix_speed(device: torch.device, side: int = 1024, seconds: float = 0.3) -
     """Floating-point operations a second in products of square matrices in float32."""
     a = torch.ones(side, side, device=device)
     _ = (a @ a).sum().item()
-    began, count = time.monotonic(), 0
-    while (passed := time.monotonic() - began) < seconds:
+    began, count = clock.monotonic(), 0
+    while (passed := clock.monotonic() - began) < seconds:
         a = (a @ a) * 0
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -102,7 +103,6 @@ def start(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(monkeypatch) -> Size:
     """The preset `tiny` with a stage 1 that is tinier yet, and means over patches for I3D."""
-    import dataclasses
 
     def features(video: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.avg_pool3d(video, (9, 8, 8)).flatten(1)[:, :6]
@@ -269,10 +269,15 @@ def test_tables_have_the_papers_figures_and_ours():
 
 
 def test_work_is_counted_without_data():
+    from s2dm.pipelines.modules import build_flow_generator
+
+    lfdm = presets.LFDM.flow_generator
     with torch.device("meta"):
         layer = torch.nn.Conv2d(8, 16, 3, padding=1)
         picture = torch.zeros(2, 8, 10, 10)
+        generator = build_flow_generator(dataclasses.replace(lfdm, reference_channels=4))
     assert plan.operations(lambda: layer(picture)) == 2 * 2 * 100 * 8 * 16 * 9
+    assert plan.flow_operations(generator, 16) > 1.5 * plan.flow_operations(generator, 8)
     assert plan.matrix_speed(torch.device("cpu"), side=64, seconds=0.01) > 0
 
 
