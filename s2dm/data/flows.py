@@ -61,7 +61,9 @@ def flow_of(source: str, frames: Tensor, path: Path, numbers: Sequence[int]) -> 
         return _read(path, numbers, frames.shape[2:])
     method: Any = source
     if source in NETWORKS:
-        method = _loaded[source] = _loaded.get(source) or NETWORKS[source]()
+        if source not in _loaded:
+            _loaded[source] = NETWORKS[source]()
+        method = _loaded[source]
     return estimate_flow(frames, method)
 
 

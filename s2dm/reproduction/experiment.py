@@ -111,13 +111,14 @@ class Experiment:
             DataConfig, {**size.data, "name": data, "options": {**given, **options}}
         )
         self._copy_words()
-        self.vae = self._config(VAETrainingConfig, "paper_vae", size.vae, checkpoint=self.sd15)
+        self.vae = self._config(
+            VAETrainingConfig, "vae", "paper_vae", size.vae, checkpoint=self.sd15
+        )
         self.stage2 = self._stage2("shared")
         self.stage2_independent = self._stage2("independent")
         self.stage1 = self._config(
-            Stage1TrainingConfig, None, size.stage1, "stage1",
-            checkpoint=_export(self.stage2),
-        )  # fmt: skip
+            Stage1TrainingConfig, "stage1", None, size.stage1, checkpoint=_export(self.stage2)
+        )
         self.chain = Chain(output, self._steps())
 
     @property
@@ -139,19 +140,15 @@ class Experiment:
                 shutil.copyfile(TABLES / f"{self.name}.toml", temporary)
 
     def _config(
-        self,
-        kind: type[Any],
-        base: str | None,
-        over: Mapping[str, Any],
-        run: str = "vae",
-        **settings: Any,
+        self, kind: type[Any], run: str, base: str | None, over: Mapping[str, Any], **files: Path
     ) -> Any:
+        """Settings of the trainer `kind` for the folder `run`: those of `base`, then `over`."""
         values = read_values(_CONFIGS / f"{base}.toml") if base else {}
         fixed = {
             "output": str(self.output / run),
             "cache": str(self.output / "cache"),
             "data": to_dict(self.data),
-            **{name: str(value) for name, value in settings.items()},
+            **{name: str(path) for name, path in files.items()},
         }
         if self.workers >= 0:
             fixed["workers"] = self.workers
@@ -160,14 +157,18 @@ class Experiment:
     def _stage2(self, noise: str) -> Stage2TrainingConfig:
         run = "stage2" if noise == "shared" else f"stage2_{noise}"
         config = self._config(
-            Stage2TrainingConfig, "paper", self.size.stage2, run,
-            checkpoint=self.sd15, vae=_export(self.vae),
-        )  # fmt: skip
+            Stage2TrainingConfig,
+            run,
+            "paper",
+            self.size.stage2,
+            checkpoint=self.sd15,
+            vae=_export(self.vae),
+        )
         return dataclasses.replace(config, noise_sharing=noise)
 
     def evaluation(self, training: str) -> EvaluationConfig:
         """Of the training with "shared" or "independent" noise."""
-        values = dict(self.size.evaluation)
+        values = self.size.evaluation
         modes = (_GIVEN, _INDEPENDENT, _TWO_STAGE) if training == "shared" else (_INDEPENDENT,)
         trained = self.stage1 if training == "shared" else self.stage2_independent
         return EvaluationConfig(
