@@ -88,7 +88,7 @@ def read_settings(cls: type[C], path: str | Path | None, overrides: Iterable[str
     A dotted key reaches into a table (`data.takes=2`). Values are read as JSON and, where that
     fails, as plain text.
     """
-    values = _read_file(Path(path)) if path else {}
+    values = read_values(Path(path)) if path else {}
     for override in overrides or ():
         key, equals, text = override.partition("=")
         if not equals:
@@ -105,7 +105,12 @@ def read_settings(cls: type[C], path: str | Path | None, overrides: Iterable[str
     return from_dict(cls, values)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_values(path: Path) -> dict[str, Any]:
+    """What a config file (`.toml` or `.json`) holds.
+
+    Raises:
+        SettingsError: no such file, or not a table of settings.
+    """
     if not path.is_file():
         raise SettingsError(f"there is no settings file at {path}.")
     if sys.version_info >= (3, 11):

@@ -1,4 +1,5 @@
-"""The command line: `s2dm generate | render | train | evaluate | convert`, a file for each.
+"""The command line, a file for each command: `s2dm generate | render | train | evaluate |
+convert | reproduce`.
 
 What is heavy (torch, diffusers) is imported by the command that needs it, when it runs.
 """
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from . import convert, evaluate, generate, render, train
+from . import convert, evaluate, generate, render, reproduce, train
 from .options import DEFAULT_CHECKPOINT
 
 __all__ = ["DEFAULT_CHECKPOINT", "leave_processes", "main"]
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Stopped.", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extra = {"train": "training", "evaluate": "evaluation"}.get(options.command, "standalone")
+        extras = {"train": "training", "evaluate": "evaluation", "reproduce": "evaluation"}
+        extra = extras.get(options.command, "standalone")
         print(
             f"s2dm {options.command}: the package {error.name} is missing. Install what the "
             f"command needs, in the folder of ComfyUI-S2DM: pip install '.[{extra}]'",
@@ -63,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"s2dm {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, render, train, evaluate, convert):
+    for command in (generate, render, train, evaluate, convert, reproduce):
         command.add_to(commands)
     return parser
 

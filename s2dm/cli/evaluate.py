@@ -57,6 +57,13 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the noise (0)")
+    sampling.add_argument(
+        "--videos",
+        type=positive,
+        metavar="N",
+        help="generate N of the clips together, drawn with repetition, and compare all of them at "
+        "once, as papers do with 2048 (each clip once with each seed)",
+    )
     add_sampling(sampling)
     sampling.add_argument(
         "--flow-steps", type=positive, default=20, help="of stage 1 (%(default)s)"
@@ -90,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     from ..data import DataConfig
     from ..evaluation.modes import Variant
     from ..evaluation.run import EvaluationConfig, evaluate
-    from ..evaluation.tables import markdown_table
+    from ..evaluation.tables import label_table, markdown_table
     from ..models import FlowSampling, read_config
     from ..settings import read_settings
 
@@ -115,6 +122,7 @@ def run(options: argparse.Namespace) -> None:
         clips=options.clips or 0,
         variants=variants,
         seeds=tuple(options.seeds),
+        videos=options.videos or 0,
         sampling=sampling_entries(options),
         flow_sampling=FlowSampling(options.flow_steps, options.flow_text_guidance),
         method=None if options.method == "none" else options.method,
@@ -126,5 +134,8 @@ def run(options: argparse.Namespace) -> None:
     )
     result = evaluate(config)
     if result is not None:
-        print(markdown_table(result["table"], {str(v): v.title for v in variants}))
+        titles = {str(variant): variant.title for variant in variants}
+        print(markdown_table(result["table"], titles))
+        if labelled := label_table(result["table"], titles):
+            print("\n" + labelled)
         print("\n".join(["", *result["notes"], str(config.output / "results.md")]))

@@ -1,21 +1,26 @@
 """Data sets by name: sequences of clips that a configuration chooses.
 
 A data set whose clips may change while its settings stay the same has a `fingerprint` of them, a
-string, so that clips that were prepared before are not taken for them.
+string, so that clips that were prepared before are not taken for them. One whose clips have
+`labels(index)`, the class and the subject of each, is evaluated by class and by subject too.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..settings import SettingsError
+from ..settings import SettingsError, from_dict
+from . import mhad, mug
 from .clip import Clip
 from .puppets import PuppetClips
+from .recordings import TABLES, Protocol, RecordedClips, Recording, Words
 from .videos import VideoClips
 
 
@@ -43,7 +48,7 @@ class DataConfig:
             )
 
 
-class ClipDataset(Protocol):
+class ClipDataset(typing.Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Clip: ...
@@ -75,23 +80,89 @@ def held_out_clips(config: DataConfig, count: int) -> list[Clip]:
 
 def _puppets(config: DataConfig, split: str) -> ClipDataset:
     settings = {"name": split, "size": config.size, "frames": config.frames, "takes": config.takes}
-    known = [name for name in inspect.signature(PuppetClips).parameters if name not in settings]
-    unknown = sorted(set(config.options) - set(known))
-    if unknown:
-        raise SettingsError(
-            f"unknown option {unknown[0]!r} of the puppets; they have: {', '.join(known)}."
-        )
-    return PuppetClips(**settings, **config.options)
+    return PuppetClips(**settings, **_options(config, PuppetClips, settings))
 
 
 def _videos(config: DataConfig, split: str) -> ClipDataset:
-    if config.takes != 1:
-        raise SettingsError(f"videos have one take each, got takes = {config.takes}.")
-    if set(config.options) != {"folder"}:
+    settings = {"name": split, "size": config.size, "frames": config.frames, "takes": config.takes}
+    options = _options(config, VideoClips, settings)
+    if "folder" not in options:
         given = ", ".join(config.options) or "none"
-        raise SettingsError(f"videos need the option folder and no other, got {given}.")
-    return VideoClips(config.options["folder"], split, size=config.size, frames=config.frames)
+        raise SettingsError(f"videos need the option folder, got {given}.")
+    return VideoClips(**settings, **options)
+
+
+def _options(config: DataConfig, kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a data set has beside the settings that all have."""
+    known = [name for name in inspect.signature(kind).parameters if name not in settings]
+    unknown = sorted(set(config.options) - set(known))
+    if unknown:
+        raise SettingsError(
+            f"unknown option {unknown[0]!r} of {config.name}; it has: {', '.join(known)}."
+        )
+    return config.options
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedOptions:
+    """Options of `mhad` and `mug`.
+
+    folder: of the data set's files, as they were published.
+    table: of the words in captions (TOML); by default the one that the package comes with.
+    seed: of the split, and of the frames that are drawn.
+    held_out_combinations, held_out_clips: -1 for the paper's numbers; 0 clips for any number.
+    flow: "dis", "farneback", "raft_large" or "raft_small".
+    frame_sampling: "even" or "random", see `RecordedClips`.
+    """
+
+    folder: str
+    table: str = ""
+    seed: int = 0
+    held_out_combinations: int = -1
+    held_out_clips: int = -1
+    flow: str = "dis"
+    frame_sampling: str = "even"
+
+
+def _mhad(config: DataConfig, split: str) -> ClipDataset:
+    return _recorded(config, split, mhad.find_mhad, mhad.PROTOCOL, window=mhad.WINDOW)
+
+
+def _mug(config: DataConfig, split: str) -> ClipDataset:
+    return _recorded(config, split, mug.find_mug, mug.PROTOCOL)
+
+
+def _recorded(
+    config: DataConfig,
+    split: str,
+    find: Callable[[str], list[Recording]],
+    protocol: Protocol,
+    **more: Any,
+) -> ClipDataset:
+    if "folder" not in config.options:
+        raise SettingsError(f"{config.name} needs the option folder, where its files are.")
+    options = from_dict(RecordedOptions, config.options, "data.options.")
+    asked = {
+        name: value
+        for name in ("held_out_combinations", "held_out_clips")
+        if (value := getattr(options, name)) >= 0
+    }
+    return RecordedClips(
+        find(options.folder),
+        Words.read(Path(options.table or TABLES / f"{config.name}.toml")),
+        replace(protocol, **asked),
+        split,
+        size=config.size,
+        frames=config.frames,
+        takes=config.takes,
+        seed=options.seed,
+        sampling=options.frame_sampling,
+        flow=options.flow,
+        **more,
+    )
 
 
 register_dataset("puppets", _puppets)
 register_dataset("videos", _videos)
+register_dataset("mhad", _mhad)
+register_dataset("mug", _mug)

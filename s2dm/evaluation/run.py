@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -54,6 +56,9 @@ class EvaluationConfig:
     clips: how many of its clips, in a shuffled order that never changes; 0 for all.
     variants: modes with their noise sharing, the rows of the table.
     seeds: each clip is generated once with each; clip k starts from noise 100000·seed + k.
+    videos: 0, or how many to generate of the clips together, as papers do: each time a clip is
+        drawn, with repetition, whose caption and flow are the conditions, and its r-th video has
+        seed r. FVD and KVD compare all of them at once with the true clips.
     sampling: of stage 2, entries of `SamplingConfig` in place of what the checkpoint recommends.
     flow_sampling: of stage 1.
     method: flow estimator of the figures; None leaves out those that need one, and the time that
@@ -71,6 +76,7 @@ class EvaluationConfig:
     clips: int = 0
     variants: tuple[Variant, ...] = (Variant("given-flow"),)
     seeds: tuple[int, ...] = (0,)
+    videos: int = 0
     sampling: Mapping[str, Any] = field(default_factory=dict)
     flow_sampling: FlowSampling = FlowSampling()  # noqa: RUF009 (frozen)
     method: str | None = "dis"
@@ -88,6 +94,14 @@ class EvaluationConfig:
                     f"Expected one or more different {name}, got "
                     f"{', '.join(map(str, values)) or 'none'}."
                 )
+        if self.videos and self.seeds != (0,):
+            raise ValueError(
+                f"Expected videos or seeds, got videos={self.videos} and seeds "
+                f"{', '.join(map(str, self.seeds))}: with videos, a clip has as many seeds as it "
+                "is drawn."
+            )
+        if self.videos < 0 or self.videos == 1:
+            raise ValueError(f"Expected 2 videos or more, or 0, got {self.videos}.")
         if self.i3d is not None and self.data.frames < LEAST_FRAMES:
             raise ValueError(
                 f"FVD and KVD need clips of at least {LEAST_FRAMES} frames, got "
@@ -137,6 +151,13 @@ def shuffled(count: int) -> list[int]:
     return order
 
 
+def draw_conditions(clips: Sequence[int], videos: int) -> dict[int, int]:
+    """How often each clip gives the conditions of a video: drawn with repetition, always alike."""
+    chance = random.Random(0)
+    drawn = Counter(clips[int(chance.random() * len(clips))] for _ in range(videos))
+    return {clip: drawn[clip] for clip in clips}
+
+
 class Run:
     """The clips of an evaluation, and this process's part in making and measuring them."""
 
@@ -160,6 +181,7 @@ class Run:
                 f"got {config.clips}. More takes or seeds make more clips."
             )
         self.chosen = shuffled(len(self.data))[: config.clips or None]
+        self.drawn = draw_conditions(self.chosen, config.videos) if config.videos else None
         if config.i3d is not None and len(self.chosen) < 2:
             raise ValueError("FVD and KVD need at least 2 clips, got 1.")
         needing = [variant.mode for variant in config.variants if variant.stage_1]
@@ -187,9 +209,15 @@ class Run:
     # ------------------------------------------------------------------------------- clips
 
     def tasks(self, variant: Variant, indices: list[int] | None = None) -> list[Task]:
-        seeds = self.config.seeds if variant.sampled else self.config.seeds[:1]
         indices = self.chosen if indices is None else indices
-        return [Task(variant, index, seed) for index in indices for seed in seeds]
+        return [
+            Task(variant, index, seed) for index in indices for seed in self._seeds(variant, index)
+        ]
+
+    def _seeds(self, variant: Variant, index: int) -> Sequence[int]:
+        if not variant.sampled:
+            return self.config.seeds[:1]
+        return self.config.seeds if self.drawn is None else range(self.drawn[index])
 
     @cache  # noqa: B019 (a run lives as long as its process)
     def folder(self, variant: Variant) -> str:
@@ -214,11 +242,11 @@ class Run:
         if self.i3d is not None and TRUE not in variants:
             variants.append(TRUE)  # what FVD compares with
         _one_thread_of_opencv()
-        mine = self._mine()
-        with self._bar("clips", sum(len(self.tasks(v, mine)) for v in variants)) as bar:
-            for index in mine:
+        mine = self._mine(variants)
+        with self._bar("clips", len(mine)) as bar:
+            for index, tasks in itertools.groupby(mine, lambda task: task.index):
                 clip = None  # rendered or read once for all its rows
-                for task in (task for v in variants for task in self.tasks(v, [index])):
+                for task in tasks:
                     path = self.path(task)
                     if not path.exists():
                         clip = self.data[index] if clip is None else clip
@@ -264,8 +292,7 @@ class Run:
         """The features that are missing of this process's part."""
         if self.i3d is None:
             return
-        variants = dict.fromkeys((*self.config.variants, TRUE))
-        tasks = [task for v in variants for task in self.tasks(v, self._mine())]
+        tasks = self._mine([*dict.fromkeys((*self.config.variants, TRUE))])
         with self._bar("features", len(tasks)) as bar:
             for task in tasks:
                 path = self.features_path(task)
@@ -275,23 +302,29 @@ class Run:
                         np.save(temporary, features.numpy())
                 bar.update()
 
-    def features(self) -> dict[str, Tensor]:
-        """(clips,seeds,400) of each row and of the true clips; nothing without weights."""
+    def features(self) -> dict[str, list[Tensor]]:
+        """Of each row and of the true clips, (videos,400) of each clip; nothing without weights."""
         if self.i3d is None:
             return {}
-        rows = {}
-        for variant in dict.fromkeys((*self.config.variants, TRUE)):
-            stored = [np.load(self.features_path(task)) for task in self.tasks(variant)]
-            rows[str(variant)] = torch.from_numpy(np.stack(stored)).unflatten(
-                0, (len(self.chosen), -1)
-            )
-        return rows
+        return {
+            str(variant): [self._stored_features(variant, index) for index in self.chosen]
+            for variant in dict.fromkeys((*self.config.variants, TRUE))
+        }
+
+    def _stored_features(self, variant: Variant, index: int) -> Tensor:
+        stored = [np.load(self.features_path(task)) for task in self.tasks(variant, [index])]
+        return torch.from_numpy(np.stack(stored)) if stored else torch.zeros(0)
 
     # ------------------------------------------------------------------------------ sharing
 
-    def _mine(self) -> list[int]:
-        """This process's part of the clips: the same at every start, whatever is done already."""
-        return self.chosen[self.state.process_index :: self.state.num_processes]
+    def _mine(self, variants: list[Variant]) -> list[Task]:
+        """This process's part of the work: the same at every start, whatever is done already.
+
+        A stretch of it, so that a clip is read by few processes, and each has as much to do.
+        """
+        tasks = [task for index in self.chosen for v in variants for task in self.tasks(v, [index])]
+        part, parts = self.state.process_index, self.state.num_processes
+        return tasks[part * len(tasks) // parts : (part + 1) * len(tasks) // parts]
 
     def _bar(self, title: str, total: int) -> Any:
         from tqdm.auto import tqdm

@@ -77,7 +77,9 @@ def read_code(path: Path) -> str:
 
 
 def read_totals(paths: Sequence[Path]) -> dict[str, Total]:
-    """The figures of a clip's seeds together: they count as one in intervals."""
+    """The figures of a clip's seeds together: they count as one in intervals. None of none."""
+    if not paths:
+        return {}
     seeds = []
     for path in paths:
         with np.load(path) as stored:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files import replacing
@@ -32,28 +33,36 @@ _COLUMNS = {
 def summarise(
     totals: Sequence[Mapping[str, Total]],
     real: Tensor | None = None,
-    generated: Tensor | None = None,
+    generated: Tensor | Sequence[Tensor] | None = None,
     groups: Sequence[int] | None = None,
 ) -> Row:
     """One row: each metric over all clips, and its 95 % interval over clips as `NAME_95`.
 
     FVD and KVD of several seeds are the mean over the seeds, so that they compare equally many
-    clips for any number of seeds; what each seed gave stands in `fvd_seeds` and `kvd_seeds`.
+    clips for any number of seeds; what each seed gave stands in `fvd_seeds` and `kvd_seeds`. Of
+    clips with differing numbers of videos, all videos are compared at once.
 
     Args:
-        totals: the metrics of each clip, over its seeds. A metric that could be measured on none
-            is left out.
+        totals: the metrics of each clip, over its seeds; empty of one that nothing was made of. A
+            metric that could be measured on none is left out.
         real: features (N,D); without them, FVD and KVD are left out.
-        generated: features (N,D), or (N,seeds,D), of the clips in the same order.
+        generated: features (N,D), or (N,seeds,D), of the clips in the same order; or of each clip
+            (videos,D), to be compared at once.
         groups: of each clip, where some are alike: see `bootstrap`.
     """
     add = partial(_add, groups=groups)
-    row: Row = {"clips": len(totals)}
-    for name in totals[0]:
-        values = [clip[name] for clip in totals]
+    made = [place for place, clip in enumerate(totals) if clip]
+    made_groups = None if groups is None else [groups[place] for place in made]
+    row: Row = {"clips": len(made)}
+    for name in totals[made[0]]:
+        values = [totals[place][name] for place in made]
         if not math.isnan(pooled_figure(values)):
-            add(row, name, pooled_figure, values, samples=1000)
-    if real is not None and generated is not None:
+            _add(row, name, pooled_figure, values, samples=1000, groups=made_groups)
+    if real is not None and generated is not None and not isinstance(generated, Tensor):
+        row["videos"] = sum(len(videos) for videos in generated)
+        for name, distance in (("fvd", frechet_distance), ("kvd", kvd)):
+            add(row, name, partial(of_all_videos, distance), real, generated, samples=100)
+    elif real is not None and generated is not None:
         generated = generated if generated.ndim == 3 else generated[:, None]
         for name, distance in (("fvd", frechet_distance), ("kvd", kvd)):
             add(row, name, partial(mean_over_seeds, distance), real, generated, samples=100)
@@ -67,6 +76,57 @@ def mean_over_seeds(
 ) -> float:
     """Mean over the seeds of the distance between features (N,D) and (M,seeds,D)."""
     return statistics.fmean(distance(real, seed) for seed in generated.unbind(1))
+
+
+def of_all_videos(
+    distance: Callable[[Tensor, Tensor], float], real: Tensor, generated: Sequence[Tensor]
+) -> float:
+    """The distance between features (N,D) and those of all videos, (videos,D) of each clip."""
+    return distance(real, torch.cat([*generated]))
+
+
+def by_label(
+    real: Tensor, generated: Sequence[Tensor], labels: Sequence[str]
+) -> dict[str, Any] | None:
+    """FVD of the clips of each label by itself, as LFDM reports by class and by subject.
+
+    Args:
+        real: features (N,D).
+        generated: of each clip (videos,D).
+        labels: of each clip.
+
+    Returns:
+        `mean` and `std` (of N − 1) over the labels that have two clips and two videos, and the
+        `values` by label; None where fewer than two labels have.
+    """
+    values = {}
+    for label in sorted(set(labels)):
+        members = [place for place, other in enumerate(labels) if other == label]
+        videos = torch.cat([generated[place] for place in members])
+        if len(members) > 1 and len(videos) > 1:
+            values[label] = frechet_distance(real[members], videos)
+    if len(values) < 2:
+        return None
+    found = [*values.values()]
+    return {"mean": statistics.fmean(found), "std": statistics.stdev(found), "values": values}
+
+
+def label_table(table: Mapping[str, Row], titles: Mapping[str, str]) -> str:
+    """What `by_label` found for the rows that have it; empty where none has."""
+    names = {"fvd_by_class": "FVD by class", "fvd_by_subject": "FVD by subject"}
+    rows = {key: row for key, row in table.items() if any(name in row for name in names)}
+    if not rows:
+        return ""
+    lines = [f"| mean ± deviation | {' | '.join(names.values())} |", "|---|---|---|"]
+    for key, row in rows.items():
+        cells = [
+            "{mean:.1f} ± {std:.1f} ({count})".format(**row[name], count=len(row[name]["values"]))
+            if name in row
+            else "–"
+            for name in names
+        ]
+        lines.append(f"| {' | '.join([titles[key], *cells])} |")
+    return "\n".join(lines)
 
 
 def _add(

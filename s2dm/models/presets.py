@@ -71,3 +71,8 @@ PUPPETS = S2DMConfig(
 
 The tokenizer is trained on the captions: it sets the vocabulary size and the two special ids.
 """
+
+LFDM = S2DMConfig(
+    flow_generator=FlowGeneratorConfig(null_reference="learned", null_text="learned", frames=16)
+)
+"""A flow generator of LFDM's size (arXiv 2303.13744), to train on latents and displacements."""

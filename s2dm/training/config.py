@@ -16,7 +16,10 @@ class TrainingConfig:
     and may be shared by several runs. `max_minutes` = 0 means no limit of time; the learning
     rate is annealed over whichever of the two is nearer its end. `threads` = 0 leaves PyTorch's
     number of CPU threads alone. `compile` runs the networks through torch.compile, which takes
-    minutes to start. With
+    minutes to start.
+
+    `optimizer` is "adamw" or "adam"; `gradient_clip` = 0 leaves gradients as they are, `ema_decay`
+    = 0 keeps no average: sheets and exports then have the weights of the step. With
     `export_only` an existing run writes its averaged weights and does not go on.
     """
 
@@ -29,6 +32,7 @@ class TrainingConfig:
     final_learning_rate: float = 0.0
     warmup_steps: int = 100
     schedule: str = "cosine"
+    optimizer: str = "adamw"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     gradient_clip: float = 1.0
@@ -47,6 +51,13 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.schedule not in ("cosine", "constant"):
             raise SettingsError(f"schedule must be 'cosine' or 'constant', got {self.schedule!r}.")
+        if self.optimizer not in ("adamw", "adam"):
+            raise SettingsError(f"optimizer must be 'adamw' or 'adam', got {self.optimizer!r}.")
+        if self.gradient_clip < 0 or not 0 <= self.ema_decay < 1:
+            raise SettingsError(
+                "gradient_clip must be at least 0 and ema_decay from 0 to less than 1, got "
+                f"{self.gradient_clip} and {self.ema_decay}."
+            )
         if self.mixed_precision not in ("no", "bf16", "fp16"):
             raise SettingsError(
                 f"mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}."

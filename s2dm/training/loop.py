@@ -57,17 +57,22 @@ class EMA:
     """Exponential moving average of a model's trainable parameters, in float32.
 
     The decay starts low and grows with the number of updates, (1 + n) / (10 + n), up to
-    `decay`, so that the average is of use after a few steps.
+    `decay`, so that the average is of use after a few steps. With a decay of 0 the average is
+    the parameters themselves, and takes no memory.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
         self._live = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        self.average = {k: p.detach().float().clone() for k, p in self._live.items()}
+        self.average = {
+            k: p.detach().float().clone() if decay else p.detach() for k, p in self._live.items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
+        if not self.decay:
+            return
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         live = [p.detach().float() for p in self._live.values()]
@@ -76,6 +81,9 @@ class EMA:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Within this context the model holds the averaged weights."""
+        if not self.decay:
+            yield
+            return
         kept = {k: p.detach().clone() for k, p in self._live.items()}
         try:
             self._copy(self.average)
@@ -89,7 +97,7 @@ class EMA:
             parameter.copy_(values[key])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": self.average}
+        return {"updates": self.updates, "average": self.average if self.decay else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = int(state["updates"])
@@ -244,7 +252,8 @@ class TrainingLoop:
         elif self.accelerator.device.type == "cpu":
             speed_up(task.model)
         trainable = [p for p in task.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        optimizer = kind(
             trainable,
             lr=config.learning_rate,
             betas=config.betas,
@@ -341,8 +350,9 @@ class TrainingLoop:
                 losses = self.model(batch)
                 self.accelerator.backward(losses["loss"])
                 if self.accelerator.sync_gradients:
+                    # Where nothing is clipped the norm is for the log.
                     norm = self.accelerator.clip_grad_norm_(
-                        self.model.parameters(), config.gradient_clip
+                        self.model.parameters(), config.gradient_clip or math.inf
                     )
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)

@@ -41,9 +41,12 @@ class VAETrainingConfig(TrainingConfig):
     `motion_share` of the crops is centred where something moves. For the first `guide_steps`
     steps from random weights the latents are drawn towards a thumbnail of the picture.
     `freeze_encoder` trains the decoder of `checkpoint` alone, for latents that stay as they
-    are: a stage 2 that was trained on them remains valid. `adversarial_weight` above 0 adds an
-    adversarial loss (`s2dm.training.adversarial`); for the first `adversarial_warmup` steps
-    its discriminator learns alone.
+    are: a stage 2 that was trained on them remains valid. `normalise` gives the latents of the
+    export mean 0 and deviation 1 in every channel, for a U-Net that is new; without it a
+    fine-tuned `checkpoint` keeps its scale, so that its U-Net still knows them, as the paper does
+    with Stable Diffusion's. `adversarial_weight` above 0 adds an adversarial loss
+    (`s2dm.training.adversarial`); for the first `adversarial_warmup` steps its discriminator
+    learns alone.
     """
 
     output: str = "runs/vae"
@@ -58,6 +61,7 @@ class VAETrainingConfig(TrainingConfig):
     colour_weight: float = 1.0
     guide_steps: int = 500
     freeze_encoder: bool = False
+    normalise: bool = True
     adversarial_weight: float = 0.0
     adversarial_warmup: int = 500
     validation_clips: int = 12
@@ -227,10 +231,10 @@ class VAETask:
         }
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """Write the VAE with latents normalised, and the scale of its latents in its config."""
+        """Write the VAE, with latents normalised if asked for, and their scale in its config."""
         state = {k: v.detach().clone() for k, v in model.vae.state_dict().items()}
         config = self.vae_config
-        if not self.config.freeze_encoder:
+        if self.config.normalise and not self.config.freeze_encoder:
             mean, std = self.latent_statistics(model.vae)
             normalise_latents(state, mean, std)
             config = dataclasses.replace(config, scaling_factor=1.0)
@@ -280,6 +284,11 @@ def build_vae_task(config: VAETrainingConfig) -> VAETask:
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
     if config.freeze_encoder and not config.checkpoint:
         raise SettingsError("freeze_encoder needs a checkpoint whose encoder stays as it is.")
+    if not (config.normalise or config.checkpoint):
+        raise SettingsError(
+            "normalise=false needs a checkpoint whose latents keep their scale: those of random "
+            "weights have none that a U-Net knows."
+        )
     if config.checkpoint:
         vae_config, state = load_model(config.checkpoint, ["vae"])["vae"]
         vae = build_vae(vae_config, state)

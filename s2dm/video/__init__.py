@@ -8,7 +8,7 @@ file behind. PyAV and Pillow are imported when they are first needed.
 
 from .formats import IMAGE_SUFFIXES, MOVING_SUFFIXES, VIDEO_SUFFIXES
 from .frames import DEFAULT_FPS, VideoError, cover, to_uint8
-from .read import frame_rate, is_clip, iter_frames, read_clip, read_image
+from .read import evenly, frame_rate, is_clip, iter_frames, read_clip, read_frames, read_image
 from .sheet import contact_sheet, write_contact_sheet
 from .write import WRITABLE_SUFFIXES, check_clip_path, write_clip
 
@@ -22,10 +22,12 @@ __all__ = [
     "check_clip_path",
     "contact_sheet",
     "cover",
+    "evenly",
     "frame_rate",
     "is_clip",
     "iter_frames",
     "read_clip",
+    "read_frames",
     "read_image",
     "to_uint8",
     "write_clip",

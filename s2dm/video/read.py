@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -78,14 +78,58 @@ def read_clip(
     if frames is not None:
         times = [moment.time for moment in clip.moments()]
         wanted, fps = _spread_in_time(path, times, frames, fps)
+    fit = None if size is None else lambda frame: cover(frame.unsqueeze(0), *size)[0]
+    return _read(path, clip, wanted, fit), fps
+
+
+def read_frames(
+    path: str | os.PathLike[str],
+    choose: Callable[[list[float | None]], list[int]],
+    fit: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, list[int]]:
+    """Read chosen frames of a clip.
+
+    Args:
+        path: see `iter_frames`.
+        choose: called with the times of all frames, None where nothing says them; gives the
+            numbers of those to take, which may repeat, in rising order.
+        fit: what is done with each frame (3, H, W) while reading, such as cropping.
+
+    Returns:
+        The frames, (N, 3, H, W) in [0, 1], and their numbers.
+
+    Raises:
+        VideoError: see `read_clip`.
+    """
+    path = Path(path)
+    clip = _clip(path)
+    times = [moment.time for moment in clip.moments()]
+    if not times:
+        raise VideoError(f"{path} holds no frames.")
+    numbers = choose(times)
+    return _read(path, clip, numbers, fit), numbers
+
+
+def evenly(frames: int) -> Callable[[list[float | None]], list[int]]:
+    """For `read_frames`: so many, spread evenly in time from the first to the last."""
+    return lambda times: _spread_numbers(times, frames)
+
+
+def _read(
+    path: Path,
+    clip: _Folder | Pictures | Movie,
+    wanted: list[int] | None,
+    fit: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """The frames of a clip with these numbers, in order; all for None."""
     kept: list[Tensor] = []
     for index, moment in enumerate(clip.moments()):
         repeats = 1 if wanted is None else wanted.count(index)
         if not repeats:
             continue
         frame = from_uint8(moment.pixels())
-        if size is not None:
-            frame = cover(frame.unsqueeze(0), *size)[0]
+        if fit is not None:
+            frame = fit(frame)
         if kept and frame.shape != kept[0].shape:
             raise VideoError(
                 f"The frames of {path} differ in size: {size_text(kept[0])}, then "
@@ -94,7 +138,7 @@ def read_clip(
         kept.extend([frame] * repeats)
     if not kept:
         raise VideoError(f"{path} holds no frames.")
-    return torch.stack(kept), fps
+    return torch.stack(kept)
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
@@ -162,11 +206,24 @@ def _spread_in_time(
         raise VideoError(f"{path} holds no frames.")
     if total == 1:
         return [0] * frames, DEFAULT_FPS  # a picture has no duration to keep
-    if None in times or any(one >= other for one, other in itertools.pairwise(times)):
-        return spread(total, frames), fps * frames / total
+    numbers = _spread_numbers(times, frames)
+    if _without_times(times):
+        return numbers, fps * frames / total
     rate = (total - 1) / (times[-1] - times[0])
     if math.isclose(rate, fps, rel_tol=0.02):
         rate = fps  # without the rounding of the times
+    return numbers, rate * frames / total
+
+
+def _spread_numbers(times: list[float | None], frames: int) -> list[int]:
+    """Numbers of `frames` frames, spread in time where all times are known."""
+    total = len(times)
+    if total == 1 or _without_times(times):
+        return spread(total, frames)
     even = np.linspace(times[0], times[-1], frames)
     places = np.interp(even, times, np.arange(total)).round(6)
-    return [round(place) for place in places.tolist()], rate * frames / total
+    return [round(place) for place in places.tolist()]
+
+
+def _without_times(times: list[float | None]) -> bool:
+    return None in times or any(one >= other for one, other in itertools.pairwise(times))

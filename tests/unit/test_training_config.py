@@ -71,11 +71,15 @@ def test_overrides_reach_into_tables(tmp_path):
         ("puppets_third.toml", Stage2TrainingConfig),
         ("puppets_ablation.toml", Stage2TrainingConfig),
         ("puppets_stage1.toml", Stage1TrainingConfig),
+        ("paper.toml", Stage2TrainingConfig),
+        ("paper_vae.toml", VAETrainingConfig),
+        ("sd15.toml", Stage2TrainingConfig),
     ],
 )
 def test_shipped_configs_are_valid(name, kind):
+    data = "puppets" if name.startswith("puppets") else "mhad"
     with resources.as_file(resources.files("s2dm.training") / "configs" / name) as path:
-        assert read_settings(kind, path).data.name == "puppets"
+        assert read_settings(kind, path).data.name == data
 
 
 def test_every_shipped_config_is_tested():

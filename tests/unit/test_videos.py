@@ -132,9 +132,10 @@ def test_the_data_set_has_a_name_for_the_trainers(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"options": {}}, "the option folder and no other, got none"),
-        ({"options": {"folder": "x", "fps": 8}}, "no other, got folder, fps"),
+        ({"options": {}}, "need the option folder, got none"),
+        ({"options": {"folder": "x", "fps": 8}}, "unknown option 'fps' of videos; it has: folder"),
         ({"options": {"folder": "x"}, "takes": 3}, "one take each, got takes = 3"),
+        ({"options": {"folder": "x", "flow": "magic"}}, "one of dis, farneback, raft_large"),
     ],
 )
 def test_settings_that_videos_do_not_have(settings, message):
@@ -165,3 +166,123 @@ def test_frames_that_were_replaced_are_noticed(tmp_path):
     frame.write_bytes(content)
     os.utime(frame, ns=(state.st_atime_ns, state.st_mtime_ns + 1_000_000_000))
     assert VideoClips(tmp_path, "test").fingerprint != before
+
+
+# ------------------------------------------------------------------- groups, tables, flow, draws
+
+
+def mhad_folder(folder: Path) -> Path:
+    """All of UTD-MHAD's names: four trials of each combination."""
+    folder.mkdir()
+    for action in range(1, 28):
+        for subject in range(1, 9):
+            for trial in range(1, 5):
+                (folder / f"a{action}_s{subject}_t{trial}_color.avi").touch()
+    table = "".join(
+        f"{path.name},{path.name.split('_')[0]},{path.name.split('_')[1]},somebody moves\n"
+        for path in sorted(folder.iterdir())
+    )
+    (folder / "clips.csv").write_text("clip,what,who,caption\n" + table, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("group", [r"(a\d+_s\d+)_", r"a(\d+)_s(\d+)", "who, what"])
+def test_clips_of_one_group_are_held_out_together(tmp_path, group):
+    folder = mhad_folder(tmp_path / "clips")
+    train, test = (
+        {path.name.rsplit("_", 2)[0] for path in clips.paths}
+        for clips in (
+            VideoClips(folder, name, group=group, table="clips.csv") for name in ("train", "test")
+        )
+    )
+    assert len(train | test) == 216 and not train & test
+    assert 10 < len(test) < 35  # about a tenth
+    alone = VideoClips(folder, "test", table="clips.csv")
+    assert alone.captions[0] == "somebody moves"
+    assert {path.name.rsplit("_", 2)[0] for path in alone.paths} & train  # what a group prevents
+
+
+def test_groups_that_are_not_known_are_told(tmp_path):
+    folder = mhad_folder(tmp_path / "clips")
+    for options, message in (
+        ({"group": "a[0-9]"}, "with a group in parentheses"),
+        ({"group": "(a"}, "no regular expression"),
+        ({"group": r"(b\d+)"}, r"does not match '\(b"),
+        ({"table": "none.csv"}, "there is no table at"),
+    ):
+        options = {"table": "clips.csv", **options}
+        with pytest.raises(SettingsError, match=message):
+            VideoClips(folder, "train", **options)
+    touch(folder / "new.mp4")
+    with pytest.raises(SettingsError, match=r"new\.mp4 is not in the table"):
+        VideoClips(folder, "train", group="who", table="clips.csv")
+    with pytest.raises(ValueError, match=r"new\.mp4 has no caption: expected one in .*clips\.csv"):
+        VideoClips(folder, "train", table="clips.csv")
+
+
+def test_flow_files_beside_the_clips_are_taken(tmp_path):
+    from s2dm.flow import FlowField, save_flow
+
+    write(tmp_path / "one.mp4")
+    write(tmp_path / "two", caption=None)
+    (tmp_path / "two.txt").write_text("a square moves", encoding="utf-8")
+    displacement = torch.zeros(5, 2, 48, 64)
+    displacement[1:, 0, :, 40:] = -torch.arange(1.0, 5.0).view(4, 1, 1)
+    flow = FlowField(displacement, torch.zeros(5, 1, 48, 64))
+    for name in ("one", "two"):
+        save_flow(tmp_path / f"{name}.npz", flow)
+    clips = [*VideoClips(tmp_path, "train", 24, 3, flow="files")]
+    clips += [*VideoClips(tmp_path, "test", 24, 3, flow="files")]
+    assert len(clips) == 2
+    for clip in clips:  # frames 1, 3 and 5, at half the size, 8 columns cropped on either side
+        assert clip.flow.displacement[:, 0, 12, 20].tolist() == pytest.approx([0, -1, -2])
+        assert not clip.flow.displacement[:, 0, 12, :8].any()
+    before = VideoClips(tmp_path, "test", 24, 3, flow="files").fingerprint
+    for name in ("one", "two"):
+        save_flow(tmp_path / f"{name}.npz", flow.scale(2.0))
+    assert VideoClips(tmp_path, "test", 24, 3, flow="files").fingerprint != before
+    with pytest.raises(ValueError, match="begins with frame"):
+        takes = VideoClips(tmp_path, "test", 24, 2, 9, "files", "random")
+        [takes[index] for index in range(9)]
+    (tmp_path / "one.npz").unlink()
+    (tmp_path / "two.npz").unlink()
+    with pytest.raises(ValueError, match=r"has no flow: expected .*\.npz"):
+        VideoClips(tmp_path, "test", 24, 3, flow="files")[0]
+
+
+def test_a_network_of_torchvision_may_estimate(tmp_path, monkeypatch):
+    """Asked for by name, loaded once; here a stand-in that knows its trial and finds no motion."""
+    from s2dm.data import flows
+
+    loaded = []
+
+    def load():
+        loaded.append(True)
+
+        def model(first, second):
+            still = torch.zeros_like(first[:, :2])
+            shift = first.new_tensor([6.0, -4.0]).view(1, 2, 1, 1)
+            trial = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1) * shift
+            return still + trial if first.shape[2:] == (128, 128) and not seen else still
+
+        return model
+
+    seen: list[bool] = []
+    monkeypatch.setitem(flows.NETWORKS, "raft_small", load)
+    monkeypatch.setattr(flows, "_loaded", {})
+    monkeypatch.setattr("s2dm.flow.estimate._try_out", lambda model: seen.append(True))
+    write(tmp_path / "one.mp4", shift=2)
+    clips = VideoClips(tmp_path, "test", 48, 5, flow="raft_small")
+    assert not loaded
+    for _ in range(2):
+        assert not clips[0].flow.displacement.any()
+    assert loaded == [True] and seen
+
+
+def test_random_frames_are_other_ones_in_each_take(tmp_path):
+    write(tmp_path / "one.mp4")
+    clips = VideoClips(tmp_path, "test", 32, 2, takes=6, frame_sampling="random")
+    assert len(clips) == 6
+    drawn = [clip.frames for clip in clips]
+    assert any(not torch.equal(drawn[0], other) for other in drawn[1:])
+    assert torch.equal(clips[3].frames, drawn[3])

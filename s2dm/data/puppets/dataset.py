@@ -110,6 +110,11 @@ class PuppetClips(Dataset[Clip]):
     def __len__(self) -> int:
         return len(self._pairs) * self._takes
 
+    def labels(self, index: int) -> dict[str, str]:
+        """Whose clip it is and of what, for figures by class and by subject."""
+        person, action = self._pairs[index % len(self._pairs)]
+        return {"class": ACTIONS[action].name, "subject": str(person)}
+
     def __getitem__(self, index: int) -> Clip:
         if not 0 <= index < len(self):
             raise IndexError(f"Clip {index} of {len(self)}.")
