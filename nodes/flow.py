@@ -148,7 +148,11 @@ class GenerateFlow(io.ComfyNode):
                     "sampler_name",
                     options=list(FLOW_SAMPLERS),
                     default=FLOW_SAMPLERS[0],
-                    tooltip="dpmpp_2m: second order, for few steps. ddim: first order.",
+                    tooltip=(
+                        "dpmpp_2m: second order, for few steps. ddim: first order. lfdm: as LFDM "
+                        "samples, with fresh noise at every step (1000 steps: its ancestral "
+                        "sampler)."
+                    ),
                 ),
             ],
             outputs=[flow_output()],

@@ -29,6 +29,7 @@ from ...s2dm.models import (
     UNetConfig,
     VAEConfig,
     check_reference,
+    lfdm_conditions,
     load_checkpoint,
     unknown_words,
     unknown_words_message,
@@ -41,7 +42,7 @@ from .notices import Notice
 from .parts import CheckedVAE
 from .previews import fit_preview
 from .saving import keep_when_saving
-from .stage1 import MODEL_TYPES, Stage1, load_network
+from .stage1 import MODEL_TYPES, Stage1, load_conditions, load_network
 
 # Core calls by "linear" what others call "scaled_linear": linear in the root of beta.
 _BETA_SCHEDULES = {"scaled_linear": "linear"}
@@ -100,7 +101,10 @@ def _stage1(checkpoint: Checkpoint, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> S
     if "flow_generator" not in checkpoint:
         return None
     config, state = checkpoint["flow_generator"]
-    check_reference(config, checkpoint["vae"].config.latent_channels)
+    if (conditions := lfdm_conditions(checkpoint)) is not None:
+        network = load_network(config, state)
+        return Stage1(checkpoint.config, network, conditions=load_conditions(conditions))
+    check_reference(config, checkpoint["vae"].config.latent_channels, "the VAE's latents")
     return Stage1(checkpoint.config, load_network(config, state), clip, vae)
 
 

@@ -15,8 +15,10 @@ from .config import (
     FORMAT_VERSION,
     FUSIONS,
     LATENT_CELL,
+    BertConfig,
     FlowAdapterConfig,
     FlowGeneratorConfig,
+    RegionMotionConfig,
     S2DMConfig,
     SamplingConfig,
     ScheduleConfig,
@@ -28,7 +30,10 @@ from .config import (
 from .flow_codec import constrain, decode_flow, encode_flow, mean_motion
 from .flow_generator import FlowGenerator
 from .flow_sampling import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling, check_reference
+from .lfdm_conditions import LFDMConditions, lfdm_conditions
+from .lfdm_sampling import lfdm_times, sample_as_lfdm
 from .presets import PUPPETS, SD15
+from .region_motion import RegionMotion
 from .tokenizer import train_tokenizer, with_tokenizer, write_tokenizer
 from .words import unknown_words, unknown_words_message
 
@@ -43,6 +48,7 @@ __all__ = [
     "SD15",
     "STAGE_1",
     "STAGE_2",
+    "BertConfig",
     "Checkpoint",
     "CheckpointError",
     "FlowAdapter",
@@ -50,6 +56,9 @@ __all__ = [
     "FlowGenerator",
     "FlowGeneratorConfig",
     "FlowSampling",
+    "LFDMConditions",
+    "RegionMotion",
+    "RegionMotionConfig",
     "S2DMConfig",
     "SamplingConfig",
     "ScheduleConfig",
@@ -61,9 +70,12 @@ __all__ = [
     "decode_flow",
     "encode_flow",
     "fuse_attention",
+    "lfdm_conditions",
+    "lfdm_times",
     "load_checkpoint",
     "mean_motion",
     "read_config",
+    "sample_as_lfdm",
     "save_checkpoint",
     "train_tokenizer",
     "unknown_words",
