@@ -26,6 +26,7 @@ from ...s2dm.models import (
     FlowGeneratorConfig,
     FlowSampling,
     LFDMConditions,
+    RegionMotion,
     S2DMConfig,
     constrain,
     decode_flow,
@@ -62,6 +63,15 @@ class Stage1(NamedTuple):
     vae: comfy.sd.VAE | None = None
     conditions: comfy.model_patcher.ModelPatcher | None = None
 
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that are stage 1's alone, by their parts."""
+        found = {"flow_generator": self.network.model.diffusion_model.generator}
+        if self.conditions is not None:
+            encoders = self.conditions.model
+            found["region_motion"] = encoders.region_motion
+            found["flow_text_encoder"] = encoders.text_encoder
+        return found
+
 
 class _Given(NamedTuple):
     """What the network is given: features of the frame, the prompt, and where nothing moves."""
@@ -85,6 +95,12 @@ def load_conditions(module: LFDMConditions) -> comfy.model_patcher.ModelPatcher:
     """LFDM's encoders as a model that core loads and offloads."""
     management = comfy.model_management
     return Whole(module, management.text_encoder_device(), management.text_encoder_offload_device())
+
+
+def load_regions(model: RegionMotion) -> comfy.model_patcher.ModelPatcher:
+    """A region-motion model as one that core loads and offloads."""
+    management = comfy.model_management
+    return Whole(model, management.get_torch_device(), management.unet_offload_device())
 
 
 def generate_flow(
