@@ -19,6 +19,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         ("text", "the text encoder of a new model"),
         ("stage1", "the flow generator"),
         ("stage2", "the U-Net with its flow adapter and text encoder"),
+        ("region-motion", "the region-motion model, which measures flow"),
     ):
         network = networks.add_parser(name, help=text, description=f"Train {text}.")
         add_arguments(network)
@@ -38,6 +39,10 @@ def run(options: argparse.Namespace) -> None:
         from ..training.stage1 import Stage1TrainingConfig, train_stage1
 
         train_stage1(from_arguments(Stage1TrainingConfig, options))
+    elif options.network == "region-motion":
+        from ..training.region_motion import RegionMotionTrainingConfig, train_region_motion
+
+        train_region_motion(from_arguments(RegionMotionTrainingConfig, options))
     else:
         from ..training.stage2 import Stage2TrainingConfig, train_stage2
 

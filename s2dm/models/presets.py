@@ -5,6 +5,7 @@ from __future__ import annotations
 from .config import (
     FlowAdapterConfig,
     FlowGeneratorConfig,
+    RegionMotionConfig,
     S2DMConfig,
     ScheduleConfig,
     TextEncoderConfig,
@@ -71,3 +72,17 @@ PUPPETS = S2DMConfig(
 
 The tokenizer is trained on the captions: it sets the vocabulary size and the two special ids.
 """
+
+REGION_MOTION = {
+    "puppets": RegionMotionConfig(
+        levels=4,
+        width=16,
+        flow_width=32,
+        max_width=128,
+        map_padding=3,
+        frame_width=8,
+        frame_blocks=2,
+    ),
+    "lfdm": RegionMotionConfig(),
+}
+"""Sizes of region-motion models: a small one for CPUs, and LFDM's."""
