@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from ..settings import SettingsError
 
-_LAYERS = (1, 6, 11, 20, 29)  # relu1_1 to relu5_1
+# Channels of the convolutions of each size, as far as they are needed, and in which place of
+# torchvision's list relu1_1 to relu5_1 come.
+_WIDTHS = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,))
+_LAYERS = (1, 6, 11, 20, 29)
 _SCALES = 4
 _WEIGHT = 10.0
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as VGG was trained
@@ -29,9 +32,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, weights: Path) -> None:
         super().__init__()
-        from torchvision.models import vgg19
-
-        self.layers = vgg19(weights=None).features[: _LAYERS[-1] + 1]
+        self.layers = _layers()
         if weights.suffix == ".safetensors":
             state = load_file(weights)
         else:
@@ -64,8 +65,19 @@ class PerceptualLoss(nn.Module):
     def _features(self, picture: Tensor) -> list[Tensor]:
         x, found = (picture - self.mean) / self.std, []
         for number, layer in enumerate(self.layers):
-            # Not in place: the features before a ReLU are needed for its gradient.
-            x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)
+            x = layer(x)
             if number in _LAYERS:
                 found.append(x)
         return found
+
+
+def _layers() -> nn.Sequential:
+    layers: list[nn.Module] = []
+    before = 3
+    for number, widths in enumerate(_WIDTHS):
+        if number:
+            layers.append(nn.MaxPool2d(2))
+        for width in widths:
+            layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+            before = width
+    return nn.Sequential(*layers)

@@ -6,6 +6,7 @@ decoder, must become the other. And regions found in a deformed frame must be th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,12 @@ class RegionMotionTrainingConfig(TrainingConfig):
     """Settings of the region-motion trainer; the defaults that others share too are LFDM's.
 
     A batch is `pairs` pairs of frames, each pair from one clip; a share of `flip` of them is
-    mirrored. `preset` is "puppets" or "lfdm", the published sizes; `checkpoint` is a file to go
-    on from. `vgg` is torchvision's file of VGG-19 for the perceptual loss of the paper; without
-    it the loss is that of pixels, colours and gradients at several sizes, which the autoencoder
-    is trained with; it is some hundred times smaller, and so should `equivariance` be, the weight
-    of the other loss, on frames deformed by `affine` and
-    `bend` (standard deviations, in units of half a frame).
+    mirrored. `preset` is "puppets" or "lfdm", the published sizes, for frames of `data.size`;
+    `checkpoint` is a file to go on from. `vgg` is torchvision's file of VGG-19, for the perceptual
+    loss of the paper; without it the loss is that of pixels, colours and gradients at several
+    sizes, which the autoencoder is trained with. That is some hundred times smaller, and so should
+    `equivariance` be, the weight of the other loss, on frames deformed by `affine` and `bend`
+    (standard deviations, in units of half a frame).
     """
 
     output: str = "runs/region_motion"
@@ -200,7 +201,8 @@ def build_region_motion_task(config: RegionMotionTrainingConfig) -> RegionMotion
         sizes, state = load_model(config.checkpoint, ["region_motion"])["region_motion"]
         network = build_region_motion(sizes, state)
     else:
-        sizes = REGION_MOTION[config.preset]
+        side = config.data.size
+        sizes = dataclasses.replace(REGION_MOTION[config.preset], size=(side, side))
         network = build_region_motion(sizes)
     _check(config, sizes, clips)
     return RegionMotionTask(config, network, clips, validation)
