@@ -329,8 +329,7 @@ def _lfdm_parts(content: Any, source: Path) -> Checkpoint | None:
     if part == "flow_generator":
         described["frames"] = config.frames
     data = f"LFDM's weights (arXiv 2303.13744) from {source.name}"
-    states = {part: {name: _alone(weight) for name, weight in weights.items()}}
-    return Checkpoint(S2DMConfig(data=data, **described), states)
+    return Checkpoint(S2DMConfig(data=data, **described), {part: weights})
 
 
 def _join(

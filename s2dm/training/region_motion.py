@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Clip, held_out_clips
-from ..evaluation.clip_metrics import flow_error
 from ..flow import FlowField, estimate_flow, flow_to_image
 from ..models import RegionMotion, RegionMotionConfig, S2DMConfig
 from ..models.checkpoint import Checkpoint, save_checkpoint
@@ -169,7 +168,7 @@ class RegionMotionTask:
         device = next(network.parameters()).device
         for clip in self.validation:
             found = estimate_flow(clip.pixels, network)
-            errors.append(flow_error(found, clip.flow))
+            errors.append(_error(found, clip.flow))
             keep = spread(len(found), self.config.sample_frames)
             frames = clip.pixels[keep]
             first = frames[:1].to(device).expand_as(frames)
@@ -178,8 +177,8 @@ class RegionMotionTask:
             flows = [flow_to_image(FlowField.select(f, keep), scale) for f in (clip.flow, found)]
             rows += [frames, made, *flows]
         write_contact_sheet(path, rows)
-        motion = sum(error.weight for error in errors)
-        return {"flow_error": sum(error.total for error in errors) / motion if motion else math.nan}
+        wrong, motion = torch.tensor(errors).sum(dim=0).tolist()
+        return {"flow_error": wrong / motion if motion else math.nan}
 
     def export(self, model: RegionMotionModel, path: Path) -> None:
         """Write a checkpoint that holds the model alone."""
@@ -190,6 +189,15 @@ class RegionMotionTask:
             data=f"frames of {self.config.data.name}",
         )
         save_checkpoint(path, Checkpoint(config, {"region_motion": network.state_dict()}))
+
+
+def _error(found: FlowField, true: FlowField) -> tuple[float, float]:
+    """Length of the difference and of the true motion, summed over what frame 1 shows and what
+    moves by more than a pixel."""
+    length = true.magnitude()
+    moving = (length > 1) & (true.occlusion < 0.5)
+    difference = FlowField(found.displacement - true.displacement, true.occlusion).magnitude()
+    return float(difference[moving].sum()), float(length[moving].sum())
 
 
 def build_region_motion_task(config: RegionMotionTrainingConfig) -> RegionMotionTask:
