@@ -9,7 +9,7 @@ from .example import place_examples
 from .flow import EstimateFlow, GenerateFlow, VisualizeFlow
 from .flow_files import LoadFlow, SaveFlow
 from .flow_tools import CombineFlow, EditFlow, PickFlow, WarpImage
-from .loaders import ApplyFlowAdapter, CheckpointLoader
+from .loaders import ApplyFlowAdapter, CheckpointLoader, RegionMotionLoader
 from .motion import CameraFlow, DrawFlow, FlowToTracks, TracksToFlow
 from .native.files import register_folder
 from .sampling import SharedNoise, SharedNoiseKSampler, SharedNoiseSampler
@@ -18,6 +18,7 @@ from .training import PrepareClips, TrainFlowAdapter
 NODES: list[type[io.ComfyNode]] = [
     CheckpointLoader,
     ApplyFlowAdapter,
+    RegionMotionLoader,
     FitClip,
     EstimateFlow,
     GenerateFlow,

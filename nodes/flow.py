@@ -12,7 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..s2dm.flow import FlowField, estimate_flow, flow_to_image
-from ..s2dm.flow.estimate import METHODS, FlowModel
+from ..s2dm.flow.estimate import METHODS, FlowModel, PairModel
 from ..s2dm.models import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling
 from .native.stage1 import MIN_FRAMES, Stage1, generate_flow
 from .schema import advanced, cfg_input, named_errors, schema, seed_input, steps_input
@@ -58,8 +58,9 @@ class EstimateFlow(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         'Network for the method "model": RAFT, from core\'s Load Optical Flow '
-                        "Model (newer versions of ComfyUI). It is checked first on a known shift. "
-                        "Flow that another pack has measured doesn't fit here."
+                        "Model (newer versions of ComfyUI), which is checked first on a known "
+                        "shift; or a model from Load Region Motion (S2DM). Flow that another pack "
+                        "has measured doesn't fit here."
                     ),
                 ),
             ],
@@ -93,7 +94,10 @@ class GenerateFlow(io.ComfyNode):
             inputs=[
                 FlowGenerator.Input(
                     "flow_generator",
-                    tooltip="From Load Checkpoint (S2DM), if the checkpoint holds stage 1.",
+                    tooltip=(
+                        "From Load Checkpoint (S2DM), if the checkpoint holds stage 1, or LFDM's "
+                        "from Load Region Motion (S2DM)."
+                    ),
                 ),
                 io.Image.Input(
                     "reference",
@@ -148,7 +152,11 @@ class GenerateFlow(io.ComfyNode):
                     "sampler_name",
                     options=list(FLOW_SAMPLERS),
                     default=FLOW_SAMPLERS[0],
-                    tooltip="dpmpp_2m: second order, for few steps. ddim: first order.",
+                    tooltip=(
+                        "dpmpp_2m: second order, for few steps. ddim: first order. lfdm: as LFDM "
+                        "samples, with fresh noise at every step (1000 steps: its ancestral "
+                        "sampler)."
+                    ),
                 ),
             ],
             outputs=[flow_output()],
@@ -256,7 +264,7 @@ def library_frames(images: torch.Tensor) -> torch.Tensor:
     return frames.expand(-1, 3, -1, -1) if frames.shape[1] == 1 else frames
 
 
-def flow_model(connected: object) -> FlowModel:
+def flow_model(connected: object) -> FlowModel | PairModel:
     """What to call for an object that came in through an OPTICAL_FLOW socket."""
     if isinstance(connected, ModelPatcher):
         comfy.model_management.load_models_gpu([connected])
@@ -271,7 +279,7 @@ def flow_model(connected: object) -> FlowModel:
         )
     raise ValueError(
         f'expected a flow model at optical_flow, for the method "model", got {got}. Connect Load '
-        "Optical Flow Model, or choose dis or farneback."
+        "Optical Flow Model or Load Region Motion (S2DM), or choose dis or farneback."
     )
 
 

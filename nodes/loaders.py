@@ -9,10 +9,10 @@ from comfy_api.latest import io
 from ..s2dm.models import load_checkpoint
 from .native.adapter import apply_adapter, tell_other_prediction
 from .native.files import find_file, list_files
-from .native.loading import load_all
+from .native.loading import load_all, load_flow_models
 from .native.saving import keep_when_saving
 from .schema import advanced, flow_strength, named_errors, schema
-from .types import FlowGenerator
+from .types import FlowGenerator, OpticalFlowModel
 
 _FILES = "from models/s2dm or output/s2dm, or bundled with the pack"
 
@@ -34,11 +34,12 @@ def _frames_at_once() -> io.Input:
 class NoFlowGenerator:
     """What a checkpoint without stage 1 gives in place of a flow generator."""
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, holds: str = "stage 2") -> None:
         self.checkpoint = checkpoint
+        self.holds = holds
 
     def __repr__(self) -> str:
-        return f"no flow generator: {self.checkpoint} holds stage 2 alone"
+        return f"no flow generator: {self.checkpoint} holds {self.holds} alone"
 
 
 class CheckpointLoader(io.ComfyNode):
@@ -148,3 +149,48 @@ class ApplyFlowAdapter(io.ComfyNode):
             )
             keep_when_saving(patched, found.config.adapter_only(), strength)
             return io.NodeOutput(patched)
+
+
+class RegionMotionLoader(io.ComfyNode):
+    """LFDM's models, or a region-motion model of one's own."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMRegionMotionLoader",
+            display_name="Load Region Motion (S2DM)",
+            category="s2dm/loaders",
+            description=(
+                "Loads a region-motion model (LFDM's RegionMM), which measures the motion of "
+                "clips, and LFDM's flow generator if the file holds it."
+            ),
+            search_aliases=["s2dm", "lfdm", "regionmm", "mraa", "optical flow", "stage 1"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=list_files(),
+                    tooltip=f"A file with a region-motion model, {_FILES}. s2dm convert makes it.",
+                ),
+            ],
+            outputs=[
+                OpticalFlowModel.Output(
+                    "optical_flow",
+                    display_name="optical_flow",
+                    tooltip='For Estimate Flow, method "model". Its occlusion is soft.',
+                ),
+                FlowGenerator.Output(
+                    "flow_generator",
+                    display_name="flow_generator",
+                    tooltip=(
+                        "LFDM as stage 1, for Generate Flow. Empty if the file holds the "
+                        "region-motion model alone."
+                    ),
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        with named_errors(cls):
+            regions, stage1 = load_flow_models(find_file(file))
+            return io.NodeOutput(regions, stage1 or NoFlowGenerator(file, "a region-motion model"))

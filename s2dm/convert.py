@@ -8,7 +8,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from .files import replacing
 from .models import Checkpoint, FlowAdapter, S2DMConfig, load_checkpoint, save_checkpoint
+from .models.bert import is_bert, read_bert
 from .models.checkpoint import CONFIG_TENSOR, METADATA_KEY
 from .models.impostors import impostor, is_pickle
 from .models.lfdm import PREFIX as LFDM_PREFIX
 from .models.lfdm import from_lfdm, lfdm_config
+from .models.lfdm_region import from_lfdm_region, is_region_motion, region_motion_config
 from .models.presets import SD15
 from .models.spellings import SpellingError, holds_unet, spelled_our_way
 from .models.tokenizer import read_tokenizer
@@ -47,6 +49,7 @@ _UNREADABLE = (
 )
 # Where training codes of this family put the weights inside what they pickle.
 _NESTED = ("state_dict", "model", "module")
+_TOKENIZERS = {"text_encoder": "tokenizer", "flow_text_encoder": "flow_tokenizer"}
 # What a folder of one of our pipelines holds and one of Stable Diffusion doesn't.
 _FLOW = {"flow_adapter", "flow_generator"}
 
@@ -60,6 +63,7 @@ def convert(
     target: str | Path,
     half: bool = False,
     recommend: Mapping[str, Any] | None = None,
+    beside: Sequence[str | Path] = (),
 ) -> None:
     """Convert `source` to `target`; their kinds are told by what they are and by the endings.
 
@@ -71,10 +75,10 @@ def convert(
       for training
     - other pickled weights (`.ckpt`, `.pt`, `.pth`, `.bin`) to `.safetensors`, key by key
     - LFDM's pickled diffusion model (`flowdiff_*.pth`) to an S2DM checkpoint that holds the flow
-      generator alone. It is LFDM's network, with LFDM's inputs and outputs: features of LFDM's own
-      encoder as reference, BERT's embedding as prompt, and in place of displacement and
-      occlusion the position that a pixel comes from and 1 where it is *visible*. So it can't
-      join a stage 2 as it is: it is a start for training, and for comparison.
+      generator alone, its RegionMM (`RegionMM_*.pth`) to one with a region-motion model, a folder
+      with BERT to one with the encoder that reads prompts for LFDM
+    - an S2DM checkpoint or one of these three, with others `beside` it, to one checkpoint that
+      holds the parts of all. LFDM makes the flow of a stage 2 in a file that has all three.
 
     Args:
         source: a file or folder.
@@ -82,6 +86,7 @@ def convert(
         half: store the weights as float16; else they stay as they are.
         recommend: entries of `SamplingConfig` that the target recommends in place of the source's;
             for all that becomes a checkpoint or a folder, but LFDM's.
+        beside: more to put into the target. Of two files with the same part the later one's stays.
 
     Raises:
         ConversionError: the two can't be converted into each other, or a pickle holds something
@@ -90,9 +95,13 @@ def convert(
         SettingsError: a recommendation is unknown or out of its range.
     """
     source, target = Path(source), Path(target)
-    if not source.exists():
-        raise ConversionError(f"There is nothing at {source}.")
+    for path in (source, *map(Path, beside)):
+        if not path.exists():
+            raise ConversionError(f"There is nothing at {path}.")
     to_file = target.suffix.lower() == ".safetensors"
+    if beside or (source.is_dir() and is_bert(source)):
+        _join([source, *map(Path, beside)], target, half, recommend)
+        return
     pickled = source.is_file() and _is_pickled(source)
     plain = not pickled and _is_stable_diffusion(source)
     if (pickled or plain) and not to_file:
@@ -282,9 +291,8 @@ def _unpickle(source: Path, target: Path, half: bool, recommend: Mapping[str, An
             f"{source.name} holds pickled weights, which recommend no sampling. Convert them "
             "to .safetensors first, then set steps and guidance of that file."
         )
-    diffusion = content.get("diffusion") if isinstance(content, dict) else None
-    if isinstance(diffusion, dict) and any(str(name).startswith(LFDM_PREFIX) for name in diffusion):
-        _convert_lfdm(diffusion, source, target, half)
+    if lfdm := _lfdm_parts(content, source):
+        save_checkpoint(target, lfdm, torch.float16 if half else None)
         return
     if not weights:
         raise ConversionError(f"{source} holds no weights: expected tensors by name.")
@@ -302,21 +310,80 @@ def _unpickle(source: Path, target: Path, half: bool, recommend: Mapping[str, An
         save_file(tensors, temporary, metadata=metadata)
 
 
-def _convert_lfdm(diffusion: dict[str, Tensor], source: Path, target: Path, half: bool) -> None:
-    generator = lfdm_config(diffusion)
+def _lfdm_parts(content: Any, source: Path) -> Checkpoint | None:
+    """What LFDM pickles, its diffusion model or RegionMM, as a checkpoint of that part."""
+    diffusion = content.get("diffusion") if isinstance(content, dict) else None
+    config: Any
     try:
-        weights = from_lfdm(diffusion, generator)
+        if isinstance(diffusion, dict) and any(str(n).startswith(LFDM_PREFIX) for n in diffusion):
+            what, part, config = "diffusion model", "flow_generator", lfdm_config(diffusion)
+            weights = from_lfdm(diffusion, config)
+        elif is_region_motion(content):
+            what, part, config = "RegionMM", "region_motion", region_motion_config(content)
+            weights = from_lfdm_region(content, config)
+        else:
+            return None
     except ValueError as error:
+        raise ConversionError(f"{source}: expected LFDM's {what} as published. {error}") from error
+    described: dict[str, Any] = {part: config}
+    if part == "flow_generator":
+        described["frames"] = config.frames
+    data = f"LFDM's weights (arXiv 2303.13744) from {source.name}"
+    return Checkpoint(S2DMConfig(data=data, **described), {part: weights})
+
+
+def _join(
+    sources: Sequence[Path], target: Path, half: bool, recommend: Mapping[str, Any] | None
+) -> None:
+    """The parts of several files as one checkpoint, described as the one with a U-Net is."""
+    if target.suffix.lower() != ".safetensors":
         raise ConversionError(
-            f"{source}: expected LFDM's diffusion model as published. {error}"
-        ) from error
-    config = S2DMConfig(
-        flow_generator=generator,
-        frames=generator.frames,
-        data=f"LFDM's weights (arXiv 2303.13744) from {source.name}",
+            f"Several inputs become one file: give a name that ends in .safetensors, not "
+            f"{target.name}."
+        )
+    found = [_parts(source) for source in sources]
+    lead = next((one for one in found if "unet" in one), found[0])
+    described: dict[str, Any] = {}
+    states: dict[str, Mapping[str, Tensor]] = {}
+    for one in found:
+        described |= {part: getattr(one.config, part) for part in one}
+        for encoder, tokenizer in _TOKENIZERS.items():
+            if encoder in one:
+                described[tokenizer] = getattr(one.config, tokenizer)
+        states |= one.states
+    told = dict.fromkeys(one.config.data for one in found if one.config.data)
+    config = dataclasses.replace(lead.config, **described, data="; ".join(told))
+    save_checkpoint(
+        target,
+        Checkpoint(config.recommending(recommend or {}), states),
+        torch.float16 if half else None,
     )
-    states = {"flow_generator": weights}
-    save_checkpoint(target, Checkpoint(config, states), torch.float16 if half else None)
+
+
+def _parts(source: Path) -> Checkpoint:
+    """A checkpoint of ours, LFDM's models and BERT, all as checkpoints."""
+    if source.is_dir() and is_bert(source):
+        try:
+            config, tokenizer, weights = read_bert(source, _read_weights)
+        except ValueError as error:
+            raise ConversionError(f"{source}: expected BERT as published. {error}") from error
+        described = S2DMConfig(
+            flow_text_encoder=config, flow_tokenizer=tokenizer, data=f"BERT from {source.name}"
+        )
+        return Checkpoint(described, {"flow_text_encoder": weights})
+    if source.is_file() and _is_pickled(source):
+        if lfdm := _lfdm_parts(_read_pickle(source), source):
+            return lfdm
+    elif source.is_file() and not _is_stable_diffusion(source):
+        return load_checkpoint(source)
+    raise ConversionError(
+        f"{source.name}: expected an S2DM checkpoint, LFDM's weights or a folder with BERT to put "
+        "together. Convert it to a checkpoint by itself first."
+    )
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    return load_file(path) if path.suffix == ".safetensors" else _read_pickle(path)
 
 
 def _read_pickle(source: Path) -> Any:

@@ -23,12 +23,15 @@ from ...s2dm.models import (
     STAGE_2,
     Checkpoint,
     CheckpointError,
+    LFDMConditions,
+    RegionMotion,
     S2DMConfig,
     ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
     check_reference,
+    lfdm_conditions,
     load_checkpoint,
     unknown_words,
     unknown_words_message,
@@ -41,7 +44,7 @@ from .notices import Notice
 from .parts import CheckedVAE
 from .previews import fit_preview
 from .saving import keep_when_saving
-from .stage1 import MODEL_TYPES, Stage1, load_network
+from .stage1 import MODEL_TYPES, Stage1, load_conditions, load_network, load_regions
 
 # Core calls by "linear" what others call "scaled_linear": linear in the root of beta.
 _BETA_SCHEDULES = {"scaled_linear": "linear"}
@@ -91,8 +94,7 @@ def load_all(path: str, chunk_size: int = 0) -> Loaded:
     )
     clip = load_clip(checkpoint["text_encoder"], config.tokenizer)
     stage1 = _stage1(checkpoint, clip, vae)
-    generator = stage1 and stage1.network.model.diffusion_model.generator
-    keep_when_saving(model, config, generator=generator)
+    keep_when_saving(model, config, stage1=stage1 and stage1.networks())
     return Loaded(config, model, clip, vae, stage1)
 
 
@@ -100,8 +102,33 @@ def _stage1(checkpoint: Checkpoint, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> S
     if "flow_generator" not in checkpoint:
         return None
     config, state = checkpoint["flow_generator"]
-    check_reference(config, checkpoint["vae"].config.latent_channels)
+    if (conditions := lfdm_conditions(checkpoint)) is not None:
+        return _lfdm(checkpoint, conditions)
+    check_reference(config, checkpoint["vae"].config.latent_channels, "the VAE's latents")
     return Stage1(checkpoint.config, load_network(config, state), clip, vae)
+
+
+def _lfdm(checkpoint: Checkpoint, conditions: LFDMConditions) -> Stage1:
+    network = load_network(*checkpoint["flow_generator"])
+    return Stage1(checkpoint.config, network, conditions=load_conditions(conditions))
+
+
+def load_flow_models(path: str) -> tuple[comfy.model_patcher.ModelPatcher, Stage1 | None]:
+    """A region-motion model, and LFDM's flow generator where the file holds it.
+
+    Raises:
+        CheckpointError: the file is broken, or there is no region-motion model.
+    """
+    others = ("flow_generator", "flow_text_encoder")
+    checkpoint = load_checkpoint(path, ("region_motion",), optional=others)
+    config, state = checkpoint["region_motion"]
+    model = RegionMotion(config)
+    model.load_state_dict(dict(state))
+    regions = load_regions(model.eval().requires_grad_(False))
+    if "flow_generator" not in checkpoint:
+        return regions, None
+    conditions = lfdm_conditions(checkpoint)
+    return regions, None if conditions is None else _lfdm(checkpoint, conditions)
 
 
 def load_model(

@@ -19,7 +19,7 @@ import torch
 from comfy.model_base import ModelType
 from torch import Tensor, nn
 
-from ...s2dm.models import PARTS, S2DMConfig, ScheduleConfig
+from ...s2dm.models import PARTS, STAGE_1, S2DMConfig, ScheduleConfig
 from ...s2dm.models.checkpoint import CONFIG_TENSOR
 from ...s2dm.models.presets import SD15
 from ...s2dm.settings import SettingsError
@@ -46,14 +46,14 @@ class _Kept(NamedTuple):
     core: the configuration of the model as core made it.
     config: of a file with all parts.
     adapter, strength: its weights, and how strongly they act.
-    generator: stage 1, if the checkpoint held it.
+    stage1: the networks of stage 1 by their parts, if the checkpoint held it.
     """
 
     core: comfy.supported_models_base.BASE
     config: S2DMConfig
     adapter: nn.Module
     strength: float
-    generator: nn.Module | None = None
+    stage1: Mapping[str, nn.Module]
 
 
 class _Keeping:
@@ -85,7 +85,7 @@ def keep_when_saving(
     patched: comfy.model_patcher.ModelPatcher,
     config: S2DMConfig,
     strength: float = 1.0,
-    generator: nn.Module | None = None,
+    stage1: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Let core's save nodes write the adapter of a MODEL along with it.
 
@@ -93,16 +93,16 @@ def keep_when_saving(
         patched: a clone with the adapter on it; changed in place.
         config: of the file that the MODEL comes from, or of the adapter alone if it is another.
         strength: of the adapter; the saved one acts as strongly at strength 1.
-        generator: the network of stage 1, where the file held it.
+        stage1: its networks by their parts, where the file held it.
     """
     core = patched.get_model_object(_CONFIG)
     if isinstance(core, _Keeping):  # another adapter on a model of ours
         kept = core.kept
-        core, generator = kept.core, kept.generator
+        core, stage1 = kept.core, kept.stage1
         config = dataclasses.replace(kept.config, flow_adapter=config.flow_adapter)
     elif config.unet is None:
         config = _with_stable_diffusion(config, patched.model.model_type)
-    kept = _Kept(core, config, held_adapter(patched), strength, generator)
+    kept = _Kept(core, config, held_adapter(patched), strength, stage1 or {})
     kind = type(f"Keeping{type(core).__name__}", (_Keeping, type(core)), {})
     patched.add_object_patch(_CONFIG, kind(kept))
 
@@ -147,7 +147,8 @@ def _additions(kept: _Kept, weights: State) -> State:
     else:
         config = dataclasses.replace(config, **dict.fromkeys(set(_PARTS) - there))
         if there != set(_PARTS):
-            config = dataclasses.replace(config, tokenizer=None, flow_generator=None)
+            alone = dict.fromkeys(("tokenizer", "flow_tokenizer", *STAGE_1))
+            config = dataclasses.replace(config, **alone)
         logger.info(
             "S2DM: the saved file keeps the flow adapter. The loaders of S2DM list files in "
             "models/s2dm and output/s2dm; a file name s2dm/NAME saves to the latter."
@@ -156,10 +157,11 @@ def _additions(kept: _Kept, weights: State) -> State:
     for name in added:
         if name.endswith((".to_k.weight", ".to_v.weight", ".to_add.weight")):
             added[name] = added[name] * kept.strength
-    if config.flow_generator is not None and kept.generator is not None:
-        added |= _of_part("flow_generator", kept.generator)
-    else:
-        config = dataclasses.replace(config, flow_generator=None)
+    for part in STAGE_1:
+        if getattr(config, part) is not None and part in kept.stage1:
+            added |= _of_part(part, kept.stage1[part])
+        else:
+            config = dataclasses.replace(config, **{part: None})
     text = bytearray(json.dumps(config.to_dict()).encode())
     return {**added, CONFIG_TENSOR: torch.frombuffer(text, dtype=torch.uint8)}
 

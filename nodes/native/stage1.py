@@ -25,9 +25,13 @@ from ...s2dm.models import (
     FlowGenerator,
     FlowGeneratorConfig,
     FlowSampling,
+    LFDMConditions,
+    RegionMotion,
     S2DMConfig,
     constrain,
     decode_flow,
+    lfdm_times,
+    sample_as_lfdm,
 )
 from ...s2dm.models.flow_generator import FLOW_CHANNELS
 from ...s2dm.sector import betas, seed_of_flow
@@ -49,12 +53,32 @@ class Stage1(NamedTuple):
     network: ε_φ, the flow generator.
     clip: reads the prompt for it.
     vae: its latents are the features of the reference frame.
+    conditions: of LFDM's network in their place, an `LFDMConditions`. Then clip and vae may be
+        missing.
     """
 
     config: S2DMConfig
     network: comfy.model_patcher.ModelPatcher
-    clip: comfy.sd.CLIP
-    vae: comfy.sd.VAE
+    clip: comfy.sd.CLIP | None = None
+    vae: comfy.sd.VAE | None = None
+    conditions: comfy.model_patcher.ModelPatcher | None = None
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that are stage 1's alone, by their parts."""
+        found = {"flow_generator": self.network.model.diffusion_model.generator}
+        if self.conditions is not None:
+            encoders = self.conditions.model
+            found["region_motion"] = encoders.region_motion
+            found["flow_text_encoder"] = encoders.text_encoder
+        return found
+
+
+class _Given(NamedTuple):
+    """What the network is given: features of the frame, the prompt, and where nothing moves."""
+
+    reference: Tensor
+    text: Tensor | None
+    still: Tensor | None = None
 
 
 def load_network(
@@ -64,14 +88,19 @@ def load_network(
     model = _Model(config)
     model.diffusion_model.generator.load_state_dict(state)
     management = comfy.model_management
-    patcher = _Whole(model, management.get_torch_device(), management.unet_offload_device())
+    return Whole(model, management.get_torch_device(), management.unet_offload_device())
 
-    # Not a method of the model: core copies these options deeply, with all that they hold.
-    def constrained(arguments: dict[str, Any]) -> Tensor:
-        return constrain(arguments["denoised"].transpose(1, 2), config).transpose(1, 2)
 
-    patcher.set_model_sampler_post_cfg_function(constrained)
-    return patcher
+def load_conditions(module: LFDMConditions) -> comfy.model_patcher.ModelPatcher:
+    """LFDM's encoders as a model that core loads and offloads."""
+    management = comfy.model_management
+    return Whole(module, management.text_encoder_device(), management.text_encoder_offload_device())
+
+
+def load_regions(model: RegionMotion) -> comfy.model_patcher.ModelPatcher:
+    """A region-motion model as one that core loads and offloads."""
+    management = comfy.model_management
+    return Whole(model, management.get_torch_device(), management.unet_offload_device())
 
 
 def generate_flow(
@@ -110,26 +139,36 @@ def generate_flow(
             "motion: sample it from Encode Flow (S2DM) without a flow."
         )
     sampling.check(config, num_frames)
+    given = _given(stage1, reference, prompt)
     known = {
-        "reference": _features(stage1, reference),
+        "reference": given.reference,
         "text": torch.zeros(1, config.text_dim),
         "keep_text": torch.tensor([False]),
     }
     if (motion := sampling.motion(config)) is not None:
         known["motion"] = motion
     unknown = dict(known)
-    if prompt.strip():
-        known |= {"text": _embed(stage1.clip, prompt), "keep_text": torch.tensor([True])}
+    if given.text is not None:
+        known |= {"text": given.text, "keep_text": torch.tensor([True])}
     shape = (1, config.frames, FLOW_CHANNELS, *config.size)
     generator = torch.Generator().manual_seed(seed_of_flow(seed))
-    noise = torch.randn(shape, generator=generator)
-    noise = noise.transpose(1, 2).contiguous()
+
+    def draw() -> Tensor:
+        return torch.randn(shape, generator=generator).transpose(1, 2).contiguous()
+
+    noise = draw()
+    network = stage1.network
+    if sampling.sampler == "lfdm":
+        sampler = _AsLFDM(config, sampling.steps, draw)
+    else:
+        sampler = comfy.samplers.ksampler(_SAMPLERS[sampling.sampler])
+        network = _constrained(network, config)
     sample = comfy.sample.sample_custom(
-        stage1.network,
+        network,
         noise,
         sampling.guidance_scale,
-        comfy.samplers.ksampler(_SAMPLERS[sampling.sampler]),
-        _sigmas(stage1.network.get_model_object("model_sampling"), sampling.steps),
+        sampler,
+        _sigmas(network.get_model_object("model_sampling"), sampling),
         [[None, {_CONDITIONS: known}]],
         [[None, {_CONDITIONS: unknown}]],
         torch.zeros_like(noise),
@@ -138,19 +177,86 @@ def generate_flow(
         seed=seed,
     )
     height, width = reference.shape[1:3]
-    return decode_flow(sample[0].transpose(0, 1).cpu(), config, height, width).retime(num_frames)
+    sample = sample[0].transpose(0, 1).cpu()
+    return decode_flow(sample, config, height, width, given.still).retime(num_frames)
 
 
-def _features(stage1: Stage1, image: Tensor) -> Tensor:
-    """The first frame of an IMAGE as the network sees it: latents on the U-Net's scale."""
+def _given(stage1: Stage1, image: Tensor, prompt: str) -> _Given:
+    """The conditions from the first frame of an IMAGE and from the prompt."""
     if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
         raise ValueError(
             "reference: expected an image (frames, height, width, channels) in colour or grey, "
             f"got {tuple(image.shape)}. Connect the frame that the clip starts from."
         )
     frame = image[:1, ..., :3].movedim(-1, 1).clamp(0, 1).expand(-1, 3, -1, -1).contiguous()
+    if stage1.conditions is not None:
+        comfy.model_management.load_models_gpu([stage1.conditions])
+        encoders = stage1.conditions.model
+        return _Given(encoders.reference(frame), encoders.text(prompt), encoders.still(frame))
     frame = resample(frame, *stage1.config.resolution)
-    return stage1.vae.encode(frame.movedim(1, -1)) * stage1.config.vae.scaling_factor
+    latents = stage1.vae.encode(frame.movedim(1, -1)) * stage1.config.vae.scaling_factor
+    return _Given(latents, _embed(stage1.clip, prompt) if prompt.strip() else None)
+
+
+def _constrained(
+    network: comfy.model_patcher.ModelPatcher, config: FlowGeneratorConfig
+) -> comfy.model_patcher.ModelPatcher:
+    """A clone whose guesses of the clean clip pass through `constrain`."""
+
+    # Not a method of the model: core copies these options deeply, with all that they hold.
+    def constrained(arguments: dict[str, Any]) -> Tensor:
+        return constrain(arguments["denoised"].transpose(1, 2), config).transpose(1, 2)
+
+    network = network.clone()
+    network.set_model_sampler_post_cfg_function(constrained)
+    return network
+
+
+class _AsLFDM(comfy.samplers.Sampler):
+    """LFDM's own sampling, by core's model."""
+
+    def __init__(self, config: FlowGeneratorConfig, steps: int, draw: Callable[[], Tensor]) -> None:
+        self.config = config
+        self.steps = steps
+        self.draw = draw
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., None] | None,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        """As `comfy.samplers.Sampler.sample`; core's clips are x_t/√ᾱ, LFDM's x_t."""
+        levels = model_wrap.inner_model.model_sampling.sigmas
+
+        def seen(x_t: Tensor, time: int) -> tuple[Tensor, Tensor]:
+            sigma = levels[time].to(x_t)
+            scale = (sigma**2 + 1).sqrt()
+            x = x_t * scale
+            clean = model_wrap(x, sigma.expand(len(x)), **extra_args)
+            return clean, (x_t - clean / scale) * scale / sigma
+
+        def limited(clean: Tensor) -> Tensor:
+            return constrain(clean.transpose(1, 2), self.config).transpose(1, 2)
+
+        def told(number: int, clean: Tensor, x_t: Tensor) -> None:
+            if callback is not None:
+                callback(number, clean, x_t, self.steps)
+
+        return sample_as_lfdm(
+            seen,
+            noise,
+            self.config.schedule,
+            self.steps,
+            limited,
+            lambda: self.draw().to(noise),
+            told,
+        )
 
 
 def _embed(clip: comfy.sd.CLIP, prompt: str) -> Tensor:
@@ -159,14 +265,21 @@ def _embed(clip: comfy.sd.CLIP, prompt: str) -> Tensor:
     return pooled
 
 
-def _sigmas(sampling: comfy.model_sampling.ModelSamplingDiscrete, steps: int) -> Tensor:
-    """Noise levels at timesteps spaced evenly back from the last one, and 0 ("trailing")."""
-    total = len(sampling.sigmas)
-    times = total - torch.arange(steps, dtype=torch.float64) * (total / steps)
-    return torch.cat([sampling.sigmas.cpu()[times.round().long() - 1], torch.zeros(1)])
+def _sigmas(model: comfy.model_sampling.ModelSamplingDiscrete, sampling: FlowSampling) -> Tensor:
+    """Noise levels at timesteps spaced evenly back from the last one, and 0 ("trailing").
+
+    Or those at which LFDM's sampling asks the network.
+    """
+    total, steps = len(model.sigmas), sampling.steps
+    if sampling.sampler == "lfdm":
+        times = torch.tensor(lfdm_times(total, steps))
+    else:
+        spaced = total - torch.arange(steps, dtype=torch.float64) * (total / steps)
+        times = spaced.round().long() - 1
+    return torch.cat([model.sigmas.cpu()[times], torch.zeros(1)])
 
 
-class _Whole(comfy.model_patcher.ModelPatcher):
+class Whole(comfy.model_patcher.ModelPatcher):
     """Loads its model whole or not at all, because the layers don't cast their weights at use.
 
     The published sizes take 171 MB, those of the bundled checkpoint a tenth of it.

@@ -20,6 +20,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         ("stage1", "the flow generator"),
         ("stage2", "the U-Net with its flow adapter and text encoder"),
         ("adapter", "a flow adapter alone, for an image model that stays as it is"),
+        ("region-motion", "the region-motion model, which measures flow"),
     ):
         network = networks.add_parser(name, help=text, description=f"Train {text}.")
         add_arguments(network)
@@ -43,6 +44,10 @@ def run(options: argparse.Namespace) -> None:
         from ..training.adapter_run import AdapterRunConfig, train_adapter
 
         train_adapter(from_arguments(AdapterRunConfig, options))
+    elif options.network == "region-motion":
+        from ..training.region_motion import RegionMotionTrainingConfig, train_region_motion
+
+        train_region_motion(from_arguments(RegionMotionTrainingConfig, options))
     else:
         from ..training.stage2 import Stage2TrainingConfig, train_stage2
 

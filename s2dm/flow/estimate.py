@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import ceil
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,18 +34,31 @@ _STILL = 4 / 255
 _STILL_BONUS = 0.5 / 255  # how much worse "no motion" may match and still be taken
 
 
+@runtime_checkable
+class PairModel(Protocol):
+    """A model that knows by itself what frame 1 hides, such as `models.RegionMotion`."""
+
+    def estimate_pair(self, first: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        """Displacement (2,H,W) in pixels and occlusion (1,H,W) in [0,1] of `frame` since `first`.
+
+        Both (3,H,W) in [0,1], any size.
+        """
+
+
 class _Estimator(Protocol):
     """Estimates the frames of one clip, in order."""
 
     def __call__(self, first: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
-        """Backward flow (frame to first) and forward flow (first to frame), each (2,H,W)."""
+        """Backward flow (2,H,W), frame to first, and occlusion (1,H,W)."""
 
     def still(self, frame: Tensor) -> None:
         """Told instead of asked about a frame that equals the first."""
 
 
 def estimate_flow(
-    frames: Tensor, method: str | FlowModel = "dis", progress: Progress | None = None
+    frames: Tensor,
+    method: str | FlowModel | PairModel = "dis",
+    progress: Progress | None = None,
 ) -> FlowField:
     """Backward flow from every frame to the first one, as S2DM conditions on it (section 3.3).
 
@@ -54,13 +67,14 @@ def estimate_flow(
         batches (B,3,h,w) in [-1,1], what torchvision's `raft_large` wants, with h and w at
         least 128 and multiples of 8; returns the flow from the first to the second image in
         pixels, (B,2,h,w), or a list of refinements of which the last counts. Modules get images
-        on their device and in their dtype. It is tried on a known shift first.
+        on their device and in their dtype. It is tried on a known shift first. Or a `PairModel`,
+        which gives soft occlusion.
     progress: called with (frames done, N).
 
-    Occlusion comes from the forward-backward check. A frame that equals the first up to noise
-    gets exactly zero flow. Frames are taken pair by pair, so memory doesn't grow with N beyond
-    the result. Raises FlowError for bad frames, a missing OpenCV or a model that returns
-    something else than that shift.
+    Occlusion comes from the forward-backward check, that of a `PairModel` from itself. A frame that
+    equals the first up to noise gets exactly zero flow. Frames are taken pair by pair, so memory
+    doesn't grow with N beyond the result. Raises FlowError for bad frames, a missing OpenCV or a
+    model that returns something else than that shift.
     """
     _check_frames(frames)
     estimator = _make_estimator(method)
@@ -75,9 +89,7 @@ def estimate_flow(
         if _is_still(first, frame):
             estimator.still(frame)
         else:
-            backward, forward = estimator(first, frame)
-            displacement[index] = backward
-            occlusion[index] = _occluded(backward, forward)
+            displacement[index], occlusion[index] = estimator(first, frame)
         if progress is not None:
             progress(index + 1, count)
     return FlowField(displacement, occlusion)
@@ -126,7 +138,7 @@ class _OpenCVTracker:
         forward = self._best(first, frame, chain, grid)
 
         self._previous = (frame, backward, forward)
-        return _shrunk(backward, height, width), _shrunk(forward, height, width)
+        return _checked(_shrunk(backward, height, width), _shrunk(forward, height, width))
 
     def still(self, frame: Tensor) -> None:
         """Frame equals the first one: the chain starts anew."""
@@ -174,8 +186,20 @@ class _ModelEstimator:
         scale = max(1.0, _MODEL_SIDE / min(height, width))
         size = [ceil(side * scale / 8) * 8 for side in (height, width)]
         flow = _ask(self._model, resample(torch.stack([frame, first]), *size) * 2 - 1)
-        backward, forward = (_shrunk(direction, height, width) for direction in flow)
-        return backward, forward
+        return _checked(*(_shrunk(direction, height, width) for direction in flow))
+
+    def still(self, frame: Tensor) -> None:
+        """Nothing to do: pairs don't depend on one another."""
+
+
+class _PairEstimator:
+    """A model of pairs that knows occlusion."""
+
+    def __init__(self, model: PairModel) -> None:
+        self._model = model
+
+    def __call__(self, first: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        return self._model.estimate_pair(first, frame)
 
     def still(self, frame: Tensor) -> None:
         """Nothing to do: pairs don't depend on one another."""
@@ -244,13 +268,15 @@ def _try_out(model: FlowModel) -> None:
     )
 
 
-def _make_estimator(method: str | FlowModel) -> _Estimator:
+def _make_estimator(method: str | FlowModel | PairModel) -> _Estimator:
     if isinstance(method, str):
         if method not in METHODS:
             raise FlowError(
                 f"method: expected one of {', '.join(METHODS)} or a flow model, got {method!r}."
             )
         return _OpenCVTracker(method)
+    if isinstance(method, PairModel):
+        return _PairEstimator(method)
     if not callable(method):
         raise FlowError(f"method: expected a flow model to call, got {type(method).__name__}.")
     return _ModelEstimator(method)
@@ -312,6 +338,11 @@ def _is_still(first: Tensor, frame: Tensor) -> bool:
     """
     difference = F.avg_pool2d((frame - first)[None], 5, 1, 2, count_include_pad=False)
     return bool(difference.abs().max() < _STILL)
+
+
+def _checked(backward: Tensor, forward: Tensor) -> tuple[Tensor, Tensor]:
+    """The backward flow, and what the forward-backward check finds occluded."""
+    return backward, _occluded(backward, forward)
 
 
 def _occluded(backward: Tensor, forward: Tensor) -> Tensor:

@@ -17,8 +17,10 @@ from .config import (
     FUSIONS,
     LATENT_CELL,
     AdapterTrainingConfig,
+    BertConfig,
     FlowAdapterConfig,
     FlowGeneratorConfig,
+    RegionMotionConfig,
     S2DMConfig,
     SamplingConfig,
     ScheduleConfig,
@@ -30,7 +32,10 @@ from .config import (
 from .flow_codec import constrain, decode_flow, encode_flow, mean_motion
 from .flow_generator import FlowGenerator
 from .flow_sampling import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling, check_reference
+from .lfdm_conditions import LFDMConditions, lfdm_conditions
+from .lfdm_sampling import lfdm_times, sample_as_lfdm
 from .presets import PUPPETS, SD15
+from .region_motion import RegionMotion
 from .tokenizer import train_tokenizer, with_tokenizer, write_tokenizer
 from .words import unknown_words, unknown_words_message
 
@@ -46,6 +51,7 @@ __all__ = [
     "STAGE_1",
     "STAGE_2",
     "AdapterTrainingConfig",
+    "BertConfig",
     "Checkpoint",
     "CheckpointError",
     "FlowAdapter",
@@ -53,6 +59,9 @@ __all__ = [
     "FlowGenerator",
     "FlowGeneratorConfig",
     "FlowSampling",
+    "LFDMConditions",
+    "RegionMotion",
+    "RegionMotionConfig",
     "S2DMConfig",
     "SamplingConfig",
     "ScheduleConfig",
@@ -64,9 +73,12 @@ __all__ = [
     "decode_flow",
     "encode_flow",
     "fuse_attention",
+    "lfdm_conditions",
+    "lfdm_times",
     "load_checkpoint",
     "mean_motion",
     "read_config",
+    "sample_as_lfdm",
     "save_adapter",
     "save_checkpoint",
     "train_tokenizer",

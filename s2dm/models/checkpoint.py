@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..files import replacing
 from ..settings import SettingsError
+from .bert import check_wordpiece
 from .config import (
     FORMAT_VERSION,
     AdapterTrainingConfig,
@@ -39,8 +40,10 @@ from .impostors import impostor, is_pickle
 from .keys import (
     Key,
     Shape,
+    bert_keys,
     flow_adapter_keys,
     flow_generator_keys,
+    region_motion_keys,
     text_encoder_keys,
     unet_keys,
     vae_keys,
@@ -70,12 +73,15 @@ PARTS: dict[str, Layout] = {
     "vae": Layout("first_stage_model.", vae_keys),
     "flow_adapter": Layout("s2dm.flow_adapter.", flow_adapter_keys),
     "flow_generator": Layout("s2dm.flow_generator.", flow_generator_keys),
+    "region_motion": Layout("s2dm.region_motion.", region_motion_keys),
+    "flow_text_encoder": Layout("s2dm.flow_text_encoder.", bert_keys),
 }
 
 STAGE_2 = ("unet", "text_encoder", "vae", "flow_adapter")
 """The parts that make a clip from prompt and flow."""
-STAGE_1 = ("flow_generator",)
-"""What makes the flow, together with text encoder and VAE."""
+STAGE_1 = ("flow_generator", "region_motion", "flow_text_encoder")
+"""What makes the flow: the generator, together with text encoder and VAE unless the file holds
+what LFDM's reads in their place."""
 
 # A buffer that older tools save with the text encoder; it holds 0, 1, 2, ...
 _IGNORED = {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
@@ -427,6 +433,8 @@ def _parse_config(name: str, text: str | None, header: Iterable[str]) -> S2DMCon
 
 
 def _check_tokenizer(config: S2DMConfig) -> None:
+    if config.flow_text_encoder is not None:
+        check_wordpiece(config.flow_tokenizer, config.flow_text_encoder)
     encoder, spec = config.text_encoder, config.tokenizer or {}
     if encoder is None or spec.get("kind") == "clip":
         return

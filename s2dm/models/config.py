@@ -24,6 +24,7 @@ FUSIONS = ("channel", "token", "spatial", "channel+spatial")
 NORM_SPANS = ("frame", "clip")
 NULL_LABELS = ("learned", "zero")
 UPSAMPLINGS = ("nearest", "transposed")
+FLOW_FORMS = ("displacement", "positions")
 LATENT_CELL = 8
 """Pixels along each side of one latent of Stable Diffusion."""
 NORM_GROUPS = 32  # GroupNorm groups in every block of Stable Diffusion
@@ -446,8 +447,10 @@ class FlowGeneratorConfig(_Config):
     motion: float = 0.0
     schedule: ScheduleConfig = ScheduleConfig(beta_schedule="cosine")
     threshold: float = 0.9
+    flow: str = "displacement"
 
     def __post_init__(self) -> None:
+        self._expect(self.flow in FLOW_FORMS, "flow", f"one of {FLOW_FORMS}")
         self._expect_positive(
             "reference_channels",
             "text_dim",
@@ -517,11 +520,99 @@ class AdapterTrainingConfig(_Config):
 
 
 @dataclass(frozen=True)
+class RegionMotionConfig(_Config):
+    """The region-motion model; the defaults are LFDM's published RegionMM (`region_motion.py`).
+
+    It reads frames of `size` (height, width). `regions` are told apart by an hourglass of
+    `levels` levels from `width` channels, at most `max_width`, and a map for each with
+    `map_padding` cells around it and a softmax at `temperature`. The flow of the regions is
+    joined by another hourglass from `flow_width` channels. Both work on frames made smaller by
+    `shrink`, as do the features of a frame: `frame_width` channels at full size, twice as many
+    with each halving, and `frame_blocks` residual blocks ahead of the
+    decoder.
+    """
+
+    size: tuple[int, int] = (128, 128)
+    regions: int = 10
+    levels: int = 5
+    width: int = 32
+    flow_width: int = 64
+    max_width: int = 1024
+    map_padding: int = 0
+    temperature: float = 0.1
+    frame_levels: int = 2
+    frame_width: int = 64
+    frame_blocks: int = 6
+
+    def __post_init__(self) -> None:
+        self._expect_positive("regions", "width", "flow_width", "max_width", "frame_width")
+        self._expect_positive("levels", "frame_levels", most=_MOST_LEVELS)
+        self._expect_positive("frame_blocks", most=_MOST_BLOCKS)
+        good = _is_number(self.temperature) and self.temperature > 0
+        self._expect(good, "temperature", "a number above 0")
+        self._expect_multipliers("size", _MOST_PIXELS)
+        good = len(self.size) == 2 and not any(side % self.factor for side in self.size)
+        self._expect(good, "size", f"height and width, multiples of {self.factor}")
+        # A map is as large as the smaller frame, less what its 7x7 convolution loses.
+        good = _is_count(self.map_padding, 3, least=0) and min(self.map_size) > 1
+        self._expect(good, "map_padding", "0 to 3, with maps of at least 2x2 cells")
+
+    @property
+    def shrink(self) -> int:
+        """How many pixels along a side make one cell of the flow and of the features."""
+        return 2**self.frame_levels
+
+    @property
+    def factor(self) -> int:
+        """Height and width have to be multiples of this number (128 for LFDM)."""
+        return self.shrink * 2**self.levels
+
+    @property
+    def flow_size(self) -> tuple[int, int]:
+        """Height and width of the flow and of the features, (32, 32) for LFDM."""
+        return self.size[0] // self.shrink, self.size[1] // self.shrink
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """Height and width of the regions' maps."""
+        height, width = self.flow_size
+        return height - 6 + 2 * self.map_padding, width - 6 + 2 * self.map_padding
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels of a frame's features (256 for LFDM)."""
+        return self.frame_width * self.shrink
+
+
+@dataclass(frozen=True)
+class BertConfig(_Config):
+    """A BERT text encoder; the defaults are those of bert-base-cased, which LFDM reads with."""
+
+    hidden_size: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate_size: int = 3072
+    vocab_size: int = 28996
+    max_length: int = 512
+
+    def __post_init__(self) -> None:
+        self._expect_positive("hidden_size", "heads", "intermediate_size", "max_length")
+        self._expect_positive("layers", most=_MOST_LAYERS)
+        self._expect_positive("vocab_size", most=_MOST_TOKENS)
+        self._expect(
+            self.hidden_size % self.heads == 0, "heads", f"a divisor of {self.hidden_size}"
+        )
+
+
+@dataclass(frozen=True)
 class S2DMConfig(_Config):
     """Everything a checkpoint says about itself. A part that it does not hold is `None`.
 
-    `text_encoder` reads the prompt for both stages. `tokenizer` is the specification of its
-    tokenizer (see `tokenizer.py`); `sampling` is what the checkpoint recommends;
+    `text_encoder` reads the prompt for both stages, unless there is a `flow_text_encoder`, which
+    reads it for stage 1. The features of the reference frame are the VAE's latents, unless there
+    is a `region_motion` and the flow generator was trained on its features. `tokenizer` and
+    `flow_tokenizer` are the specifications of the encoders' tokenizers (see `tokenizer.py` and
+    `bert.py`); `sampling` is what the checkpoint recommends;
     `resolution` is (height, width) in pixels; `data` and `licence` are free text for people.
     `adapter_training` is known of an adapter that was trained alone, for a model of its own.
     `frames`, `noise_sharing` and `noise_share` say how stage 2 was trained. Sampling does not
@@ -534,9 +625,12 @@ class S2DMConfig(_Config):
     text_encoder: TextEncoderConfig | None = None
     flow_adapter: FlowAdapterConfig | None = None
     flow_generator: FlowGeneratorConfig | None = None
+    region_motion: RegionMotionConfig | None = None
+    flow_text_encoder: BertConfig | None = None
     schedule: ScheduleConfig = ScheduleConfig()
     sampling: SamplingConfig = SamplingConfig()
     tokenizer: dict[str, Any] | None = None
+    flow_tokenizer: dict[str, Any] | None = None
     resolution: tuple[int, int] = (128, 128)
     frames: int = 16
     noise_sharing: str = "shared"
@@ -561,8 +655,9 @@ class S2DMConfig(_Config):
         self._expect(good, "noise_share", "a number from 0 to 1")
         for name in ("data", "licence"):
             self._expect(isinstance(getattr(self, name), str), name, "text")
-        if self.tokenizer is not None:
-            self._expect(isinstance(self.tokenizer, Mapping), "tokenizer", "a dictionary")
+        for name in ("tokenizer", "flow_tokenizer"):
+            value = getattr(self, name)
+            self._expect(value is None or isinstance(value, Mapping), name, "a dictionary")
         if self.unet is not None and self.flow_adapter is not None:
             self._expect(
                 dict(self.flow_adapter.layers).items()
@@ -576,12 +671,12 @@ class S2DMConfig(_Config):
                 "text_encoder",
                 f"hidden_size equal to the U-Net's context_dim, {self.unet.context_dim}",
             )
-        if self.flow_generator is not None and self.text_encoder is not None:
+        reader = self.flow_text_encoder or self.text_encoder
+        if self.flow_generator is not None and reader is not None:
             self._expect(
-                self.flow_generator.text_dim == self.text_encoder.hidden_size,
+                self.flow_generator.text_dim == reader.hidden_size,
                 "flow_generator",
-                f"text_dim equal to the text encoder's hidden_size, "
-                f"{self.text_encoder.hidden_size}",
+                f"text_dim equal to the text encoder's hidden_size, {reader.hidden_size}",
             )
 
     def recommending(self, entries: Mapping[str, Any]) -> S2DMConfig:
@@ -601,4 +696,7 @@ class S2DMConfig(_Config):
             text_encoder=None,
             tokenizer=None,
             flow_generator=None,
+            region_motion=None,
+            flow_text_encoder=None,
+            flow_tokenizer=None,
         )

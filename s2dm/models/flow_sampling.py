@@ -9,8 +9,9 @@ from torch import Tensor, tensor
 
 from .config import FlowGeneratorConfig
 
-FLOW_SAMPLERS = ("dpmpp_2m", "ddim")
-"""DPM-Solver++ of second order, for few steps, and DDIM."""
+FLOW_SAMPLERS = ("dpmpp_2m", "ddim", "lfdm")
+"""DPM-Solver++ of second order, for few steps; DDIM; and what LFDM does, with fresh noise at every
+step (see `lfdm_sampling.py`)."""
 
 MAX_FRAMES = 64
 """The longest clip. Stage 1 always makes as many frames as it was trained with, and what lies
@@ -71,11 +72,11 @@ class FlowSampling:
         return tensor([self.motion_strength * config.motion])
 
 
-def check_reference(config: FlowGeneratorConfig, latent_channels: int) -> None:
-    """Raise ValueError unless the network reads the latents of the VAE beside it."""
-    if config.reference_channels != latent_channels:
+def check_reference(config: FlowGeneratorConfig, channels: int, features: str) -> None:
+    """Raise ValueError unless the network reads these features of the reference frame."""
+    if config.reference_channels != channels:
         raise ValueError(
-            f"flow generator: expected {latent_channels} reference channels, the VAE's latents, "
-            f"got {config.reference_channels}. It was trained on features of another encoder: "
-            "train it on latents."
+            f"flow generator: expected {channels} reference channels, {features}, got "
+            f"{config.reference_channels}. It was trained on features of another encoder: "
+            "train it on these."
         )

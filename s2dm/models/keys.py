@@ -16,13 +16,16 @@ from torch import Tensor
 
 from .adapter import FlowAdapter
 from .config import (
+    BertConfig,
     FlowAdapterConfig,
     FlowGeneratorConfig,
+    RegionMotionConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
 )
 from .flow_generator import FlowGenerator
+from .region_motion import RegionMotion
 
 Shape = tuple[int, ...]
 
@@ -125,6 +128,34 @@ def flow_generator_keys(config: FlowGeneratorConfig) -> tuple[Key, ...]:
     with torch.device("meta"):
         weights = FlowGenerator(config).state_dict()
     return tuple(_same(name, tuple(weight.shape)) for name, weight in weights.items())
+
+
+def region_motion_keys(config: RegionMotionConfig) -> tuple[Key, ...]:
+    """Return the weights of a region-motion model, the same for all engines."""
+    with torch.device("meta"):
+        weights = RegionMotion(config).state_dict()
+    return tuple(_same(name, tuple(weight.shape)) for name, weight in weights.items())
+
+
+def bert_keys(config: BertConfig) -> tuple[Key, ...]:
+    """Return the weights of a BERT text encoder without its pooler, named as transformers does."""
+    size = config.hidden_size
+    keys = [
+        _same("embeddings.word_embeddings.weight", (config.vocab_size, size)),
+        _same("embeddings.position_embeddings.weight", (config.max_length, size)),
+        _same("embeddings.token_type_embeddings.weight", (2, size)),
+        *_norm("embeddings.LayerNorm", None, size),
+    ]
+    for i in range(config.layers):
+        layer = f"encoder.layer.{i}"
+        for name in ("query", "key", "value"):
+            keys += _linear(f"{layer}.attention.self.{name}", None, size, size)
+        keys += _linear(f"{layer}.attention.output.dense", None, size, size)
+        keys += _norm(f"{layer}.attention.output.LayerNorm", None, size)
+        keys += _linear(f"{layer}.intermediate.dense", None, size, config.intermediate_size)
+        keys += _linear(f"{layer}.output.dense", None, config.intermediate_size, size)
+        keys += _norm(f"{layer}.output.LayerNorm", None, size)
+    return tuple(keys)
 
 
 def attention_names(config: UNetConfig) -> dict[str, str]:

@@ -136,6 +136,7 @@ def lfdm_config(state: Mapping[str, Tensor]) -> FlowGeneratorConfig:
     return FlowGeneratorConfig(
         null_text="learned" if learned else "zero",
         upsample="nearest" if nearest else "transposed",
+        flow="positions",
     )
 
 
@@ -151,7 +152,7 @@ def from_lfdm(state: Mapping[str, Tensor], config: FlowGeneratorConfig) -> dict[
         for name, weight in state.items()
         if name not in SCHEDULE and not name.endswith(ROTARY)
     }
-    _check(weights, {key.lfdm: key.lfdm_shape for key in keys})
+    check_weights(weights, {key.lfdm: key.lfdm_shape for key in keys})
     return {key.ours: weights[key.lfdm].reshape(key.shape) for key in keys}
 
 
@@ -165,7 +166,8 @@ def _lfdm_shape(ours: str, lfdm: str, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_weights(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless these are the weights expected, each of its shape."""
     remedy = "The weights belong to a model of another size or kind."
     for what, names in (
         ("missing", [name for name in expected if name not in state]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .config import (
     FlowAdapterConfig,
     FlowGeneratorConfig,
+    RegionMotionConfig,
     S2DMConfig,
     ScheduleConfig,
     TextEncoderConfig,
@@ -76,3 +77,17 @@ LFDM = S2DMConfig(
     flow_generator=FlowGeneratorConfig(null_reference="learned", null_text="learned", frames=16)
 )
 """A flow generator of LFDM's size (arXiv 2303.13744), to train on latents and displacements."""
+
+REGION_MOTION = {
+    "puppets": RegionMotionConfig(
+        levels=4,
+        width=16,
+        flow_width=32,
+        max_width=128,
+        map_padding=3,
+        frame_width=8,
+        frame_blocks=2,
+    ),
+    "lfdm": RegionMotionConfig(),
+}
+"""Sizes of region-motion models: a small one for CPUs, and LFDM's."""

@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from ..models import FLOW_SAMPLERS, FlowGenerator, ScheduleConfig, constrain
+from ..models import FLOW_SAMPLERS, FlowGenerator, ScheduleConfig, constrain, sample_as_lfdm
 from ..models.flow_generator import FLOW_CHANNELS
-from ..sector import betas, guide, implied_prediction, predicted_x0
+from ..sector import (
+    alphas_cumprod,
+    betas,
+    guide,
+    implied_noise,
+    implied_prediction,
+    predicted_x0,
+)
 from .modules import tokenize
 
 
-def flow_scheduler(schedule: ScheduleConfig, name: str = FLOW_SAMPLERS[0]) -> Any:
-    """A sampler of stage 1: DDIM, or DPM-Solver++ of second order with two steps.
+class AsLFDM:
+    """In place of a scheduler: LFDM's own sampling."""
 
-    The timesteps end at T, because a flow is mostly low frequencies, which are still there
-    long after fine detail has drowned in noise.
+    def __init__(self, schedule: ScheduleConfig) -> None:
+        self.schedule = schedule
+        self.alphas_cumprod = alphas_cumprod(
+            schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
+        )
+
+
+def flow_scheduler(schedule: ScheduleConfig, name: str = FLOW_SAMPLERS[0]) -> Any:
+    """A sampler of stage 1: DDIM, DPM-Solver++ of second order with two steps, or LFDM's.
+
+    The timesteps of the first two end at T, because a flow is mostly low frequencies, which are
+    still there long after fine detail has drowned in noise.
 
     Raises:
         ValueError: an unknown name.
     """
+    if name == "lfdm":
+        return AsLFDM(schedule)
     common = {
         "num_train_timesteps": schedule.steps,
         "trained_betas": betas(
@@ -68,16 +88,17 @@ def generate_flow(
     """Sample flow for B clips, all frames at once.
 
     At every step the guess of the clean flow passes through `constrain`, so that frame 1
-    stays still and the others know it.
+    stays still and the others know it (not so where the network makes positions).
 
     Args:
         network: the flow generator ε_φ, on the device and in the type to sample in.
         scheduler: from `flow_scheduler`, or another diffusers scheduler of that kind.
-        text: (B, text_dim) from `embed_prompts`; None for the null label, without a prompt.
+        text: (B, text_dim) from `embed_prompts` or `LFDMConditions.text`; None for the null
+            label, without a prompt.
         reference: features of the reference frame (B, reference_channels, h, w).
         steps: number of sampling steps.
         guidance_scale: how far to go from the null text to the text; 1 for no guidance.
-        generator: seeded CPU generator of the noise.
+        generator: seeded CPU generator of the noise, and of that of the steps.
         motion: mean motion in half-frames (B,); None for the null label, "as in the data".
         on_step: called after each step with its number from 0 and the noisy clip; may raise to
             stop.
@@ -100,8 +121,24 @@ def generate_flow(
         nothing = network(x_t, times, reference, None, motion)
         return guide(nothing.float(), known.float(), guidance_scale)
 
+    def draw() -> Tensor:
+        return torch.randn(shape, generator=generator).to(reference.device)
+
+    x_t = draw()
+    if isinstance(scheduler, AsLFDM):
+
+        def seen(x_t: Tensor, time: int) -> tuple[Tensor, Tensor]:
+            prediction = predict(x_t, torch.tensor(time, device=x_t.device))
+            clean = predicted_x0(prediction, x_t, alphas[time], kind)
+            return clean, implied_noise(prediction, x_t, alphas[time], kind)
+
+        def told(number: int, _: Tensor, state: Tensor) -> None:
+            if on_step is not None:
+                on_step(number, state)
+
+        limited = partial(constrain, config=config)
+        return sample_as_lfdm(seen, x_t, config.schedule, steps, limited, draw, told)
     scheduler.set_timesteps(steps, device=reference.device)
-    x_t = torch.randn(shape, generator=generator).to(reference.device)
     x_t = x_t * scheduler.init_noise_sigma
     for number, timestep in enumerate(scheduler.timesteps):
         alpha_bar = alphas[timestep.long()]

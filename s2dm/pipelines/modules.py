@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..models.adapter import FlowAdapter
+from ..models.bert import build_bert
 from ..models.checkpoint import Checkpoint
 from ..models.config import (
     FlowAdapterConfig,
     FlowGeneratorConfig,
+    RegionMotionConfig,
     S2DMConfig,
     TextEncoderConfig,
     UNetConfig,
@@ -28,6 +30,7 @@ from ..models.config import (
 )
 from ..models.flow_generator import FlowGenerator
 from ..models.keys import text_encoder_keys, to_diffusers, to_ldm, unet_keys, vae_keys
+from ..models.region_motion import RegionMotion
 from ..models.tokenizer import write_tokenizer
 
 State = Mapping[str, Tensor]
@@ -139,6 +142,14 @@ def build_flow_generator(config: FlowGeneratorConfig, state: State | None = None
     return generator
 
 
+def build_region_motion(config: RegionMotionConfig, state: State | None = None) -> RegionMotion:
+    """Build the region-motion model, with random weights if there is no state."""
+    network = RegionMotion(config)
+    if state is not None:
+        network.load_state_dict(dict(state))
+    return network
+
+
 def unet_state(unet: UNet2DConditionModel, config: UNetConfig) -> dict[str, Tensor]:
     """Return the U-Net's weights under the file's keys."""
     return to_ldm(unet.state_dict(), unet_keys(config))
@@ -179,6 +190,8 @@ ENGINES: dict[str, Engine] = {
     "vae": Engine(build_vae, vae_state),
     "flow_adapter": Engine(build_flow_adapter, _own_state),
     "flow_generator": Engine(build_flow_generator, _own_state),
+    "region_motion": Engine(build_region_motion, _own_state),
+    "flow_text_encoder": Engine(build_bert, _own_state),
 }
 
 

@@ -26,6 +26,7 @@ from ..models import (
     SamplingConfig,
     check_reference,
     decode_flow,
+    lfdm_conditions,
     load_checkpoint,
 )
 from ..sector import SHARED, NoiseSharing, seed_of_flow
@@ -33,7 +34,7 @@ from .flow_generation import embed_prompts, flow_scheduler, generate_flow
 from .flow_to_video import FlowToVideoPipeline, check_arguments, counted
 from .modules import build
 from .pictures import on_canvas, picture_of
-from .wrapped import FlowAdapterModel, FlowGeneratorModel
+from .wrapped import FlowAdapterModel, FlowGeneratorModel, LFDMConditionsModel
 
 _WITHOUT_STAGE_1 = (
     "expected the part flow_generator (stage 1, which makes flow from the prompt), got stage 2 "
@@ -68,17 +69,19 @@ class TextToVideoPipeline(FlowToVideoPipeline):
     Args:
         vae, text_encoder, tokenizer, unet, scheduler, flow_adapter, s2dm_config: as in
             `FlowToVideoPipeline`.
-        flow_generator: ε_φ; its reference features are the VAE's latents.
+        flow_generator: ε_φ; its reference features are the VAE's latents, and it reads the
+            prompt by the text encoder.
+        flow_conditions: for LFDM's flow generator, which has encoders of its own for both.
 
     Raises:
-        CheckpointError: there is no flow generator.
-        ValueError: the flow generator was made for other features than this VAE's latents.
+        CheckpointError: there is no flow generator, or LFDM's without its encoders.
+        ValueError: the flow generator was made for other features than it would get.
     """
 
     # Called below its wrapper, past the hooks that would bring it to the device.
-    _exclude_from_cpu_offload = ["flow_adapter", "flow_generator"]  # noqa: RUF012
+    _exclude_from_cpu_offload = ["flow_adapter", "flow_generator", "flow_conditions"]  # noqa: RUF012
     # The flow generator is not, but only so does a folder without it get as far as our message.
-    _optional_components = ["flow_generator"]  # noqa: RUF012
+    _optional_components = ["flow_generator", "flow_conditions"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -89,13 +92,24 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         scheduler: Any,
         flow_adapter: FlowAdapterModel,
         flow_generator: FlowGeneratorModel,
+        flow_conditions: LFDMConditionsModel | None = None,
         s2dm_config: dict[str, Any] | None = None,
     ) -> None:
         if flow_generator is None:
             raise CheckpointError(f"Text to video: {_WITHOUT_STAGE_1}")
-        check_reference(flow_generator.network.config, vae.config.latent_channels)
+        network = flow_generator.network.config
+        if flow_conditions is not None:
+            regions = flow_conditions.module.region_motion.config
+            check_reference(network, regions.feature_channels, "the region-motion model's features")
+        elif network.flow == "positions":
+            raise CheckpointError(
+                "Text to video: expected flow_conditions beside LFDM's flow generator, got none. "
+                "Load a checkpoint that holds region_motion and flow_text_encoder."
+            )
+        else:
+            check_reference(network, vae.config.latent_channels, "the VAE's latents")
         super().__init__(vae, text_encoder, tokenizer, unet, scheduler, flow_adapter, s2dm_config)
-        self.register_modules(flow_generator=flow_generator)
+        self.register_modules(flow_generator=flow_generator, flow_conditions=flow_conditions)
 
     # ------------------------------------------------------------------ files
 
@@ -114,11 +128,21 @@ class TextToVideoPipeline(FlowToVideoPipeline):
 
     @classmethod
     def _build(cls, checkpoint: Checkpoint) -> dict[str, Any]:
+        conditions = lfdm_conditions(checkpoint)
         network = build(checkpoint, "flow_generator")
-        return super()._build(checkpoint) | {"flow_generator": FlowGeneratorModel.wrap(network)}
+        modules = super()._build(checkpoint) | {"flow_generator": FlowGeneratorModel.wrap(network)}
+        if conditions is not None:
+            encoder = checkpoint["flow_text_encoder"].config
+            modules["flow_conditions"] = LFDMConditionsModel.wrap(conditions, encoder)
+        return modules
 
     def _modules_by_part(self) -> dict[str, torch.nn.Module]:
-        return super()._modules_by_part() | {"flow_generator": self.flow_generator.network}
+        modules = super()._modules_by_part() | {"flow_generator": self.flow_generator.network}
+        if self.flow_conditions is not None:
+            module = self.flow_conditions.module
+            modules["region_motion"] = module.region_motion
+            modules["flow_text_encoder"] = module.text_encoder
+        return modules
 
     # --------------------------------------------------------------- sampling
 
@@ -200,7 +224,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         )
         still = FlowField.zeros(1, *size)
         latents = denoise(still) if picture is None else self._encode(picture)
-        flow = self._generate_flow(prompt, latents, flow_sampling, seed, on_step)
+        flow = self._generate_flow(prompt, latents, picture, flow_sampling, seed, on_step)
         flow = flow.crop(*size).retime(num_frames)
         anchor = None
         if sampling.anchor_end and num_frames > 1:
@@ -214,18 +238,27 @@ class TextToVideoPipeline(FlowToVideoPipeline):
     def _generate_flow(
         self,
         prompt: str,
-        reference: Tensor,
+        latents: Tensor,
+        picture: Tensor | None,
         sampling: FlowSampling,
         seed: int,
         on_step: Callable[[Tensor], None],
     ) -> FlowField:
-        """Stage 1: from latents (1, C, h, w) to as many flows as it was trained with, 8 h x 8 w."""
+        """Stage 1: from latents (1, C, h, w) to as many flows as it was trained with, 8 h x 8 w.
+
+        LFDM's sees the picture (1, 3, 8 h, 8 w) that they show, decoded if there is none.
+        """
         network = self.flow_generator.network
-        text = None  # the null label
-        if prompt.strip():
-            text = embed_prompts(
-                self.text_encoder, self.tokenizer, [prompt], self._execution_device
-            )
+        text, still, device = None, None, self._execution_device  # the null label
+        if self.flow_conditions is not None:
+            conditions = self.flow_conditions.module.to(device)
+            picture = self.decode_latents(latents) if picture is None else picture
+            text, reference = conditions.text(prompt), conditions.reference(picture)
+            still = conditions.still(picture)
+        else:
+            reference = latents
+            if prompt.strip():
+                text = embed_prompts(self.text_encoder, self.tokenizer, [prompt], device)
         with self.progress_bar(total=sampling.steps) as progress:
 
             def on_flow_step(_: int, state: Tensor) -> None:
@@ -243,8 +276,8 @@ class TextToVideoPipeline(FlowToVideoPipeline):
                 sampling.motion(network.config),
                 on_flow_step,
             )
-        height, width = (side * self.vae_factor for side in reference.shape[-2:])
-        return decode_flow(sample[0].cpu(), network.config, height, width)
+        height, width = (side * self.vae_factor for side in latents.shape[-2:])
+        return decode_flow(sample[0].cpu(), network.config, height, width, still)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """The size asked for, or that of the checkpoint."""

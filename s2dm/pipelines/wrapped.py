@@ -13,7 +13,15 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..flow import FlowField
-from ..models import FlowAdapter, FlowAdapterConfig, FlowGenerator, FlowGeneratorConfig
+from ..models import (
+    BertConfig,
+    FlowAdapter,
+    FlowAdapterConfig,
+    FlowGenerator,
+    FlowGeneratorConfig,
+    LFDMConditions,
+    RegionMotionConfig,
+)
 
 
 class FlowAdapterModel(ModelMixin, ConfigMixin):
@@ -62,3 +70,34 @@ class FlowGeneratorModel(ModelMixin, ConfigMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As `FlowGenerator.forward`."""
         return self.network(*args, **kwargs)
+
+
+class LFDMConditionsModel(ModelMixin, ConfigMixin):
+    """`LFDMConditions` with `save_pretrained` and `from_pretrained`.
+
+    Args:
+        regions: a `RegionMotionConfig` as a dictionary.
+        encoder: a `BertConfig` as a dictionary.
+        tokenizer: of the encoder.
+    """
+
+    @register_to_config
+    def __init__(
+        self, regions: dict[str, Any], encoder: dict[str, Any], tokenizer: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.module = LFDMConditions(
+            RegionMotionConfig.from_dict(regions), BertConfig.from_dict(encoder), tokenizer
+        )
+
+    @classmethod
+    def wrap(cls, module: LFDMConditions, encoder: BertConfig) -> LFDMConditionsModel:
+        """Wrap a module that exists; its weights are shared, not copied."""
+        regions = module.region_motion.config
+        model = cls(regions.to_dict(), encoder.to_dict(), dict(module.tokenizer))
+        model.module = module
+        return model
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """As `LFDMConditions.reference`."""
+        return self.module.reference(picture)

@@ -105,6 +105,18 @@ def implied_prediction(
     raise _unknown_type(prediction_type)
 
 
+def implied_noise(
+    prediction: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str = "epsilon"
+) -> Tensor:
+    """The noise that a network's prediction at x_t implies: itself for "epsilon"."""
+    if prediction_type == "epsilon":
+        return prediction
+    if prediction_type == "v_prediction":
+        signal, spread = _roots(alpha_bar, x_t)
+        return signal * prediction + spread * x_t
+    raise _unknown_type(prediction_type)
+
+
 def sector_loss(
     predict: Callable[[Tensor, Tensor], Tensor],
     x0: Tensor,

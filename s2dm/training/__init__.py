@@ -1,5 +1,5 @@
-"""Trainers, on accelerate: the autoencoder (`vae`), the text encoder (`text`), `stage1` and
-`stage2`.
+"""Trainers, on accelerate: the autoencoder (`vae`), the text encoder (`text`), `stage1`,
+`stage2` and the region-motion model (`region_motion`).
 
 The trainers import diffusers and transformers and are imported by name.
 """

@@ -16,8 +16,8 @@ from s2dm.models.lfdm import PREFIX, from_lfdm, lfdm_config, lfdm_keys
 
 HERE = Path(__file__).parent
 
-LFDM = FlowGeneratorConfig()
-NATOPS = FlowGeneratorConfig(null_text="learned", upsample="nearest")
+LFDM = FlowGeneratorConfig(flow="positions")
+NATOPS = dataclasses.replace(LFDM, null_text="learned", upsample="nearest")
 
 
 def lfdm_state(config):

@@ -21,6 +21,7 @@ SOCKETS = {
         "MODEL CLIP VAE S2DM_FLOW_GENERATOR",
     ),
     "S2DMApplyFlowAdapter": ("model adapter strength frames_at_once", "MODEL"),
+    "S2DMRegionMotionLoader": ("file", "OPTICAL_FLOW S2DM_FLOW_GENERATOR"),
     "S2DMFitClip": ("video frames first_frame width height", "IMAGE FLOAT"),
     "S2DMEstimateFlow": ("frames method optical_flow", "S2DM_FLOW"),
     "S2DMGenerateFlow": (
