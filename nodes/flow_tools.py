@@ -12,9 +12,8 @@ from ..s2dm.flow.combine import combine_after, combine_in, combine_over
 from ..s2dm.flow.edit import flip, keep_in, loop, ping_pong, smooth_in_space, smooth_in_time
 from ..s2dm.flow.inverse import rebase, reverse
 from ..s2dm.flow.warp import visibility, warp_picture
-from ..s2dm.models import MAX_FRAMES
 from .flow import check_memory, library_frames, progress_bar
-from .schema import advanced, check_finite, named_errors, schema
+from .schema import MOST_FRAMES, advanced, check_finite, named_errors, schema
 from .types import Flow, flow_output
 
 _OPERATIONS = (
@@ -81,7 +80,7 @@ class EditFlow(io.ComfyNode):
                     "frames",
                     default=16,
                     min=1,
-                    max=MAX_FRAMES,
+                    max=MOST_FRAMES,
                     tooltip="Number of frames, for retime.",
                 ),
                 *(
@@ -236,21 +235,21 @@ class PickFlow(io.ComfyNode):
                     "first_frame",
                     default=1,
                     min=1,
-                    max=MAX_FRAMES,
+                    max=MOST_FRAMES,
                     tooltip="The first frame to take, counted from 1.",
                 ),
                 io.Int.Input(
                     "frames",
                     default=16,
                     min=1,
-                    max=MAX_FRAMES,
+                    max=MOST_FRAMES,
                     tooltip="How many to take; a shorter flow gives all that it has.",
                 ),
                 io.Int.Input(
                     "every",
                     default=1,
                     min=1,
-                    max=MAX_FRAMES,
+                    max=MOST_FRAMES,
                     tooltip="1: every frame, 2: every second one, and so on.",
                 ),
                 io.Combo.Input(

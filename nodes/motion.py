@@ -21,16 +21,15 @@ from ..s2dm.flow.draw import (
 from ..s2dm.flow.draw.state import SPEEDS
 from ..s2dm.flow.geometry import resample
 from ..s2dm.flow.tracks import flow_to_tracks, grid_points, tracks_from_paths, tracks_to_json
-from ..s2dm.models import MAX_FRAMES
 from .flow import check_memory, library_frames
-from .schema import check_finite, named_errors, schema
+from .schema import MOST_FRAMES, check_finite, named_errors, schema
 from .types import Flow, Tracks, flow_output
 
 _PICTURE = "s2dm_picture"  # the name under which the editor looks for it
 
 
 def _frames_input(tooltip: str, least: int = 1) -> io.Input:
-    return io.Int.Input("frames", default=16, min=least, max=MAX_FRAMES, tooltip=tooltip)
+    return io.Int.Input("frames", default=16, min=least, max=MOST_FRAMES, tooltip=tooltip)
 
 
 def _side_inputs(tooltip: str) -> list[io.Input]:
@@ -297,7 +296,7 @@ class TracksToFlow(io.ComfyNode):
                 else Mask(mask.reshape(-1, *mask.shape[-2:])[0].cpu().numpy() > 0.5)
             )
             layer = Layer(region=region, tracks=paths, radius=radius)
-            frames = frames or min(max(map(len, paths)), MAX_FRAMES)
+            frames = frames or min(max(map(len, paths)), MOST_FRAMES)
             check_memory(frames, width, height)
             return io.NodeOutput(render(Motion(width, height, (layer,)), frames).flow)
 

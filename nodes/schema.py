@@ -15,6 +15,9 @@ _NEWER_FIELDS = {"search_aliases", "advanced"}
 
 _LARGEST_SEED = 2**64 - 1
 
+MOST_FRAMES = 4096
+"""Of a clip or a flow. Only stage 1 knows fewer, and memory often ends earlier."""
+
 
 def known(kind: Callable[..., Any], **fields: Any) -> dict[str, Any]:
     """The fields without those that this version of ComfyUI doesn't know of `kind`.

@@ -244,20 +244,16 @@ def test_the_picture_is_seen_through_nodes_that_change_it(editing: Editing) -> N
     assert (editing.motion["width"], editing.motion["height"]) == (SIDE, SIDE)
     page.evaluate("async () => { await app.queuePrompt(0, 1); }")
     page.wait_for_function(
-        f"""() => {{
-            const {{widget}} = ({EDITOR})();
-            const {{app: _}} = window;
-            const output = app.nodeOutputs?.[String(({EDITOR})().node.id)];
-            return widget && output?.s2dm_picture?.length === 1;
-        }}""",
+        f"() => app.nodeOutputs?.[({EDITOR})().node.id]?.s2dm_picture?.length === 1",
         timeout=60_000,
     )
     page.wait_for_timeout(1000)
     editing.keep_picture("through")
-    # Undone only in what is shown: the text is drawn in pixels of the new picture when it changes.
-    editing.click(900, 900)
-    page.keyboard.press("p")
-    assert page.evaluate(f"() => ({EDITOR})().node.imgs?.length ?? 0") == 0
+    editing.drag((600, 600), (700, 600))
+    assert (editing.motion["width"], editing.motion["height"]) == (512, 256)
+    start, _ = points(editing.motion["layers"][0]["tracks"][0])[[0, -1]]
+    np.testing.assert_allclose(start, [224, 128], atol=2)
+    assert not page.evaluate(f"() => ({EDITOR})().node.imgs?.length"), "the node shows it as well"
 
 
 @pytest.mark.parametrize("scale", [0.6, 1.4])

@@ -81,9 +81,13 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "draw, a number far away": (
         "S2DMDrawFlow",
         {**DRAW, "motion": '[[{"x": 1e300, "y": 1}]]'},
-        r"tracks\[0\]\[0\].x: expected a number",
+        r"\[0\]\[0\].x: expected a number",
     ),
-    "draw, a later version": ("S2DMDrawFlow", {**DRAW, "motion": '{"version": 2}'}, "update it"),
+    "draw, a later version": (
+        "S2DMDrawFlow",
+        {**DRAW, "motion": '{"version": 2, "layers": []}'},
+        "update it",
+    ),
     "draw, more than the memory": (
         "S2DMDrawFlow",
         {**DRAW, "frames": 4096, "width": 8192, "height": 8192},

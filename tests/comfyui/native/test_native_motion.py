@@ -73,6 +73,15 @@ def test_a_path_brings_a_square_to_its_end(rig):
     assert not masks.any()
 
 
+def test_a_clip_may_be_longer_than_stage_1_knows(rig, node_classes):
+    """Models for video take 81 frames and more."""
+    for node in ("S2DMDrawFlow", "S2DMCameraFlow", "S2DMTracksToFlow", "S2DMPickFlow"):
+        inputs = {socket.id: socket for socket in node_classes[node].GET_SCHEMA().inputs}
+        assert inputs["frames"].max == 4096
+    (flow,) = rig.run("S2DMTracksToFlow", coordinates=PATH, frames=81)
+    assert len(flow) == 81
+
+
 def test_paths_move_what_a_mask_shows(rig):
     mask = torch.zeros(1, 64, 64)
     mask[:, 10:20, 10:20] = 1  # of half the size
