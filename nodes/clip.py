@@ -8,7 +8,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..s2dm.models import LATENT_CELL
-from .schema import named_errors, schema
+from .schema import MOST_FRAMES, named_errors, schema
 
 
 def _side(name: str) -> io.Input:
@@ -45,7 +45,7 @@ class FitClip(io.ComfyNode):
                     "frames",
                     default=16,
                     min=1,
-                    max=4096,
+                    max=MOST_FRAMES,
                     tooltip="How many frames to take; a shorter video gives all that it has.",
                 ),
                 io.Int.Input(

@@ -15,10 +15,20 @@ from ..s2dm.flow import FlowField, estimate_flow, flow_to_image
 from ..s2dm.flow.estimate import METHODS, FlowModel, PairModel
 from ..s2dm.models import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling
 from .native.stage1 import MIN_FRAMES, Stage1, generate_flow
-from .schema import advanced, cfg_input, named_errors, schema, seed_input, steps_input
+from .schema import (
+    advanced,
+    cfg_input,
+    check_finite,
+    named_errors,
+    schema,
+    seed_input,
+    steps_input,
+)
 from .types import Flow, FlowGenerator, OpticalFlowModel, flow_output
 
 _MODEL = "model"
+_BYTES = 32  # a pixel and frame while a flow is made and handed on, mask and all
+_GIB = 1 << 30
 
 
 class EstimateFlow(io.ComfyNode):
@@ -38,6 +48,7 @@ class EstimateFlow(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "frames",
+                    optional=True,
                     tooltip=(
                         "The frames of one clip, in order. The flow has as many frames, of the "
                         "same size; a single frame has no motion."
@@ -63,15 +74,32 @@ class EstimateFlow(io.ComfyNode):
                         "has measured doesn't fit here."
                     ),
                 ),
+                io.Video.Input(
+                    "video",
+                    optional=True,
+                    tooltip=(
+                        "A video in place of frames: all of it, at its own size. Fit Clip takes "
+                        "a part, at the size of the new clip."
+                    ),
+                ),
             ],
             outputs=[flow_output()],
         )
 
     @classmethod
     def execute(
-        cls, frames: torch.Tensor, method: str, optical_flow: object = None
+        cls,
+        method: str,
+        frames: torch.Tensor | None = None,
+        optical_flow: object = None,
+        video: Any = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            if (frames is None) == (video is None):
+                got = "neither. Connect one." if video is None else "both. Disconnect one."
+                raise ValueError(f"expected frames or a video, got {got}")
+            if frames is None:
+                frames = video.get_components().images
             estimator = flow_model(optical_flow) if method == _MODEL else method
             progress = progress_bar(len(frames))
             return io.NodeOutput(estimate_flow(library_frames(frames), estimator, progress))
@@ -243,6 +271,7 @@ class VisualizeFlow(io.ComfyNode):
     @classmethod
     def execute(cls, flow: FlowField, full_colour_at: float = 0.0) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(full_colour_at=full_colour_at)
             image = flow_to_image(flow, full_colour_at or None).movedim(1, -1).contiguous()
             return io.NodeOutput(image, flow.occlusion[:, 0].clone(), ui=ui.PreviewImage(image))
 
@@ -256,6 +285,18 @@ def progress_bar(total: int) -> Callable[[int, int], None]:
         bar.update_absolute(done, total)
 
     return progress
+
+
+def check_memory(frames: int, width: int, height: int) -> None:
+    """Refuse what the machine can't hold, instead of taking it down."""
+    needed = frames * width * height * _BYTES
+    free = comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"expected a flow that fits into {free / _GIB:.1f} GiB of free memory, got {frames} "
+            f"frames of {width}x{height}, which take {needed / _GIB:.1f} GiB. Take fewer frames "
+            "or a smaller picture."
+        )
 
 
 def library_frames(images: torch.Tensor) -> torch.Tensor:

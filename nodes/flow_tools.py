@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io
 
@@ -10,9 +12,8 @@ from ..s2dm.flow.combine import combine_after, combine_in, combine_over
 from ..s2dm.flow.edit import flip, keep_in, loop, ping_pong, smooth_in_space, smooth_in_time
 from ..s2dm.flow.inverse import rebase, reverse
 from ..s2dm.flow.warp import visibility, warp_picture
-from ..s2dm.models import MAX_FRAMES
-from .flow import library_frames, progress_bar
-from .schema import advanced, named_errors, schema
+from .flow import check_memory, library_frames, progress_bar
+from .schema import MOST_FRAMES, advanced, check_finite, named_errors, schema
 from .types import Flow, flow_output
 
 _OPERATIONS = (
@@ -32,6 +33,7 @@ _OPERATIONS = (
 _CAMERA, _AFTER, _IN_MASK = "second is the camera", "one after the other", "first in the mask"
 _FRAME_1, _FIRST_PICKED = "frame 1", "the first picked"
 _FILL, _STRETCH, _BLACK = "fill", "stretch", "black"
+_OF_ONE_LATENT = ("noise_mask", "batch_index")
 
 
 class EditFlow(io.ComfyNode):
@@ -78,7 +80,7 @@ class EditFlow(io.ComfyNode):
                     "frames",
                     default=16,
                     min=1,
-                    max=MAX_FRAMES,
+                    max=MOST_FRAMES,
                     tooltip="Number of frames, for retime.",
                 ),
                 *(
@@ -144,6 +146,13 @@ class EditFlow(io.ComfyNode):
             }
             if operation not in changes:
                 raise ValueError(f"expected one of {', '.join(changes)}, got {operation!r}.")
+            check_finite(amount=amount)
+            if operation == "retime":
+                check_memory(frames, flow.width, flow.height)
+            elif operation == "resize":
+                check_memory(len(flow), width, height)
+            elif operation in ("loop", "ping-pong"):
+                check_memory(2 * len(flow) * max(round(amount), 1), flow.width, flow.height)
             return io.NodeOutput(changes[operation]())
 
 
@@ -226,21 +235,21 @@ class PickFlow(io.ComfyNode):
                     "first_frame",
                     default=1,
                     min=1,
-                    max=MAX_FRAMES,
+                    max=MOST_FRAMES,
                     tooltip="The first frame to take, counted from 1.",
                 ),
                 io.Int.Input(
                     "frames",
                     default=16,
                     min=1,
-                    max=MAX_FRAMES,
+                    max=MOST_FRAMES,
                     tooltip="How many to take; a shorter flow gives all that it has.",
                 ),
                 io.Int.Input(
                     "every",
                     default=1,
                     min=1,
-                    max=MAX_FRAMES,
+                    max=MOST_FRAMES,
                     tooltip="1: every frame, 2: every second one, and so on.",
                 ),
                 io.Combo.Input(
@@ -288,10 +297,17 @@ class WarpImage(io.ComfyNode):
             display_name="Warp Image (S2DM)",
             category="s2dm/video",
             description=(
-                "Moves a picture or a mask by a flow: one image for each frame, and what the first "
-                "frame doesn't show as a mask."
+                "Moves a picture, a mask or a latent by a flow: one for each frame, and what the "
+                "first frame doesn't show as a mask."
             ),
-            search_aliases=["warp", "remap", "motion transfer", "animate image", "move mask"],
+            search_aliases=[
+                "warp",
+                "remap",
+                "motion transfer",
+                "animate image",
+                "move mask",
+                "warp latent",
+            ],
             inputs=[
                 Flow.Input("flow", tooltip="The motion. It is resized to the picture."),
                 io.Image.Input(
@@ -313,7 +329,16 @@ class WarpImage(io.ComfyNode):
                     tooltip=(
                         "What the image shows where the first frame doesn't. fill: painted from "
                         "the surroundings (needs OpenCV). stretch: whatever lies there, such as a "
-                        "ghost of what moved away. black: nothing."
+                        "ghost of what moved away. black: nothing. Latents aren't painted: with "
+                        "fill they are stretched."
+                    ),
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip=(
+                        "The latent of the first frame, to be moved as well; of a batch, the first "
+                        "counts. Its cells are 8 pixels wide, so moved pixels are sharper."
                     ),
                 ),
             ],
@@ -333,6 +358,11 @@ class WarpImage(io.ComfyNode):
                     display_name="masks",
                     tooltip="The moved mask, one for each frame; without one, black.",
                 ),
+                io.Latent.Output(
+                    "latents",
+                    display_name="latents",
+                    tooltip="The moved latent, one for each frame; without one, nothing.",
+                ),
             ],
         )
 
@@ -343,12 +373,18 @@ class WarpImage(io.ComfyNode):
         image: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         holes: str = _FILL,
+        latent: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
-            if image is None and mask is None:
-                raise ValueError("expected an image or a mask to move, got neither. Connect one.")
-            height, width = mask.shape[-2:] if image is None else image.shape[1:3]
-            flow = flow.resize(height, width)
+            if image is None and mask is None and latent is None:
+                raise ValueError(
+                    "expected an image, a mask or a latent to move, got none. Connect one."
+                )
+            latents = None if latent is None else _moved_latent(latent, flow, holes)
+            if image is not None:
+                flow = flow.resize(*image.shape[1:3])
+            elif mask is not None:
+                flow = flow.resize(*mask.shape[-2:])
             shown = visibility(flow)
             open_ = (shown < 0.5)[:, 0].float()
             if mask is None:
@@ -363,9 +399,29 @@ class WarpImage(io.ComfyNode):
                 # Nothing is known to be masked in a hole.
                 masks = (warp_picture(small, flow)[:, 0] * (1 - open_)).contiguous()
             if image is None:
-                return io.NodeOutput(masks[..., None].repeat(1, 1, 1, 3), open_, masks)
-            images = _moved(library_frames(image[:1]), flow, shown, holes)
-            return io.NodeOutput(images, open_, masks)
+                images = masks[..., None].repeat(1, 1, 1, 3)
+            else:
+                images = _moved(library_frames(image[:1]), flow, shown, holes)
+            return io.NodeOutput(images, open_, masks, latents)
+
+
+def _moved_latent(latent: dict[str, Any], flow: FlowField, holes: str) -> dict[str, Any]:
+    """The latent at every frame, (N,C,h,w) or (N,C,1,h,w)."""
+    samples = latent["samples"]
+    if samples.ndim not in (4, 5) or (samples.ndim == 5 and samples.shape[2] != 1):
+        raise ValueError(
+            f"expected the latent of a picture, (1,C,h,w), got {tuple(samples.shape)}. Latents of "
+            "a video hold several frames in one: encode its first frame, or move images."
+        )
+    picture = samples[:1].flatten(1, -3) if samples.ndim == 5 else samples[:1]
+    flow = flow.resize(*picture.shape[-2:])
+    moved = flow.warp(picture.float().cpu())
+    if holes == _BLACK:
+        moved = moved * (visibility(flow) >= 0.5)
+    moved = moved.to(samples.dtype).reshape(len(flow), *samples.shape[1:])
+    # A noise mask and the numbers of a batch are of the latent that came in.
+    kept = {name: value for name, value in latent.items() if name not in _OF_ONE_LATENT}
+    return {**kept, "samples": moved}
 
 
 def _moved(picture: torch.Tensor, flow: FlowField, shown: torch.Tensor, holes: str) -> torch.Tensor:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..s2dm.flow import FlowField
 from ..s2dm.flow.draw import (
@@ -22,17 +21,15 @@ from ..s2dm.flow.draw import (
 from ..s2dm.flow.draw.state import SPEEDS
 from ..s2dm.flow.geometry import resample
 from ..s2dm.flow.tracks import flow_to_tracks, grid_points, tracks_from_paths, tracks_to_json
-from ..s2dm.models import MAX_FRAMES
-from .flow import library_frames
-from .schema import named_errors, schema
+from .flow import check_memory, library_frames
+from .schema import MOST_FRAMES, check_finite, named_errors, schema
 from .types import Flow, Tracks, flow_output
 
-_BYTES = 32  # a pixel and frame while a flow is drawn and handed on, mask and all
-_GIB = 1 << 30
+_PICTURE = "s2dm_picture"  # the name under which the editor looks for it
 
 
 def _frames_input(tooltip: str, least: int = 1) -> io.Input:
-    return io.Int.Input("frames", default=16, min=least, max=MAX_FRAMES, tooltip=tooltip)
+    return io.Int.Input("frames", default=16, min=least, max=MOST_FRAMES, tooltip=tooltip)
 
 
 def _side_inputs(tooltip: str) -> list[io.Input]:
@@ -128,9 +125,11 @@ class DrawFlow(io.ComfyNode):
             if image is not None:
                 height, width = image.shape[1:3]
             drawn = read_motion(motion, width, height)
-            _check_memory(frames, width, height)
+            check_memory(frames, width, height)
             drawing = render(drawn, frames, _depth(depth, width, height))
-            return io.NodeOutput(drawing.flow, drawing.cover[:, 0].float())
+            # The editor shows it where it couldn't know the picture before.
+            picture = {} if image is None else {_PICTURE: ui.PreviewImage(image[:1]).values}
+            return io.NodeOutput(drawing.flow, drawing.cover[:, 0].float(), ui=picture)
 
 
 class CameraFlow(io.ComfyNode):
@@ -211,9 +210,10 @@ class CameraFlow(io.ComfyNode):
         depth: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(pan_x=pan_x, pan_y=pan_y, zoom=zoom, roll=roll)
             key = CameraKey(1.0, pan_x, pan_y, zoom, roll)
             motion = Motion(width, height, camera=(key,), camera_speed=speed)
-            _check_memory(frames, width, height)
+            check_memory(frames, width, height)
             return io.NodeOutput(render(motion, frames, _depth(depth, width, height)).flow)
 
 
@@ -284,6 +284,7 @@ class TracksToFlow(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(radius=radius)
             paths = read_tracks(coordinates) + _core_tracks(tracks)
             if not paths:
                 raise ValueError(
@@ -295,8 +296,8 @@ class TracksToFlow(io.ComfyNode):
                 else Mask(mask.reshape(-1, *mask.shape[-2:])[0].cpu().numpy() > 0.5)
             )
             layer = Layer(region=region, tracks=paths, radius=radius)
-            frames = frames or min(max(map(len, paths)), MAX_FRAMES)
-            _check_memory(frames, width, height)
+            frames = frames or min(max(map(len, paths)), MOST_FRAMES)
+            check_memory(frames, width, height)
             return io.NodeOutput(render(Motion(width, height, (layer,)), frames).flow)
 
 
@@ -357,6 +358,7 @@ class FlowToTracks(io.ComfyNode):
     @classmethod
     def execute(cls, flow: FlowField, points: str = "", spacing: float = 32.0) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(spacing=spacing)
             if points.strip():
                 starts = torch.from_numpy(read_points(points))
             else:
@@ -383,15 +385,3 @@ def _depth(depth: torch.Tensor | None, width: int, height: int) -> torch.Tensor 
         return None
     grey = library_frames(depth[:1]).mean(dim=1, keepdim=True)
     return resample(grey.float().cpu(), height, width).clamp(0, 1)
-
-
-def _check_memory(frames: int, width: int, height: int) -> None:
-    """Refuse what the machine can't hold, instead of taking it down."""
-    needed = frames * width * height * _BYTES
-    free = comfy.model_management.get_free_memory(torch.device("cpu"))
-    if needed > free:
-        raise ValueError(
-            f"expected a flow that fits into {free / _GIB:.1f} GiB of free memory, got {frames} "
-            f"frames of {width}x{height}, which take {needed / _GIB:.1f} GiB. Take fewer frames "
-            "or a smaller picture."
-        )

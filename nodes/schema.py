@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,9 @@ from comfy_api.latest import io
 _NEWER_FIELDS = {"search_aliases", "advanced"}
 
 _LARGEST_SEED = 2**64 - 1
+
+MOST_FRAMES = 4096
+"""Of a clip or a flow. Only stage 1 knows fewer, and memory often ends earlier."""
 
 
 def known(kind: Callable[..., Any], **fields: Any) -> dict[str, Any]:
@@ -65,6 +69,17 @@ def cfg_input(default: float, tooltip: str) -> io.Input:
     return io.Float.Input(
         "cfg", default=default, min=0.0, max=100.0, step=0.05, round=0.01, tooltip=tooltip
     )
+
+
+def check_finite(**values: float) -> None:
+    """Refuse NaN and infinity, which ComfyUI lets through, by the input's name.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number, got {value}.")
 
 
 @contextmanager

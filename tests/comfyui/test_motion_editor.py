@@ -219,6 +219,43 @@ def test_the_picture_is_there_before_the_first_run(editing: Editing) -> None:
     assert editing.page.evaluate("() => window.failures") > 0, "the other pack didn't fail"
 
 
+def test_the_picture_is_seen_through_nodes_that_change_it(editing: Editing) -> None:
+    """Stretched over what is drawn before the first run; then the picture that came."""
+    page = editing.page
+    page.evaluate(
+        f"""() => {{
+            const {{node: draw}} = ({EDITOR})();
+            const load = app.graph.nodes.find(node => node.type === 'LoadImage');
+            const scale = LiteGraph.createNode('ImageScale');
+            scale.pos = [20, 500];
+            app.graph.add(scale);
+            const set = (name, value) => {{
+                scale.widgets.find(widget => widget.name === name).value = value;
+            }};
+            set('width', 512);
+            set('height', 256);
+            load.connect(0, scale, 0);
+            scale.connect(0, draw, draw.inputs.findIndex(input => input.name === 'image'));
+        }}"""
+    )
+    page.wait_for_timeout(500)
+    np.testing.assert_allclose(editing.colour(450, 500), SQUARE, atol=2)
+    editing.drag((448, 512), (600, 512))
+    assert (editing.motion["width"], editing.motion["height"]) == (SIDE, SIDE)
+    page.evaluate("async () => { await app.queuePrompt(0, 1); }")
+    page.wait_for_function(
+        f"() => app.nodeOutputs?.[({EDITOR})().node.id]?.s2dm_picture?.length === 1",
+        timeout=60_000,
+    )
+    page.wait_for_timeout(1000)
+    editing.keep_picture("through")
+    editing.drag((600, 600), (700, 600))
+    assert (editing.motion["width"], editing.motion["height"]) == (512, 256)
+    start, _ = points(editing.motion["layers"][0]["tracks"][0])[[0, -1]]
+    np.testing.assert_allclose(start, [224, 128], atol=2)
+    assert not page.evaluate(f"() => ({EDITOR})().node.imgs?.length"), "the node shows it as well"
+
+
 @pytest.mark.parametrize("scale", [0.6, 1.4])
 def test_the_mouse_draws_where_it_is_however_the_graph_is_zoomed(
     editing: Editing, scale: float

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -307,3 +309,28 @@ def test_time_runs_as_it_is_told():
 def test_a_depth_that_does_not_fit(bad):
     with pytest.raises(FlowError, match=r"^depth: expected"):
         render(Motion(32, 16), 2, bad)
+
+
+def test_memory_beside_the_result_does_not_grow_with_the_frames(monkeypatch):
+    # One frame at a time: otherwise it is by chance how many are drawn at once.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    width, height = 160, 128
+    hand = track((60, 60), (90, 40))
+    layers = (
+        Layer(region=box(30, 30, 90, 90), tracks=(hand,), pins=np.array([[40.0, 80]])),
+        Layer(tracks=(track((110, 64), (120, 80)),), radius=20),
+    )
+    motion = Motion(width, height, layers, camera=(CameraKey(1.0, 9, 0, 1.1, 5),))
+
+    def beside(frames: int) -> int:
+        tracemalloc.start()
+        try:
+            render(motion, frames)
+            return tracemalloc.get_traced_memory()[1] - 13 * width * height * frames
+        finally:
+            tracemalloc.stop()
+
+    beside(2)
+    few, many = beside(27), beside(81)
+    # What each frame adds beyond 13 bytes a pixel: its camera and the places of the tracks.
+    assert many < few + 54 * 2000

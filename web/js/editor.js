@@ -30,6 +30,7 @@ export class Editor {
         this.motion = emptyMotion(options.size());
         this.history = new History("");
         this.picture = null;
+        this.exact = true; // the picture has the size that the motion is drawn in
         // An empty title: the field's own tooltip would lie over the picture.
         this.root = make("div", {class: "s2dm-editor widget-expands", title: ""});
         this.view = new View(this);
@@ -98,9 +99,13 @@ export class Editor {
 
     // --- the picture
 
-    /** Draw on a picture (an image that has loaded); null: on a grid. */
-    setPicture(image) {
+    /**
+     * Draw on a picture (an image that has loaded); null: on a grid. One that isn't exact may have
+     * another size than the picture that comes: it is stretched over what is drawn already.
+     */
+    setPicture(image, exact = true) {
         this.picture = image;
+        this.exact = exact;
         this.fitSize();
         this.makeBackdrop();
         this.refresh();
@@ -120,12 +125,13 @@ export class Editor {
     // The motion is drawn in pixels of the picture that it moves.
     fitSize() {
         const size = this.options.size();
+        this.motion.frames = size.frames;
+        if (this.picture && !this.exact && !isEmpty(this.motion)) return;
         const width = this.picture?.naturalWidth ?? size.width;
         const height = this.picture?.naturalHeight ?? size.height;
         if (width !== this.motion.width || height !== this.motion.height) {
             rescale(this.motion, width, height);
         }
-        this.motion.frames = size.frames;
     }
 
     makeBackdrop() {

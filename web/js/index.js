@@ -3,7 +3,7 @@
 import {api} from "../../../scripts/api.js";
 import {app} from "../../../scripts/app.js";
 import {Editor} from "./editor.js";
-import {choosePicture, isConnected, pictureAddress} from "./picture.js";
+import {arrivedPicture, choosePicture, isConnected, pictureOf} from "./picture.js";
 
 const NODE = "S2DMDrawFlow";
 const WIDGET = "S2DM_MOTION";
@@ -70,10 +70,19 @@ function addEditor(node, name, spec) {
 // Keep the editor's picture and size those of the node, whatever changes them.
 function watchPicture(node, editor) {
     let shown = null;
+    let arrived = {address: null, made: null}; // of the last run, and the picture it was made of
+    // What the last run got is better than a guess, until another picture comes in.
+    const best = () => {
+        const found = node.graph ? pictureOf(node, "image") : null;
+        const address = node.graph ? arrivedPicture(node) : null;
+        if (address !== arrived.address) arrived = {address, made: found?.address};
+        const fits = found && !found.exact && address && arrived.made === found.address;
+        return fits ? {address, exact: true} : found;
+    };
     const refresh = (again = false) => {
         if (node.graph) takePlace(node, editor);
         editor.sizeChanged();
-        const address = node.graph ? pictureAddress(node, "image") : null;
+        const {address = null, exact = true} = best() ?? {};
         if (address === shown && !again) return;
         shown = address;
         if (!address) {
@@ -83,7 +92,7 @@ function watchPicture(node, editor) {
         const image = new Image();
         image.crossOrigin = "anonymous";
         const current = () => shown === address;
-        image.onload = () => { if (current()) editor.setPicture(image); };
+        image.onload = () => { if (current()) editor.setPicture(image, exact); };
         image.onerror = () => { if (current()) editor.setPicture(null); };
         image.src = address;
     };

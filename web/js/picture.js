@@ -5,6 +5,7 @@ import {app} from "../../../scripts/app.js";
 
 const BYPASSED = 4;
 const MOST_STEPS = 64; // a circle of links ends here
+const ARRIVED = "s2dm_picture"; // what the node sends of the picture that it was run with
 const CHOSEN = "s2dm_picture"; // the node's property with a picture chosen by hand
 
 /** Whether something is connected to an input of a node. */
@@ -12,14 +13,22 @@ export function isConnected(node, name) {
     return node.inputs?.find(input => input.name === name)?.link != null;
 }
 
-/** The address of the picture to show on a node, null where none is known. */
-export function pictureAddress(node, name) {
+/**
+ * The picture to show on a node: {address, exact}, null where none is known. It is exact if it is
+ * what the node gets, and a guess if nodes between may change it, its size too.
+ */
+export function pictureOf(node, name) {
     if (isConnected(node, name)) {
-        const input = node.inputs.find(other => other.name === name);
-        return addressOf(source(node.graph, input.link));
+        return known(node.graph, node.inputs.find(input => input.name === name).link);
     }
     const chosen = node.properties?.[CHOSEN];
-    return typeof chosen === "string" ? fileAddress(chosen) : null;
+    return typeof chosen === "string" ? {address: fileAddress(chosen), exact: true} : null;
+}
+
+/** The address of the picture that the node was last run with, null before. */
+export function arrivedPicture(node) {
+    const image = outputOf(node)?.[ARRIVED]?.[0];
+    return image?.filename ? viewAddress(image.filename, image.type, image.subfolder) : null;
 }
 
 /** Put a picture among ComfyUI's input files and remember it on the node. */
@@ -38,9 +47,10 @@ function linkOf(graph, id) {
     return graph?.getLink?.(id) ?? graph?.links?.get?.(id) ?? graph?.links?.[id] ?? null;
 }
 
-// Follow a link to the node that makes the picture, through reroutes, bypassed nodes and the edges
-// of subgraphs: {node, slot} or null.
-function source(graph, linkId) {
+// Follow a link to the first node whose picture is known, through reroutes, bypassed nodes, the
+// edges of subgraphs, and nodes that make one picture of another.
+function known(graph, linkId) {
+    let exact = true;
     for (let step = 0; step < MOST_STEPS && graph && linkId != null; step += 1) {
         const link = linkOf(graph, linkId);
         if (!link) return null;
@@ -55,12 +65,16 @@ function source(graph, linkId) {
         if (node.subgraph) {
             linkId = node.subgraph.outputs?.[link.origin_slot]?.linkIds?.[0];
             graph = node.subgraph;
-        } else if (node.type === "Reroute" || node.mode === BYPASSED) {
-            linkId = (node.inputs ?? []).find(input => (
-                input.link != null && (node.type === "Reroute" || input.type === "IMAGE")))?.link;
-        } else {
-            return {node, slot: link.origin_slot};
+            continue;
         }
+        const passes = node.type === "Reroute" || node.mode === BYPASSED;
+        if (!passes) {
+            const address = addressOf(node, link.origin_slot);
+            if (address) return {address, exact};
+            exact = false;
+        }
+        linkId = (node.inputs ?? []).find(input => (
+            input.link != null && (node.type === "Reroute" || input.type === "IMAGE")))?.link;
     }
     return null;
 }
@@ -81,9 +95,8 @@ function outerNode(inner) {
     return null;
 }
 
-function addressOf(found) {
-    if (!found) return null;
-    const {node, slot} = found;
+// The picture at an output of a node, as far as the page has it.
+function addressOf(node, slot) {
     const file = node.widgets?.find(widget => widget.name === "image")?.value;
     if (typeof file === "string" && file) return fileAddress(file);
     const own = previewOf(node);
@@ -98,11 +111,16 @@ function addressOf(found) {
     return null;
 }
 
-// The first image of what a node last showed.
-function previewOf(node) {
+// What a node last sent to the page.
+function outputOf(node) {
     const inner = node.graph && node.graph !== (app.rootGraph ?? app.graph);
     const key = inner ? `${node.graph.id}:${node.id}` : String(node.id);
-    const image = app.nodeOutputs?.[key]?.images?.[0];
+    return app.nodeOutputs?.[key];
+}
+
+// The first image of what a node last showed.
+function previewOf(node) {
+    const image = outputOf(node)?.images?.[0];
     if (image?.filename) return viewAddress(image.filename, image.type, image.subfolder);
     return node.imgs?.[0]?.src || null;
 }

@@ -28,6 +28,7 @@ _WEIGHTS = 4_000_000  # vertices times tracks at most: more tracks have larger c
 _STILL = 0.02  # pixels: what moves less is drawn as what lies there
 _TEAR = 3.0  # by how much surroundings, or what parallax draws apart, may be stretched
 _TEAR_REGION = 16.0  # what has an outline of its own stays in one piece
+_BESIDE = 1 / 3  # pixels: how far from its centre a pixel is looked for, too
 _THREADS = 4  # at most; each needs room for a frame
 _NOTHING = -1  # the layer where nothing of frame 1 is known to be
 
@@ -173,14 +174,14 @@ class _Canvas:
         if ground is not None:
             asked = np.flatnonzero(layer)
             x, y, layer = x[asked], y[asked], layer[asked]
-        right, bottom = self.scene.width - 0.5, self.scene.height - 0.5
-        inside = (x >= -0.5) & (x < right) & (y >= -0.5) & (y < bottom)
+        width, height = self.scene.width, self.scene.height
+        inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
         seen = self._shows(x, y, layer, owners) & inside
         # A pixel is a square: it is seen if its middle third is, or a third beside that.
         for beside in ((-1, 0), (1, 0), (0, -1), (0, 1)):
             left = np.flatnonzero(inside & ~seen)
-            third, down = (np.float32(step / 3) for step in beside)
-            seen[left] = self._shows(x[left] + third, y[left] + down, layer[left], owners)
+            right, down = (np.float32(step * _BESIDE) for step in beside)
+            seen[left] = self._shows(x[left] + right, y[left] + down, layer[left], owners)
         if ground is None or asked is None:
             return seen.reshape(self.layer.shape)
         visible = ground & (self.layer == 0)

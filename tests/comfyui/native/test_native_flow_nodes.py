@@ -1,5 +1,7 @@
 """Estimate Flow and Visualize Flow in a real ComfyUI."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from flow_models import PanModel
@@ -63,6 +65,21 @@ def test_grey_moves_as_its_colour_of_three_channels_does(rig):
     (flow,) = rig.run("S2DMEstimateFlow", frames=grey, method="dis")
     (colour,) = rig.run("S2DMEstimateFlow", frames=grey.expand(-1, -1, -1, 3), method="dis")
     assert torch.equal(flow.displacement, colour.displacement)
+
+
+def test_a_video_in_place_of_frames(rig):
+    from comfy_api.input_impl import VideoFromComponents
+    from comfy_api.util import VideoComponents
+
+    images = frames(3)
+    video = VideoFromComponents(VideoComponents(images=images, frame_rate=Fraction(8)))
+    (flow,) = rig.run("S2DMEstimateFlow", video=video, method="dis")
+    (same,) = rig.run("S2DMEstimateFlow", frames=images, method="dis")
+    assert torch.equal(flow.displacement, same.displacement)
+    with pytest.raises(ValueError, match=r"^Estimate Flow \(S2DM\): .*got both"):
+        rig.run("S2DMEstimateFlow", frames=images, video=video, method="dis")
+    with pytest.raises(ValueError, match=r"^Estimate Flow \(S2DM\): .*got neither"):
+        rig.run("S2DMEstimateFlow", method="dis")
 
 
 def test_cancel_stops_the_estimate(rig):

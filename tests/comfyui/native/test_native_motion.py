@@ -65,10 +65,21 @@ def test_what_does_not_fit_into_memory_is_refused(rig):
 
 def test_a_path_brings_a_square_to_its_end(rig):
     (flow,) = rig.run("S2DMTracksToFlow", coordinates=PATH, frames=16, radius=16.0)
-    images, holes, masks = rig.run("S2DMWarpImage", flow=flow, image=white_square(), holes="black")
+    images, holes, masks, _ = rig.run(
+        "S2DMWarpImage", flow=flow, image=white_square(), holes="black"
+    )
     assert images.shape == (16, 128, 128, 3) and holes.shape == masks.shape == (16, 128, 128)
     assert centre(images[15]) == pytest.approx(88, abs=1)
     assert not masks.any()
+
+
+def test_a_clip_may_be_longer_than_stage_1_knows(rig, node_classes):
+    """Models for video take 81 frames and more."""
+    for node in ("S2DMDrawFlow", "S2DMCameraFlow", "S2DMTracksToFlow", "S2DMPickFlow"):
+        inputs = {socket.id: socket for socket in node_classes[node].GET_SCHEMA().inputs}
+        assert inputs["frames"].max == 4096
+    (flow,) = rig.run("S2DMTracksToFlow", coordinates=PATH, frames=81)
+    assert len(flow) == 81
 
 
 def test_paths_move_what_a_mask_shows(rig):
@@ -197,7 +208,7 @@ def test_some_frames(rig):
 
 def test_a_mask_is_moved(rig):
     mask = white_square()[..., 0]
-    images, holes, masks = rig.run("S2DMWarpImage", flow=drawn(rig), mask=mask[0])
+    images, holes, masks, _ = rig.run("S2DMWarpImage", flow=drawn(rig), mask=mask[0])
     assert centre(masks[15]) == pytest.approx(88, abs=0.1)
     assert torch.equal(images[..., 0], masks) and holes[15].sum() == 600
 
@@ -206,7 +217,7 @@ def test_a_mask_is_moved(rig):
 def test_holes(rig, holes):
     image = torch.full((1, 64, 64, 4), 0.5)
     image[:, 25:40, 15:25] = 1
-    images, open_, _ = rig.run("S2DMWarpImage", flow=drawn(rig), image=image, holes=holes)
+    images, open_, *_ = rig.run("S2DMWarpImage", flow=drawn(rig), image=image, holes=holes)
     old = images[15, 27:38, 17:23, 0]
     assert open_[15, 27:38, 17:23].all()
     expected = {"fill": 0.5, "stretch": 1, "black": 0}[holes]
@@ -215,11 +226,37 @@ def test_holes(rig, holes):
 
 
 def test_nothing_to_warp(rig):
-    with pytest.raises(ValueError, match=r"^Warp Image \(S2DM\): .*got neither"):
+    with pytest.raises(ValueError, match=r"^Warp Image \(S2DM\): .*got none"):
         rig.run("S2DMWarpImage", flow=drawn(rig))
     with pytest.raises(ValueError, match="a mask as large as the image, 64x64, got 8x8"):
         image, mask = torch.zeros(1, 64, 64, 3), torch.zeros(1, 8, 8)
         rig.run("S2DMWarpImage", flow=drawn(rig), image=image, mask=mask)
+
+
+def test_a_latent_is_moved(rig):
+    """A path of 48 pixels are 6 of its cells, whatever its number of channels."""
+    (flow,) = rig.run("S2DMTracksToFlow", coordinates=PATH, frames=16, radius=16.0)
+    samples = torch.zeros(2, 16, 16, 16)
+    samples[0, :, 8, 5] = torch.arange(1.0, 17)
+    latent = {"samples": samples, "noise_mask": torch.ones(2, 1, 16, 16), "batch_index": [3, 4]}
+    *_, moved = rig.run("S2DMWarpImage", flow=flow, latent=latent, holes="black")
+    assert set(moved) == {"samples"} and moved["samples"].shape == (16, 16, 16, 16)
+    assert torch.equal(moved["samples"][0], samples[0])
+    torch.testing.assert_close(
+        moved["samples"][15, :, 8, 11], samples[0, :, 8, 5], rtol=0.2, atol=0
+    )
+    assert not moved["samples"][15, :, 8, 5].any()
+    assert set(latent) == {"samples", "noise_mask", "batch_index"}
+
+
+def test_a_latent_beside_an_image_and_one_of_a_picture_in_a_video_model(rig):
+    image, latent = torch.rand(1, 64, 64, 3), {"samples": torch.rand(1, 16, 1, 8, 8)}
+    images, _, _, moved = rig.run("S2DMWarpImage", flow=drawn(rig), image=image, latent=latent)
+    assert images.shape == (16, 64, 64, 3) and moved["samples"].shape == (16, 16, 1, 8, 8)
+    *_, nothing = rig.run("S2DMWarpImage", flow=drawn(rig), image=image)
+    assert nothing is None
+    with pytest.raises(ValueError, match=r"^Warp Image \(S2DM\): expected the latent of a picture"):
+        rig.run("S2DMWarpImage", flow=drawn(rig), latent={"samples": torch.rand(1, 16, 5, 8, 8)})
 
 
 @pytest.mark.parametrize("kind", ["npz", "flo", "kitti", "exr", "st_map"])

@@ -23,7 +23,7 @@ SOCKETS = {
     "S2DMApplyFlowAdapter": ("model adapter strength frames_at_once", "MODEL"),
     "S2DMRegionMotionLoader": ("file", "OPTICAL_FLOW S2DM_FLOW_GENERATOR"),
     "S2DMFitClip": ("video frames first_frame width height", "IMAGE FLOAT"),
-    "S2DMEstimateFlow": ("frames method optical_flow", "S2DM_FLOW"),
+    "S2DMEstimateFlow": ("frames method optical_flow video", "S2DM_FLOW"),
     "S2DMGenerateFlow": (
         "flow_generator reference prompt frames steps cfg seed motion_strength sampler_name",
         "S2DM_FLOW",
@@ -51,7 +51,7 @@ SOCKETS = {
     "S2DMEditFlow": ("flow operation amount frames width height left top mask", "S2DM_FLOW"),
     "S2DMCombineFlow": ("first second how mask", "S2DM_FLOW"),
     "S2DMPickFlow": ("flow first_frame frames every measured_from", "S2DM_FLOW"),
-    "S2DMWarpImage": ("flow image mask holes", "IMAGE MASK MASK"),
+    "S2DMWarpImage": ("flow image mask holes latent", "IMAGE MASK MASK LATENT"),
     "S2DMSaveFlow": ("flow filename_prefix format", "STRING"),
     "S2DMLoadFlow": ("file measured_to", "S2DM_FLOW"),
     "S2DMPrepareClips": (
