@@ -46,7 +46,7 @@ def build_bert(config: BertConfig, state: Mapping[str, Tensor] | None = None) ->
 
 
 @torch.no_grad()
-def mean_state(encoder: nn.Module, spec: Mapping[str, Any], prompt: str) -> Tensor:
+def mean_state(encoder: Any, spec: Mapping[str, Any], prompt: str) -> Tensor:
     """The mean of BERT's last states over the tokens of a prompt, (1, hidden_size).
 
     As LFDM takes it: without the token that begins every text, with the one that ends it.
@@ -71,7 +71,7 @@ def wordpiece_ids(text: str, spec: Mapping[str, Any], most: int) -> list[int]:
 def check_wordpiece(spec: Mapping[str, Any] | None, config: BertConfig) -> None:
     """Raise SettingsError unless this is the tokenizer of such an encoder."""
     spec = spec or {}
-    words = spec.get("vocab")
+    words: Any = spec.get("vocab")
     good = (
         spec.get("kind") == "wordpiece"
         and isinstance(words, list)

@@ -15,8 +15,9 @@ weights were trained. `estimate_pair` takes out what comes of that.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,7 @@ class RegionPredictor(nn.Module):
         maps = self.maps(self.hourglass(self.shrink(frames))).float()
         heat = (maps.flatten(2) / self.temperature).softmax(dim=2)  # (B, K, cells)
         with torch.autocast(heat.device.type, enabled=False):
-            cells = grid(*maps.shape[2:], heat).flatten(1).T  # (cells, 2)
+            cells = grid(maps.shape[2:], heat).flatten(1).T  # (cells, 2)
             centre = heat @ cells
             offsets = cells - centre[:, :, None]  # (B, K, cells, 2)
             covariance = (offsets * heat[..., None]).transpose(2, 3) @ offsets
@@ -184,9 +185,8 @@ class FlowPredictor(nn.Module):
     ) -> PairMotion:
         """Regions of the first frame and of the other one, and (B, 3, 3), to the motion."""
         small = self.shrink(first)
-        height, width = small.shape[2:]
         with torch.autocast(small.device.type, enabled=False):
-            cells = grid(height, width, before.centre)
+            cells = grid(small.shape[2:], before.centre)
             positions = self._candidates(cells, before, after, background)  # (B, K+1, h, w, 2)
             heat = gaussian(cells, after) - gaussian(cells, before)  # (B, K, h, w)
         heat = F.pad(heat, (0, 0, 0, 0, 1, 0))  # none for the background, which comes first
@@ -348,8 +348,9 @@ class Shrink(nn.Module):
         return F.conv2d(picture, kernel, stride=self.factor, padding=reach, groups=3)
 
 
-def grid(height: int, width: int, like: Tensor) -> Tensor:
+def grid(size: Sequence[int], like: Tensor) -> Tensor:
     """(2, h, w): position (x, y) of every cell, -1 to 1 from the first to the last."""
+    height, width = size
     y = torch.linspace(-1, 1, height, dtype=like.dtype, device=like.device)
     x = torch.linspace(-1, 1, width, dtype=like.dtype, device=like.device)
     rows, columns = torch.meshgrid(y, x, indexing="ij")
@@ -407,4 +408,4 @@ def _moved(features: Tensor, motion: PairMotion) -> tuple[Tensor, Tensor]:
 def _mended(x: Tensor, kept: Tensor, motion: PairMotion) -> Tensor:
     """Moved features where the first frame shows them, x elsewhere."""
     moved, visible = _moved(kept, motion)
-    return cast(Tensor, moved * visible + x * (1 - visible))
+    return moved * visible + x * (1 - visible)

@@ -70,7 +70,7 @@ def test_a_deformed_picture_shows_what_was_there():
     height, width = 40, 48
     # Sampling counts -1 and 1 as edges.
     edges = torch.tensor([(width - 1) / width, (height - 1) / height]).view(2, 1, 1)
-    cells = grid(height, width, edges)
+    cells = grid((height, width), edges)
     seen = known.apply((cells * edges).expand(2, -1, -1, -1))
     came = known.at(cells.flatten(1).T.expand(2, -1, -1)).mT.unflatten(2, (height, width))
     inside = (slice(None), slice(None), slice(5, -5), slice(5, -5))
