@@ -26,6 +26,8 @@ BESIDE = {
     "draw_motion": "flow",
     "camera_move": "flow",
     "motion_transfer": "clip",
+    "train_adapter": "clip",
+    "use_adapter": "clip",
 }
 COLUMNS = 4  # of the frames of one clip
 GAP = 4

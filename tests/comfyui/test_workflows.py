@@ -28,6 +28,8 @@ VIDEOS = {
     "s2dm_draw_motion": 1,
     "s2dm_camera_move": 1,
     "s2dm_motion_transfer": 1,
+    "s2dm_train_adapter": 1,
+    "s2dm_use_adapter": 1,
 }
 MOST_NODES = 17  # with the note
 ENCODING = ("strength", "start_percent", "end_percent", "guide_flow")
@@ -160,8 +162,9 @@ def test_the_workflow_runs_as_bundled(server: ComfyServer, checkpoint: str, path
     if starts_from_picture and checkpoint.endswith("(bundled)"):
         picture = from_uint8(image_pixels(Image.open(path.with_name("s2dm_example.png"))))
         assert (frames[0] - picture).abs().mean() < 0.03, "frame 1 is not the picture"
-    flow = [file for file in files if file.parent.name == "temp"]
-    assert len(flow) == (FRAMES if of_type(prompt, "S2DMVisualizeFlow") else 0)
+    shown = [file for file in files if file.parent.name == "temp"]
+    flow = FRAMES if of_type(prompt, "S2DMVisualizeFlow") else 0
+    assert len(shown) == flow + len(of_type(prompt, "S2DMTrainFlowAdapter"))  # and the loss
 
 
 @pytest.mark.slow

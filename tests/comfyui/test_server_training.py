@@ -1,0 +1,116 @@
+"""Training a flow adapter on a running server, from videos: cancelled, killed, gone on with."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfyui_install import PACK, prepare_base
+from comfyui_server import ComfyServer, PromptError, ServerError
+from random_checkpoint import write_random_checkpoint
+
+from s2dm.video import read_clip, write_clip
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
+
+CHECKPOINT, STEPS = "random.safetensors", 8
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base directory with a checkpoint and three videos with captions."""
+    base = prepare_base(tmp_path_factory.mktemp("training"))
+    write_random_checkpoint(base / "models" / "s2dm" / CHECKPOINT)
+    frames, fps = read_clip(PACK / "workflows" / "s2dm_example.mp4", 8)
+    for name, clip in (("a", frames), ("b", frames.flip(0)), ("c", frames.flip(-1))):
+        write_clip(base / "input" / "mine" / f"{name}.mp4", clip, fps)
+        (base / "input" / "mine" / f"{name}.txt").write_text("a man in a red shirt is walking")
+    return base
+
+
+@pytest.fixture(scope="module")
+def training_server(comfyui: Path, base: Path) -> Iterator[ComfyServer]:
+    with ComfyServer(comfyui, base, ["--cpu"]) as running:
+        yield running
+
+
+def prompt(name: str, steps: int = STEPS, **inputs: Any) -> dict[str, Any]:
+    return {
+        "1": {
+            "class_type": "S2DMCheckpointLoader",
+            "inputs": {"checkpoint": CHECKPOINT, "frames_at_once": 0},
+        },
+        "2": {
+            "class_type": "S2DMPrepareClips",
+            "inputs": {
+                "vae": ["1", 2], "clip": ["1", 1], "name": "mine", "folder": "mine",
+                "captions": "", "width": 64, "height": 64, "frames": 6, "method": "dis",
+            },
+        },
+        "3": {
+            "class_type": "S2DMTrainFlowAdapter",
+            "inputs": {
+                "model": ["1", 0], "clips": ["2", 0], "name": name, "steps": steps,
+                "learning_rate": 1e-3, "joining": "channel", "seed": 5, "clips_per_step": 2,
+                "frames_per_clip": 3, "frames_at_once": 2, "precision": "auto",
+                "gradient_checkpointing": True, "save_every": 2, "preview_every": 2,
+                "resume": True, **inputs,
+            },
+        },
+    }  # fmt: skip
+
+
+def losses(base: Path, name: str) -> list[float]:
+    lines = (base / "output" / "s2dm_training" / name / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_it_trains_from_videos_is_cancelled_killed_and_goes_on(
+    training_server: ComfyServer, base: Path
+) -> None:
+    server, seen = training_server, []
+
+    def on_event(kind: str, data: dict[str, Any]) -> None:
+        if kind == "progress" and data["node"] == "3":
+            seen.append(data["value"])
+
+    outputs = server.run(prompt("whole"), on_event=on_event, timeout=900)
+    assert seen and seen[-1] == STEPS
+    assert len(server.files({"3": outputs["3"]})) == 1  # the loss
+    assert len(list((base / "output" / "s2dm_clips" / "mine").glob("clip_*"))) == 3
+    whole = losses(base, "whole")
+    assert len(whole) == STEPS
+    info = server.object_info()["S2DMApplyFlowAdapter"]["input"]["required"]["adapter"]
+    assert "whole.safetensors" in json.dumps(info), "not listed at once"
+
+    def cancel(kind: str, data: dict[str, Any]) -> None:
+        if kind == "progress" and data["node"] == "3" and data["value"] >= 1:
+            server.post("/interrupt", {})
+
+    with pytest.raises(PromptError) as caught:
+        server.run(prompt("stopped"), on_event=cancel, timeout=900)
+    assert (caught.value.kind, caught.value.node_type) == ("interrupted", "S2DMTrainFlowAdapter")
+    made = losses(base, "stopped")
+    assert 0 < len(made) < STEPS
+
+    def kill(kind: str, data: dict[str, Any]) -> None:
+        if kind == "progress" and data["node"] == "3" and data["value"] > len(made) + 2:
+            os.kill(server.pid, signal.SIGKILL)
+
+    with pytest.raises((ServerError, TimeoutError, OSError, RuntimeError)):
+        server.run(prompt("stopped"), on_event=kill, timeout=300)
+    server.stop()
+    server.start()
+    server.run(prompt("stopped"), timeout=900)
+    assert losses(base, "stopped") == pytest.approx(whole, rel=1e-5)
+
+
+def test_errors_name_the_node_and_the_remedy(training_server: ComfyServer) -> None:
+    with pytest.raises(PromptError, match=r"Train Flow Adapter \(S2DM\): .*name of a file"):
+        training_server.run(prompt("../away"), timeout=600)
+    wrong = prompt("whole", learning_rate=1e-2)
+    with pytest.raises(PromptError, match="another learning_rate"):
+        training_server.run(wrong, timeout=600)
