@@ -198,7 +198,7 @@ class Experiment:
             ),
             Step(
                 "start",
-                f"convert {self.start.name} and add a flow adapter",
+                f"make a checkpoint of {self.start.name}, with a flow adapter",
                 partial(convert, self.start, self.sd15),
                 {"from": str(self.start)},
             ),

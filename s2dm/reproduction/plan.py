@@ -126,8 +126,8 @@ class _Work:
         config = self.experiment.vae
         pixels = config.batch_size * min(config.crop, self.size) ** 2
         passes = config.steps * pixels / self.size**2 * _BACKWARD
-        memory = _ADAM * 1e-9 * self.autoencoder
-        return Cost(passes * (self.encode + self.decode) / speed, memory, 1e-9 * 12 * memory)
+        hours = passes * (self.encode + self.decode) / speed
+        return Cost(hours, 1e-9 * _ADAM * self.autoencoder, 1e-9 * 16 * self.autoencoder)
 
     def stage2(self, config: Any, speed: float) -> Cost:
         again = 1 if config.gradient_checkpointing else 0
