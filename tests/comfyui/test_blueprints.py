@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import interface
 from comfyui_graph import to_prompt
 from comfyui_install import PACK, PACK_NAME
 from comfyui_server import ComfyServer
@@ -83,3 +84,27 @@ def test_a_blueprint_runs(server: ComfyServer) -> None:
     workflow["links"] = [[1, 2, 0, 1, 0, "IMAGE"], [2, 1, 0, 3, 0, "IMAGE"]]
     outputs = server.run(to_prompt(workflow, server.object_info()))
     assert len(outputs["3"]["images"]) == 16
+
+
+@pytest.mark.frontend
+@pytest.mark.slow
+def test_the_interface_opens_the_blueprints(server: ComfyServer) -> None:
+    with interface(server, "S2DMDrawFlow") as page:
+        for path in BLUEPRINTS:
+            workflow = json.loads(path.read_text("utf-8"))
+            inner = page.evaluate(
+                """async workflow => {
+                    await app.loadGraphData(workflow);
+                    const [node] = app.graph.nodes;
+                    return node.subgraph.nodes.map(inner => [
+                        inner.type, inner.has_errors ?? false, inner.inputs.map(i => i.name)]);
+                }""",
+                workflow,
+            )
+            kinds = [node["type"] for node in inside(workflow)["nodes"]]
+            assert [kind for kind, *_ in inner] == kinds
+            assert not any(wrong for _, wrong, _ in inner)
+            prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+            assert sorted(entry["class_type"] for entry in prompt.values()) == sorted(kinds)
+            (drawn,) = (e for e in prompt.values() if e["class_type"] == "S2DMDrawFlow")
+            assert drawn["inputs"]["frames"] == 16 and drawn["inputs"]["motion"] == ""

@@ -53,6 +53,7 @@ export class Editor {
 
     // Show a text as it is; one that is no motion stays untouched until it is edited.
     show(text) {
+        const {width, height} = this.motion;
         this.text = text;
         try {
             this.motion = parseMotion(text, this.options.size());
@@ -62,6 +63,8 @@ export class Editor {
             this.problem = error.message;
         }
         this.fitSize();
+        const resized = width !== this.motion.width || height !== this.motion.height;
+        if (resized && this.view.backdrop) this.makeBackdrop();
         this.selected = null;
         this.layerIndex = Math.min(
             Math.max(this.layerIndex, 0), this.motion.layers.length - 1);
