@@ -107,7 +107,14 @@ def main() -> None:
         for name, frames in made.items():
             found[name].append(measure(frames, flow))
         errors = {name: found[name][-1]["flow_error"].figure for name in found}
-        rows.append({"title": drawn["title"], **errors})
+        rows.append(
+            {
+                "title": drawn["title"],
+                "camera": bool(drawn["motion"]["camera"]),
+                "weight": found["generated"][-1]["flow_error"].weight,
+                **errors,
+            }
+        )
         print(f"{drawn['title']}: {errors['generated']:.2f} (warped {errors['warped']:.2f})")
         pictures += [flow_to_image(flow), made["generated"]]
         labels += [f"{drawn['title']}: the drawn flow", "what the model makes of it"]
@@ -120,6 +127,12 @@ def main() -> None:
     )
     print(pooled_figure([totals["flow_error"] for totals in found["generated"]]))
     print(f"{options.output}\n{sheet}")
+
+
+def without_camera(rows: list[dict[str, Any]], name: str) -> float:
+    """The flow error of the motions before a camera that stands still, pooled."""
+    still = [row for row in rows if not row["camera"]]
+    return sum(row[name] * row["weight"] for row in still) / sum(row["weight"] for row in still)
 
 
 def measure(frames: Any, flow: FlowField) -> dict[str, Total]:
