@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..data import DataConfig, build_dataset
 from ..data.prepared import Encoders, PreparedClips, dataset_sources, prepare_clips
-from ..models import FlowAdapterConfig
+from ..models import FlowAdapter, FlowAdapterConfig, S2DMConfig
 from ..models.checkpoint import Checkpoint
 from ..pipelines.attention import attach_adapter
 from ..pipelines.modules import build, build_tokenizer, tokenize
@@ -110,7 +110,7 @@ def train_adapter(config: AdapterRunConfig) -> AdapterTrainer:
         trainer = AdapterTrainer(
             config.settings,
             adapter,
-            denoiser_of(start, adapter, clips, device, config),
+            denoiser_of(build(start, "unet"), start.config, adapter, clips, device, config),
             clips,
             config.output,
             config.resume,
@@ -130,19 +130,20 @@ def train_adapter(config: AdapterRunConfig) -> AdapterTrainer:
 
 
 def denoiser_of(
-    start: Checkpoint,
-    adapter: nn.Module,
+    unet: nn.Module,
+    model: S2DMConfig,
+    adapter: FlowAdapter,
     clips: PreparedClips,
     device: torch.device,
     config: AdapterRunConfig,
 ) -> Denoiser:
-    """The frozen U-Net of a checkpoint with an adapter on it.
+    """The U-Net of a model, frozen, with an adapter on it.
 
     Raises:
         SettingsError: the clips were prepared with another VAE or text encoder.
     """
-    unet_config, scale = start.config.unet, start.config.vae.scaling_factor
-    expected = unet_config.in_channels, unet_config.context_dim
+    scale, schedule = model.vae.scaling_factor, model.schedule
+    expected = model.unet.in_channels, model.unet.context_dim
     got = clips.latent_shape[0], clips.empty_text.shape[-1]
     if got != expected:
         raise SettingsError(
@@ -150,7 +151,7 @@ def denoiser_of(
             f"{expected[1]}, as the checkpoint has them, got {got[0]} and {got[1]}. Prepare the "
             "clips with this checkpoint's VAE and text encoder."
         )
-    unet = build(start, "unet").requires_grad_(False).to(device)
+    unet.requires_grad_(False).to(device)
     attach_adapter(unet, adapter)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -163,7 +164,6 @@ def denoiser_of(
         with half:
             return unet(x_t, t, text, cross_attention_kwargs=told).sample
 
-    schedule = start.config.schedule
     return Denoiser(
         predict, alpha_bars(schedule), schedule.prediction_type, device, lambda x: x * scale
     )
