@@ -21,7 +21,7 @@ def encode_flow(condition: Tensor, config: FlowGeneratorConfig) -> Tensor:
     """Flow conditions (..., 3, h, w) of `FlowField.condition` as clean samples, same shape."""
     displacement, occlusion = condition.split((2, 1), dim=-3)
     if config.flow == "positions":
-        still = grid(*condition.shape[-2:], condition)
+        still = grid(condition.shape[-2], condition.shape[-1], condition)
         return torch.cat([displacement + still, 1 - occlusion * 2], dim=-3)
     return torch.cat([displacement / config.displacement_scale, occlusion * 2 - 1], dim=-3)
 
@@ -49,7 +49,8 @@ def decode_flow(
     """
     displacement, occlusion = sample.float().split((2, 1), dim=-3)
     if config.flow == "positions":
-        still = grid(*sample.shape[-2:], displacement) if still is None else still
+        if still is None:
+            still = grid(sample.shape[-2], sample.shape[-1], displacement)
         condition = torch.cat([displacement - still, (1 - occlusion) / 2], dim=-3)
     else:
         moved = displacement * config.displacement_scale

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +136,7 @@ class RegionPredictor(nn.Module):
         maps = self.maps(self.hourglass(self.shrink(frames))).float()
         heat = (maps.flatten(2) / self.temperature).softmax(dim=2)  # (B, K, cells)
         with torch.autocast(heat.device.type, enabled=False):
-            cells = grid(*maps.shape[2:], heat).flatten(1).T  # (cells, 2)
+            cells = grid(maps.shape[2], maps.shape[3], heat).flatten(1).T  # (cells, 2)
             centre = heat @ cells
             offsets = cells - centre[:, :, None]  # (B, K, cells, 2)
             covariance = (offsets * heat[..., None]).transpose(2, 3) @ offsets
@@ -407,4 +407,4 @@ def _moved(features: Tensor, motion: PairMotion) -> tuple[Tensor, Tensor]:
 def _mended(x: Tensor, kept: Tensor, motion: PairMotion) -> Tensor:
     """Moved features where the first frame shows them, x elsewhere."""
     moved, visible = _moved(kept, motion)
-    return cast(Tensor, moved * visible + x * (1 - visible))
+    return moved * visible + x * (1 - visible)
