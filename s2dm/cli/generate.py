@@ -90,6 +90,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "(as the prompt has it)",
     )
     stage_1.add_argument("--flow-steps", type=positive, help="sampling steps of the flow (20)")
+    stage_1.add_argument(
+        "--flow-sampler",
+        choices=("dpmpp_2m", "ddim", "lfdm"),
+        help="sampler of the flow (dpmpp_2m); lfdm: as LFDM's own code samples",
+    )
     parser.add_argument(
         "--reference",
         type=Path,
@@ -121,6 +126,7 @@ def run(options: argparse.Namespace) -> None:
     stage_1 = {
         "--motion-strength": options.motion_strength,
         "--flow-steps": options.flow_steps,
+        "--flow-sampler": options.flow_sampler,
     }
     given = [name for name, value in stage_1.items() if value is not None]
     if given and not from_prompt:
@@ -145,7 +151,9 @@ def run(options: argparse.Namespace) -> None:
             height=height,
             width=width,
             flow_sampling=FlowSampling(
-                options.flow_steps or FlowSampling.steps, motion_strength=options.motion_strength
+                options.flow_steps or FlowSampling.steps,
+                sampler=options.flow_sampler or FlowSampling.sampler,
+                motion_strength=options.motion_strength,
             ),
             **settings,
         )

@@ -82,12 +82,14 @@ def region_motion_config(content: Mapping[str, Any]) -> RegionMotionConfig:
         }
     except (LookupError, AttributeError) as error:
         raise ValueError(f"expected the weights of its hourglasses, got none ({error}).") from error
+    example = content.get("example")
+    mug = isinstance(example, int) and example == _PAIRS_OF_MUG
     blocks = {name.split(".")[1] for name in generator if name.startswith("bottleneck.")}
     side = 2 ** (known["levels"] + known["frame_levels"])
     return RegionMotionConfig(
         size=(side, side),
         frame_blocks=len(blocks),
-        map_padding=3 if content.get("example") == _PAIRS_OF_MUG else 0,
+        map_padding=3 if mug else 0,
         **known,
     )
 

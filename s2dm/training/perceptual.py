@@ -30,6 +30,9 @@ class PerceptualLoss(nn.Module):
         SettingsError: the file holds something else.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, weights: Path) -> None:
         super().__init__()
         self.layers = _layers()

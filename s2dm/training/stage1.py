@@ -239,6 +239,11 @@ def _check(config: Stage1TrainingConfig, model_config: S2DMConfig) -> None:
             f"stage 1 needs a checkpoint with a VAE and a text encoder, got {config.checkpoint} "
             f"without {' and '.join(lacking)}. Use the export of the stage-2 trainer."
         )
+    if model_config.flow_generator is not None and model_config.flow_generator.flow == "positions":
+        raise SettingsError(
+            f"stage 1 trains on displacement from the VAE's latents, and {config.checkpoint} holds "
+            "LFDM's flow generator, which has neither. Use a checkpoint without it."
+        )
 
 
 def _with_flow_generator(

@@ -198,7 +198,7 @@ def test_convert_makes_a_flow_generator_of_lfdm(tmp_path):
     assert cli.main(["convert", str(pickled), str(target), "--half"]) == 0
     made = load_checkpoint(target)
     config = made.config
-    assert config.flow_generator == FlowGeneratorConfig()
+    assert config.flow_generator == FlowGeneratorConfig(flow="positions")
     assert config.frames == 40
     assert "LFDM" in config.data and "flowdiff.pth" in config.data
     assert list(made) == ["flow_generator"]

@@ -171,3 +171,11 @@ def test_features_of_another_size_are_refused():
     other = dataclasses.replace(JOINED, flow_generator=network)
     with pytest.raises(ValueError, match=r"expected 32 reference channels.*got 7"):
         lfdm_conditions(Checkpoint(other, random_states(other)))
+
+
+def test_the_trainer_of_stage_1_refuses_it(checkpoint, tmp_path):
+    from s2dm.training.stage1 import Stage1TrainingConfig, _check
+
+    config = Stage1TrainingConfig(output=str(tmp_path), checkpoint=str(checkpoint))
+    with pytest.raises(ValueError, match="holds LFDM's flow generator"):
+        _check(config, JOINED)
