@@ -137,17 +137,14 @@ def _drawn_motion(result: dict[str, Any]) -> str:
     return _section(
         result,
         "Drawn motion",
-        _sheet(result, "Ten drawn motions"),
-        "Ten motions that were drawn on first frames of held-out puppets: for each the drawn flow, "
+        _sheet(result, "Twelve drawn motions"),
+        "Motions that were drawn on first frames of held-out puppets: for each the drawn flow, "
         "and what the model makes of picture, caption and flow, anchored to the picture. *Warped* "
         "is the picture moved by the flow, its holes filled: what the estimator itself gets wrong.",
         markdown_table(table, drawn_motion.TITLES),
         "\n".join(lines),
-        f"- Flow error at most {drawn_motion.TARGET} of the motion: {error:.2f}, "
+        f"- Flow error of the ten people at most {drawn_motion.TARGET} of the motion: {error:.2f}, "
         f"{_met(error <= drawn_motion.TARGET)}.\n"
-        "- Of the motions before a camera that stands still alone: "
-        f"{drawn_motion.without_camera(result['motions'], 'generated'):.2f} (warped: "
-        f"{drawn_motion.without_camera(result['motions'], 'warped'):.2f}).\n"
         "- Where the camera moves, all of the picture counts, walls without texture too, on which "
         "the estimator finds little even in the warped picture; and the model was trained before "
         "a camera that stands still. Else the smaller what moves, the more is lost: a forearm is "
