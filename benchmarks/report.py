@@ -283,7 +283,9 @@ def _joining(result: dict[str, Any]) -> str:
         "An image model that stays as it is, and for each fusion an adapter that was trained on it "
         "alone, from one seed on the same clips, frames and noise. What the fusions are, the "
         "[method](method.md#joining-flow-and-prompt) says. The budgets are small: the figures say "
-        "which way learns sooner on this model, not how far each would come.",
+        "which way learns sooner on this model, not how far each would come. The U-Net of the "
+        "image model was once trained with an adapter of channel fusion, which was taken off: if "
+        "that still helps one of the fusions, then channel.",
         joining.markdown(result),
     )
 
