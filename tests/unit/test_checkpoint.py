@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from random_checkpoint import TINY, random_states
+from lfdm_files import JOINED
+from random_checkpoint import TINY, random_states, write_random_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -64,12 +65,14 @@ def refused(path):
     return message
 
 
-def test_what_is_written_comes_back(saved, states):
-    loaded = load_checkpoint(saved)
-    assert loaded.config == CONFIG
+def test_what_is_written_comes_back(tmp_path):
+    """With every part that there is."""
+    states = random_states(JOINED)
+    loaded = load_checkpoint(write_random_checkpoint(tmp_path / "all.safetensors", JOINED))
+    assert loaded.config == JOINED
     assert set(loaded) == set(loaded.states) == set(states) == set(PARTS)
     for part, state in states.items():
-        assert loaded[part].config == getattr(CONFIG, part)
+        assert loaded[part].config == getattr(JOINED, part)
         assert loaded[part].state is loaded.states[part]
         assert loaded[part].state.keys() == state.keys()
         assert all(torch.equal(loaded[part].state[name], state[name]) for name in state)
