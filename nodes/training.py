@@ -325,7 +325,7 @@ class TrainFlowAdapter(io.ComfyNode):
                     io.Boolean.Input,
                     "gradient_checkpointing",
                     default=True,
-                    tooltip="Less than half of the memory, for about a third more time.",
+                    tooltip="Less memory, for more time: the insides of blocks are computed twice.",
                 ),
                 advanced(
                     io.Int.Input,

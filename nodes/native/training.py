@@ -121,7 +121,7 @@ def frozen(
         rows: frames of a call.
         precision: one of PRECISIONS.
         checkpointing: keep only the blocks' inputs, and compute their insides again on the way
-            back: less than half of the memory, a third more time.
+            back: less memory, more time.
 
     Raises:
         AdapterError: the clips were prepared with another VAE or text encoder.
