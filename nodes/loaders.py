@@ -103,9 +103,9 @@ class ApplyFlowAdapter(io.ComfyNode):
             display_name="Apply Flow Adapter (S2DM)",
             category="s2dm/loaders",
             description=(
-                "Makes a MODEL with the U-Net of Stable Diffusion 1.x follow flow, and sets the "
-                "sampling that the adapter recommends. LoRA, ControlNet and the like still work, "
-                "before or after this node."
+                "Makes a MODEL with the U-Net of Stable Diffusion 1.x, 2.x or XL follow flow, and "
+                "sets the sampling that the adapter recommends. LoRA, ControlNet and the like "
+                "still work, before or after this node."
             ),
             search_aliases=["s2dm", "motion adapter", "optical flow adapter", "flow lora"],
             inputs=[
