@@ -29,7 +29,7 @@ from s2dm.files import write_json
 from s2dm.flow.draw import CameraKey, Layer, Motion, Polygon, render
 
 SIZE, FRAMES, FEWER_FRAMES = 512, 81, 27
-TARGET = 3.0  # seconds on free processors, for ten layers before a camera that stands still
+TARGET = 3.0  # seconds by the clock, for ten layers before a camera that stands still
 TARGET_GROWTH = 1.1  # memory that a frame more takes, over that of its flow
 CAMERAS = {
     "still": "stands still",
@@ -98,11 +98,6 @@ def main() -> None:
 def flow_mib(row: dict[str, Any]) -> float:
     """What the flow of a row takes, and where layers lie: 13 bytes a pixel and frame."""
     return 13 * SIZE * SIZE * row["frames"] / 2**20
-
-
-def free_seconds(row: dict[str, Any]) -> float:
-    """How long it takes where each thread has a processor of its own, as frames don't wait."""
-    return row["processor_seconds"] / row["threads"]
 
 
 def growth(few: dict[str, Any], many: dict[str, Any]) -> float:
