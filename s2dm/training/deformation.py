@@ -53,12 +53,12 @@ class Deformation:
     def apply(self, pictures: Tensor) -> Tensor:
         """(B, C, H, W) deformed; what comes from outside is mirrored."""
         height, width = pictures.shape[2:]
-        cells = grid(height, width, self.affine).flatten(1).T.expand(len(pictures), -1, -1)
+        cells = grid((height, width), self.affine).flatten(1).T.expand(len(pictures), -1, -1)
         source = self.at(cells).unflatten(1, (height, width)).to(pictures)
         return F.grid_sample(pictures, source, padding_mode="reflection", align_corners=False)
 
     def _offsets(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Squared distances (B, P, 25) from the control points, and (B, P, 25, 2)."""
-        control = grid(_CONTROL, _CONTROL, positions).flatten(1).T
+        control = grid((_CONTROL, _CONTROL), positions).flatten(1).T
         offsets = positions[:, :, None] - control
         return offsets.square().sum(dim=-1), offsets

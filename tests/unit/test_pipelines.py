@@ -191,7 +191,8 @@ def test_flow_guidance_of_its_own_reduces_to_the_common_one(pipeline):
 
 @pytest.mark.parametrize("flow_scale", [None, 1.0])
 def test_without_guidance_there_is_one_prediction(pipeline, flow_scale):
-    assert len(pipeline._labels(PROMPT, "", sliding_flow(2, 32, 32), 1.0, flow_scale)) == 1
+    flow = sliding_flow(2, 32, 32)
+    assert len(pipeline._labels(PROMPT, "", flow, (4, 4), 1.0, flow_scale)) == 1
 
 
 def test_what_is_not_given_is_as_the_checkpoint_recommends(pipeline, tmp_path):

@@ -346,7 +346,10 @@ def test_a_pil_image_is_a_picture_too(pipeline, seen):
         ({"sampling": {"steps": 0}}, r"steps: expected a whole number from 1 to 100000, got 0\."),
         ({"chunk_size": 0}, "chunk_size"),
         ({"output_type": "np"}, "output_type"),
-        ({"flow_sampling": FlowSampling(sampler="euler")}, "among dpmpp_2m, ddim, got 'euler'"),
+        (
+            {"flow_sampling": FlowSampling(sampler="euler")},
+            "lfdm, got 'euler'",
+        ),
         ({"height": -8}, "at least 1x1"),
         ({"flow_sampling": FlowSampling(motion_strength=-0.5)}, r"from 0, got -0\.5"),
         ({"flow_sampling": FlowSampling(motion_strength=float("nan"))}, "from 0, got nan"),

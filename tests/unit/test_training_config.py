@@ -13,6 +13,7 @@ from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.models import SamplingConfig, read_config
 from s2dm.settings import SettingsError, from_dict, read_settings, to_dict
 from s2dm.training.config import TrainingConfig
+from s2dm.training.region_motion import RegionMotionTrainingConfig
 from s2dm.training.stage1 import Stage1TrainingConfig
 from s2dm.training.stage2 import Stage2TrainingConfig
 from s2dm.training.text import TextTrainingConfig
@@ -74,6 +75,7 @@ def test_overrides_reach_into_tables(tmp_path):
         ("paper.toml", Stage2TrainingConfig),
         ("paper_vae.toml", VAETrainingConfig),
         ("sd15.toml", Stage2TrainingConfig),
+        ("puppets_region_motion.toml", RegionMotionTrainingConfig),
     ],
 )
 def test_shipped_configs_are_valid(name, kind):
