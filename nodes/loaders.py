@@ -89,7 +89,7 @@ class CheckpointLoader(io.ComfyNode):
     def execute(cls, checkpoint: str, frames_at_once: int = 0) -> io.NodeOutput:
         with named_errors(cls):
             loaded = load_all(find_file(checkpoint), frames_at_once)
-            stage1 = loaded.stage1 if loaded.stage1 is not None else NoFlowGenerator(checkpoint)
+            stage1 = loaded.stage1 or NoFlowGenerator(checkpoint)
             return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, stage1)
 
 
@@ -142,11 +142,11 @@ class ApplyFlowAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             found = load_checkpoint(find_file(adapter), parts=("flow_adapter",))
-            tell_other_prediction(model, found.config.schedule)
             sampling = found.config.sampling
             patched = apply_adapter(
                 model, *found["flow_adapter"], strength, frames_at_once, sampling
             )
+            tell_other_prediction(model, found.config.schedule)
             keep_when_saving(patched, found.config.adapter_only(), strength)
             return io.NodeOutput(patched)
 

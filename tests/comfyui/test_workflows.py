@@ -164,7 +164,9 @@ def test_the_workflow_runs_as_bundled(server: ComfyServer, checkpoint: str, path
         assert (frames[0] - picture).abs().mean() < 0.03, "frame 1 is not the picture"
     shown = [file for file in files if file.parent.name == "temp"]
     flow = FRAMES if of_type(prompt, "S2DMVisualizeFlow") else 0
-    assert len(shown) == flow + len(of_type(prompt, "S2DMTrainFlowAdapter"))  # and the loss
+    # And the loss of a training, and the picture that motion is drawn on.
+    others = of_type(prompt, "S2DMTrainFlowAdapter") + of_type(prompt, "S2DMDrawFlow")
+    assert len(shown) == flow + len(others)
 
 
 @pytest.mark.slow

@@ -247,7 +247,7 @@ WRONG = {
     "no frame": ({"reference": torch.zeros(0, 8, 8, 3)}, r"reference: .*\(0, 8, 8, 3\)"),
     "not a picture": ({"reference": torch.zeros(8, 8, 3)}, r"reference: .*\(8, 8, 3\)"),
     "broken picture": ({"reference": torch.full((1, 64, 48, 3), torch.nan)}, "NaN"),
-    "sampler": ({"sampler_name": "lms"}, r"among dpmpp_2m, ddim, got 'lms'"),
+    "sampler": ({"sampler_name": "lms"}, r"among dpmpp_2m, ddim, lfdm, got 'lms'"),
 }
 
 

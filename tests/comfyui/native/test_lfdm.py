@@ -126,7 +126,6 @@ def test_lfdm_alone_makes_flow_for_any_stage_2(lfdm, loader):
 
 def test_a_region_motion_model_measures_clips(rig, loader):
     path, regions, generator = loader(MEASURES)
-    assert not generator
     assert "region-motion model alone" in repr(generator)
     frames = torch.cat([picture(seed=seed) for seed in range(3)])
     (flow,) = rig.run("S2DMEstimateFlow", frames=frames, method="model", optical_flow=regions)

@@ -88,6 +88,19 @@ def test_what_a_template_explains_is_not_folded_away(node_classes):
         ("S2DMEditFlow", "left"),
         ("S2DMEditFlow", "top"),
         ("S2DMSharedNoiseKSampler", "share"),
+        *(
+            ("S2DMTrainFlowAdapter", name)
+            for name in (
+                "clips_per_step",
+                "frames_per_clip",
+                "frames_at_once",
+                "precision",
+                "gradient_checkpointing",
+                "save_every",
+                "preview_every",
+                "resume",
+            )
+        ),
         ("S2DMSharedNoise", "share"),
         ("S2DMSharedNoiseSampler", "share"),
     }
