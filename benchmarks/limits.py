@@ -68,7 +68,7 @@ from s2dm.pipelines import FlowToVideoPipeline, animate
 from s2dm.sector import ANCHOR_END
 from s2dm.video import cover, iter_frames, write_contact_sheet
 
-SHIFT, SCALE, PAN = 16, 0.7, 16  # pixels, share of the size, pixels over the whole clip
+SHIFT, SCALE, PAN = 16, 0.75, 16  # pixels, share of the size, pixels over the whole clip
 REAL_TITLE = "a head in a car, an animated rabbit"
 REAL = ("carphone_pristine", "bigbuckbunny")
 REAL_PROMPT = "A man, wearing a black jacket and blue jeans is wave"
