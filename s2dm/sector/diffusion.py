@@ -156,6 +156,8 @@ def sector_loss(
 
 def _roots(alpha_bar: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """√ᾱ_t and √(1−ᾱ_t), with as many dimensions as `like`."""
+    # A single level may be a number on the CPU, and with dimensions it is one no longer.
+    alpha_bar = alpha_bar.to(like.device)
     alpha_bar = alpha_bar.reshape(alpha_bar.shape + (1,) * (like.ndim - alpha_bar.ndim))
     return alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()
 

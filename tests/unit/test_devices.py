@@ -1,4 +1,4 @@
-"""Steps of the trainers as a GPU would see them: fake tensors know their device and hold nothing.
+"""Steps of the trainers and of sampling as a GPU would see them: fake tensors know their device and hold nothing.
 
 An operation on tensors of two devices fails on them as it does on a GPU, which isn't needed.
 """
@@ -18,6 +18,7 @@ pytest.importorskip("diffusers")
 from random_checkpoint import TINY, write_random_checkpoint
 from tiny_training import data_config, stage2_config, vae_config
 
+from s2dm.sector import implied_prediction, predicted_x0
 from s2dm.settings import from_dict
 from s2dm.training.loop import step_generator
 from s2dm.training.stage1 import Stage1TrainingConfig, build_stage1_task
@@ -120,3 +121,13 @@ def test_a_training_step_stays_on_the_gpu(
         batch = {name: on_the_gpu(value) for name, value in batch.items()}
         losses = move(task.model).train()(batch)
     assert {loss.device.type for loss in losses.values()} == {"cuda"}
+
+
+def test_a_level_of_its_own_follows_the_latents_to_the_gpu():
+    """As an anchor has it: the clean sample of one step, whose level is a number."""
+    level = torch.tensor(0.5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        latents = torch.empty(2, 4, 8, 8, device="cuda")
+        known = (latents, level, "v_prediction")
+        pulled = implied_prediction(predicted_x0(latents, *known), *known)
+    assert pulled.device.type == "cuda"
