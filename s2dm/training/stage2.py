@@ -233,10 +233,8 @@ class Stage2Task:
         frames_of = [self._frames(generator) for _ in chosen]
         latents, conditions, noise = [], [], []
         for clip, frames in zip(chosen.tolist(), frames_of, strict=True):
-            latents.append(torch.from_numpy(self.latents[clip, frames].astype(np.float32)))
-            conditions.append(
-                torch.from_numpy(self.clips.conditions[clip, frames].astype(np.float32))
-            )
+            latents.append(torch.from_numpy(self.latents[clip, frames]))
+            conditions.append(torch.from_numpy(self.clips.conditions[clip, frames]))
             noise.append(config.sharing.draw(len(frames), self.latents.shape[2:], generator))
         # Drawn last, so that all else is as without it.
         reference = config.reference_attention and (
@@ -257,7 +255,9 @@ class Stage2Task:
         }
         if reference:  # told by its presence: a value on a GPU would have to be waited for
             values["reference"] = torch.ones(())
-        return {key: value.to(device) for key, value in values.items()}
+        values = {key: value.to(device) for key, value in values.items()}
+        # Half as large until they are there.
+        return values | {key: values[key].float() for key in ("latents", "conditions")}
 
     def _frames(self, generator: torch.Generator) -> list[int]:
         """Distinct frame numbers of a clip; the first may be frame 1 of the paper, index 0."""
