@@ -3,7 +3,8 @@
 Two questions: whether memory grows with the number of frames (the chunk stays the same), and what
 a step of Stable Diffusion 1.5's full size takes (random weights: memory and time don't depend on
 them). Each case runs in a process of its own, so that peaks don't mix. Memory is the highest
-resident set of that process, the weights included; figures are of a CPU, in float32.
+resident set of that process, the weights included, or on a GPU what PyTorch allocated there at
+most; figures are in float32.
 
     python benchmarks/adapter_training.py            # the bundled model's size
     python benchmarks/adapter_training.py --full     # and Stable Diffusion 1.5's, in about 9 GB
@@ -81,6 +82,7 @@ def main() -> None:
 def measure(model: S2DMConfig, fusion: str, frames: int, chunk: int, size: int) -> dict[str, float]:
     """Peak and time of the second step; the first one makes the optimiser's state."""
     torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         clips = _clips(Path(folder) / "clips", model, frames, size)
         config = AdapterRunConfig(
@@ -93,19 +95,25 @@ def measure(model: S2DMConfig, fusion: str, frames: int, chunk: int, size: int) 
             save_every=9,
         )
         adapter = new_adapter(FlowAdapterConfig.for_unet(model.unet, fusion=fusion), 0)
-        unet = build_unet(model.unet)
-        denoiser = denoiser_of(unet, model, adapter, clips, torch.device("cpu"), config)
+        adapter, unet = adapter.to(device), build_unet(model.unet).to(device)
+        denoiser = denoiser_of(unet, model, adapter, clips, device, config)
         run = AdapterTrainer(config.settings, adapter, denoiser, clips, Path(folder) / "run")
         times = []
         run.run(lambda run: times.append(time.monotonic()))
         buffers = sum(weight.grad is not None for weight in unet.parameters())
         learns = sum(weight.numel() for weight in adapter.parameters())
     return {
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "seconds_a_step": round(times[1] - times[0], 1),
+        "peak_mb": _peak_mb(device),
+        "seconds_a_step": round(times[1] - times[0], 2),
         "gradient_buffers_of_the_base": buffers,
         "millions_of_weights_that_learn": round(learns / 1e6, 1),
     }
+
+
+def _peak_mb(device: torch.device) -> int:
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def _clips(folder: Path, model: S2DMConfig, frames: int, size: int) -> PreparedClips:

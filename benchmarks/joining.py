@@ -46,7 +46,7 @@ from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task
 
 PLAIN, ANCHORED = Variant("given-flow-plain"), Variant("given-flow")
 BESIDE = (Variant("zero-flow"), Variant("autoencoder"))
-BASE_STEPS, STEPS = 60, 200
+BASE_STEPS, STEPS = 500, 1500
 LEARNING_RATES = {"channel": 1e-3, "token": 1e-3, "spatial": 3e-4, "channel+spatial": 3e-4}
 """Chosen by the loss of 30 steps on training clips, of 3e-4 and 1e-3 (spatial also 3e-3): the
 better one for channel and for spatial; the other two have that of the one they are most like."""
@@ -56,15 +56,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--fusions", nargs="+", choices=FUSIONS, default=list(FUSIONS))
+    parser.add_argument(
+        "--fusions", nargs="*", choices=FUSIONS, default=list(FUSIONS), help="none: the base alone"
+    )
     parser.add_argument("--train-only", action="store_true", help="leave out the evaluation")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each adapter's training")
     parser.add_argument("--learning-rate", type=float, help="in place of each fusion's own")
-    parser.add_argument("--training-clips", type=int, default=300)
+    parser.add_argument("--training-clips", type=int, default=600)
     parser.add_argument("--clips", type=int, default=24, help="held-out clips of the evaluation")
     parser.add_argument("--frames", type=int, default=16, help="of a clip of the evaluation")
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--runs", type=Path, default=RUNS / "joining", help="where runs are kept")
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw the clips")
+    parser.add_argument("--cpu", action="store_true", help="evaluate without an accelerator")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS / "joining.json")
     options = parser.parse_args()
@@ -73,7 +77,7 @@ def main() -> None:
     register_dataset("puppets-part", _part)
     base = train_base(options)
     exports = {fusion: train_adapter(options, base, fusion) for fusion in options.fusions}
-    if options.train_only:
+    if options.train_only or not exports:
         return
     result = measure(options, base, exports)
     print(markdown(result))
@@ -154,9 +158,9 @@ def train_adapter(options: argparse.Namespace, base: Path, fusion: str) -> Path:
         train=("flow_adapter",),
         steps=options.steps,
         learning_rate=rate,
-        clips=8,
-        clip_frames=1,
-        first_frame=0.1,
+        clips=16,
+        clip_frames=2,
+        first_frame=0.2,
     )
     export = Path(config.output) / "export.safetensors"
     if not export.exists():
@@ -168,7 +172,7 @@ def _train(options: argparse.Namespace, config: Stage2TrainingConfig) -> None:
     # One cache for all, with the conditions of spatial features: a grid's are made of them.
     side = config.data.size
     clips: ClipCache = build_clip_cache(
-        options.runs / "cache", config.data, workers=0, condition_size=(side, side)
+        options.runs / "cache", config.data, workers=options.workers, condition_size=(side, side)
     )
     run_training(config, partial(_task, config, clips))
 
@@ -188,16 +192,17 @@ def _without_adapter(source: Path, target: Path) -> None:
 def measure(options: argparse.Namespace, base: Path, exports: dict[str, Path]) -> dict[str, Any]:
     """Figures of all fusions on the same held-out clips."""
     table, protocol, trainings = {}, {}, {}
-    for number, (fusion, export) in enumerate(exports.items()):
+    for fusion, export in exports.items():
         found = evaluate(
             EvaluationConfig(
                 checkpoint=export,
                 output=options.runs / "evaluation",
                 data=DataConfig(frames=options.frames, options={"first_take": TAKE}),
                 clips=options.clips,
-                variants=(PLAIN, ANCHORED, *(() if number else BESIDE)),
+                variants=(PLAIN, ANCHORED, *(BESIDE if fusion == FUSIONS[0] else ())),
                 sampling={"steps": options.sampling_steps},
-                cpu=True,
+                chunk_size=options.frames,
+                cpu=options.cpu,
             )
         )
         for variant, row in found["table"].items():
