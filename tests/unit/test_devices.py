@@ -1,4 +1,5 @@
-"""Steps of the trainers and of sampling as a GPU would see them: fake tensors know their device and hold nothing.
+"""Steps of trainers and of sampling as a GPU would see them: fake tensors know their device and
+hold nothing.
 
 An operation on tensors of two devices fails on them as it does on a GPU, which isn't needed.
 """
