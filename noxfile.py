@@ -47,13 +47,9 @@ def tests(session: nox.Session) -> None:
     """All tests: the library, the nodes in real servers and, with Chromium, the interface."""
     comfyui = install_comfyui(session, "-e", ".[training,test]")
     environment = {"COMFYUI_PATH": str(comfyui), "OMP_NUM_THREADS": "1"}
-    if session.posargs:
-        session.run("pytest", *session.posargs, env=environment)
-        return
-    # The fast ones side by side; real servers and what measures time want the machine alone.
-    parallel = ("-n", "auto", "--dist", "loadfile")
-    session.run("pytest", *parallel, "-m", "not slow and not comfyui", env=environment)
-    session.run("pytest", "--durations=15", "-m", "slow or comfyui", env=environment)
+    # Side by side, those of a file one after the other: they share a server or what they trained.
+    side_by_side = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile", "--durations=15")
+    session.run("pytest", *(session.posargs or side_by_side), env=environment)
 
 
 @nox.session

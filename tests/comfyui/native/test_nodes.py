@@ -177,13 +177,13 @@ spec = importlib.util.spec_from_file_location(
     "pack", {init!r}, submodule_search_locations=[{root!r}])
 pack = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = pack
-start = time.perf_counter()
+start = time.process_time()
 spec.loader.exec_module(pack)
 async def register():
     extension = await pack.comfy_entrypoint()
     return [node.GET_SCHEMA().node_id for node in await extension.get_node_list()]
 names = asyncio.run(register())
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 assert len(names) == {count}
 {after}
 """
@@ -211,7 +211,7 @@ def in_a_new_process(comfy, before="", after=""):
 
 @pytest.mark.slow
 def test_importing_adds_at_most_half_a_second(comfy):
-    # The best of three: other work on the machine is not the pack's.
+    # Time of the processor, and the best of three: other work on the machine is not the pack's.
     seconds = min(float(in_a_new_process(comfy)) for _ in range(3))
     assert seconds <= 0.5
 
