@@ -23,7 +23,7 @@ from ..settings import SettingsError
 from ..video import evenly, read_frames
 from .clip import Clip
 from .combinations import hold_out
-from .flows import FILES, check_source, flow_of
+from .flows import FILES, check_source, flow_of, source_mark
 from .sampling import SAMPLINGS, one_of_each_interval
 from .videos import files_fingerprint
 
@@ -116,7 +116,8 @@ class RecordedClips:
         takes: how many clips a recording gives.
         seed: of the split, and of the frames that are drawn.
         sampling: "even" or "random".
-        flow: "dis", "farneback", "raft_large" or "raft_small".
+        flow: "dis", "farneback", "raft_large", "raft_small", or the path of a checkpoint with a
+            region-motion model.
         window: (left, top, right, bottom) of what is taken of a frame, as parts of it.
     """
 
@@ -173,7 +174,8 @@ class RecordedClips:
         """Of the files and captions: another one when any was changed."""
         paths = [recording.path for recording in self.recordings]
         captions = [self.caption(index) for index in range(len(paths))]
-        return files_fingerprint(paths, captions, f"recordings {self._window}")
+        reading = f"recordings {self._window}{source_mark(self._flow)}"
+        return files_fingerprint(paths, captions, reading)
 
     def __getitem__(self, index: int) -> Clip:
         """Read a clip and estimate its flow.

@@ -111,7 +111,8 @@ class RecordedOptions:
     table: of the words in captions (TOML); by default the one that the package comes with.
     seed: of the split, and of the frames that are drawn.
     held_out_combinations, held_out_clips: -1 for the paper's numbers; 0 clips for any number.
-    flow: "dis", "farneback", "raft_large" or "raft_small".
+    flow: "dis", "farneback", "raft_large", "raft_small", or the path of a checkpoint with a
+        region-motion model.
     frame_sampling: "even" or "random", see `RecordedClips`.
     """
 

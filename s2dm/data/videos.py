@@ -16,7 +16,7 @@ from ..files import is_left_by_systems, read_text
 from ..settings import SettingsError
 from ..video import MOVING_SUFFIXES, VIDEO_SUFFIXES, cover, evenly, is_clip, read_frames
 from .clip import Clip
-from .flows import FILES, check_source, flow_file, flow_of
+from .flows import FILES, check_source, flow_file, flow_of, source_mark
 from .sampling import SAMPLINGS, one_of_each_interval
 
 _SPLITS = ("train", "test")
@@ -46,8 +46,8 @@ class VideoClips:
         size: height and width in pixels.
         frames: frames of a clip.
         takes: how many draws of each clip, with `frame_sampling` "random".
-        flow: "dis", "farneback", "raft_large", "raft_small", or "files": beside each clip, as
-            `wave.npz`, for all frames of it.
+        flow: "dis", "farneback", "raft_large", "raft_small", the path of a checkpoint with a
+            region-motion model, or "files": beside each clip, as `wave.npz`, for all frames of it.
         frame_sampling: "even", or "random", see `RecordedClips`.
         group: a regular expression with one or more groups (in parentheses) that is looked for in a
             clip's path below the folder: clips in which they match the same text belong together.
@@ -129,7 +129,8 @@ class VideoClips:
     @cached_property
     def fingerprint(self) -> str:
         """Of the files and captions: another one when a clip was added, changed or named anew."""
-        found = files_fingerprint(self.paths, self.captions, _READING)
+        reading = _READING + source_mark(self._flow)
+        found = files_fingerprint(self.paths, self.captions, reading)
         if self._flow != FILES:
             return found
         files = [flow_file(path) for path in self.paths]
