@@ -137,7 +137,7 @@ def test_the_data_set_has_a_name_for_the_trainers(tmp_path):
     [
         ({"options": {}}, "need the option folder, got none"),
         ({"options": {"folder": "x", "fps": 8}}, "unknown option 'fps' of videos; it has: folder"),
-        ({"options": {"folder": "x"}, "takes": 3}, "one take each, got takes = 3"),
+        ({"options": {"folder": "x"}, "takes": 3}, "takes counts draws .* got 3"),
         ({"options": {"folder": "x", "flow": "magic"}}, "one of dis, farneback, raft_large"),
     ],
 )
