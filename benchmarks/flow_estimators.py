@@ -1,7 +1,7 @@
 """How well flow is estimated, beside the exact flow of held-out puppets.
 
-OpenCV's two methods and, with --region-motion, a trained
-region-motion model measure the motion of every clip; "still" says that nothing moves.
+OpenCV's two methods and, with --region-motion, a trained region-motion model measure the motion of
+every clip; "true keypoints" is what the puppets' skeletons alone say, "still" that nothing moves.
 
     python benchmarks/flow_estimators.py --region-motion FILE
 """
@@ -9,6 +9,8 @@ region-motion model measure the motion of every clip; "still" says that nothing 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from s2dm.data import Clip, DataConfig, held_out_clips
 from s2dm.evaluation.clip_metrics import flow_error
 from s2dm.evaluation.protocol import ProtocolCard, file_hash
 from s2dm.files import write_json
-from s2dm.flow import FlowField, estimate_flow
+from s2dm.flow import FlowField, estimate_flow, pose_flow
 from s2dm.flow.estimate import METHODS
 from s2dm.models import load_checkpoint
 from s2dm.pipelines.modules import build
+
+Find = Callable[[Clip], FlowField]
 
 KINDS = {"usual place, still camera": {}, "elsewhere, moving cameras": {"elsewhere": 1.0}}
 
@@ -39,11 +43,13 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    methods: dict[str, Any] = {name: name for name in METHODS}
+    methods: dict[str, Find] = {name: partial(_estimated, name) for name in METHODS}
     file = options.region_motion
     if file is not None:
         checkpoint = load_checkpoint(file, ("region_motion",))
-        methods["region motion"] = build(checkpoint, "region_motion").eval()
+        methods["region motion"] = partial(_estimated, build(checkpoint, "region_motion").eval())
+    methods["true keypoints"] = lambda clip: pose_flow(clip.pose, clip.flow.height, clip.flow.width)
+    methods["still"] = lambda clip: clip.flow.scale(0)
     table: dict[str, dict[str, Any]] = {}
     for kind, settings in KINDS.items():
         data = DataConfig(
@@ -54,8 +60,7 @@ def main() -> None:
             options={"first_take": 1000, **settings},
         )
         clips = held_out_clips(data, options.clips)
-        table[kind] = {name: measure(clips, method) for name, method in methods.items()}
-        table[kind]["still"] = measure(clips, None)
+        table[kind] = {name: measure(clips, find) for name, find in methods.items()}
     card = ProtocolCard(
         checkpoint="none" if file is None else f"{file.name} ({file_hash(file)})",
         data=f"{options.clips} held-out puppets of each kind, first_take 1000",
@@ -74,15 +79,15 @@ def main() -> None:
     print(f"\n{options.output}")
 
 
-def measure(clips: list[Clip], method: Any) -> dict[str, float]:
-    """Figures of one estimator over all clips; of a still clip for None."""
+def _estimated(method: Any, clip: Clip) -> FlowField:
+    return estimate_flow(clip.pixels, method)
+
+
+def measure(clips: list[Clip], find: Find) -> dict[str, float]:
+    """Figures of one way to find the flow of clips, over all of them."""
     errors, hidden, shown = [], [], []
     for clip in clips:
-        true = clip.flow
-        if method is None:
-            found = FlowField.zeros(len(true), true.height, true.width)
-        else:
-            found = estimate_flow(clip.pixels, method)
+        true, found = clip.flow, find(clip)
         errors.append(flow_error(found, true))
         covered = true.occlusion > 0.5
         hidden.append(found.occlusion[covered])

@@ -12,6 +12,7 @@ from .flow_tools import CombineFlow, EditFlow, PickFlow, WarpImage
 from .loaders import ApplyFlowAdapter, CheckpointLoader, RegionMotionLoader
 from .motion import CameraFlow, DrawFlow, FlowToTracks, TracksToFlow
 from .native.files import register_folder
+from .pose import PoseToFlow
 from .sampling import SharedNoise, SharedNoiseKSampler, SharedNoiseSampler
 from .training import PrepareClips, TrainFlowAdapter
 
@@ -32,6 +33,7 @@ NODES: list[type[io.ComfyNode]] = [
     CameraFlow,
     TracksToFlow,
     FlowToTracks,
+    PoseToFlow,
     EditFlow,
     CombineFlow,
     PickFlow,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import folder_paths
@@ -11,7 +10,7 @@ from comfy_api.latest import io
 from ..s2dm.flow import FlowField, load_flow, save_flow
 from ..s2dm.flow.files import MEASURED_TO
 from ..s2dm.flow.frame_files import LAYOUTS
-from .native.flow_listing import find_flow, list_flows
+from .native.flow_listing import find_flow, list_flows, mark_of
 from .schema import named_errors, schema
 from .types import Flow, flow_output
 
@@ -112,15 +111,9 @@ class LoadFlow(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, measured_to: str = MEASURED_TO[0]) -> io.NodeOutput:
         with named_errors(cls):
-            return io.NodeOutput(load_flow(find_flow(file), measured_to))
+            return io.NodeOutput(load_flow(find_flow(file, "a flow"), measured_to))
 
     @classmethod
     def fingerprint_inputs(cls, file: str, measured_to: str = MEASURED_TO[0]) -> str:
         """Changes when the file or a file of the folder does."""
-        try:
-            path = find_flow(file)
-        except ValueError:
-            return "missing"
-        inside = sorted(os.scandir(path), key=lambda entry: entry.name) if path.is_dir() else []
-        marks = [path.stat(), *(entry.stat() for entry in inside)]
-        return str([(mark.st_mtime_ns, mark.st_size) for mark in marks])
+        return mark_of(file)

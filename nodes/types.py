@@ -17,6 +17,10 @@ Tracks = io.Custom("TRACKS")
 "track_visibility": (N,P) or (N,1) bool}. Versions of ComfyUI without those nodes have nothing to
 connect."""
 
+PoseKeypoints = io.Custom("POSE_KEYPOINT")
+"""Keypoints in OpenPose's format, one dictionary a frame, from pose estimators: core's SDPose and
+those of comfyui_controlnet_aux."""
+
 OpticalFlowModel = io.Custom("OPTICAL_FLOW")
 """Core's RAFT model, from Load Optical Flow Model: a ModelPatcher. Versions of ComfyUI without
 that node have nothing to connect here, and the socket does no harm."""

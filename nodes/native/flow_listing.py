@@ -1,12 +1,15 @@
-"""Which flow files ComfyUI's folders for input and output hold."""
+"""Which files of flow and of keypoints ComfyUI's folders for input and output hold."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
+
+from ...s2dm.flow.openpose import SUFFIX
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +19,19 @@ _MOST = 5000  # folders and files that are looked at
 
 
 def list_flows() -> list[str]:
-    """Files and folders of flow, as Load Flow offers them; those of the output folder say so.
+    """Files and folders of flow, as Load Flow offers them; those of the output folder say so."""
+    return _listed((".npz", ".flo"), _holds_frames)
+
+
+def list_poses() -> list[str]:
+    """Files of JSON, and folders of files that OpenPose wrote, in the same way."""
+    return _listed((".json",), _holds_poses)
+
+
+def _listed(
+    suffixes: tuple[str, ...], holds: Callable[[list[os.DirEntry[str]]], bool]
+) -> list[str]:
+    """Files that end so, and folders that `holds` knows as one thing.
 
     A folder that can't be read hides what it holds: an error here would cost the pack its nodes.
     """
@@ -29,25 +44,27 @@ def list_flows() -> list[str]:
             try:
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name)[:left]
             except OSError as error:
-                logger.warning("S2DM: %s could not be searched for flow: %s", folder, error)
+                logger.warning("S2DM: %s could not be searched: %s", folder, error)
                 continue
             left -= len(entries)
-            if depth and _holds_frames(entries):
+            if depth and holds(entries):
                 found.append(folder.relative_to(root).as_posix() + mark)
                 continue
             for entry in entries:
                 name = entry.name
                 if name.startswith("."):
                     continue
-                if name.lower().endswith((".npz", ".flo")):
+                if name.lower().endswith(suffixes):
                     found.append(Path(entry.path).relative_to(root).as_posix() + mark)
                 elif depth < _DEPTH and entry.is_dir():
                     folders.append((Path(entry.path), depth + 1))
     return sorted(found)
 
 
-def find_flow(name: str) -> Path:
-    """The path of an entry of `list_flows`.
+def find_flow(name: str, what: str) -> Path:
+    """The path of an entry of `list_flows` or `list_poses`.
+
+    what: it should be, for the message.
 
     Raises:
         ValueError: there is no such file any more, or it lies elsewhere.
@@ -56,9 +73,20 @@ def find_flow(name: str) -> Path:
     path = (root / name.removesuffix(mark)).resolve() if mark else (root / name).resolve()
     if not path.is_relative_to(root.resolve()) or not path.exists():
         raise ValueError(
-            f"expected a flow in the folder {root}, got {name!r}. Put it there and reload the page."
+            f"expected {what} in the folder {root}, got {name!r}. Put it there and reload the page."
         )
     return path
+
+
+def mark_of(name: str) -> str:
+    """Another text when the entry, or a file in it, has changed; "missing" for none."""
+    try:
+        path = find_flow(name, "")
+    except ValueError:
+        return "missing"
+    inside = sorted(os.scandir(path), key=lambda entry: entry.name) if path.is_dir() else []
+    marks = [path.stat(), *(entry.stat() for entry in inside)]
+    return str([(mark.st_mtime_ns, mark.st_size) for mark in marks])
 
 
 def _roots() -> list[tuple[Path, str]]:
@@ -66,6 +94,10 @@ def _roots() -> list[tuple[Path, str]]:
         (Path(folder_paths.get_input_directory()), ""),
         (Path(folder_paths.get_output_directory()), _OUTPUT),
     ]
+
+
+def _holds_poses(entries: list[os.DirEntry[str]]) -> bool:
+    return any(entry.name.endswith(SUFFIX) for entry in entries)
 
 
 def _holds_frames(entries: list[os.DirEntry[str]]) -> bool:

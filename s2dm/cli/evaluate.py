@@ -35,9 +35,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         default=["given-flow"],
         metavar="MODE[:SHARING]",
-        help="rows of the table: given-flow, two-stage (both also with -plain, the paper's method "
-        "without anchors), zero-flow, autoencoder, true; those that sample may name their noise "
-        "sharing, as in given-flow:independent or given-flow:mixed:0.5 (given-flow)",
+        help="rows of the table: given-flow, given-pose, two-stage (all also with -plain, the "
+        "paper's method without anchors), zero-flow, autoencoder, true; those that sample may name "
+        "their noise sharing, as in given-flow:independent or given-flow:mixed:0.5 (given-flow)",
     )
     parser.add_argument(
         "--i3d",

@@ -28,7 +28,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "generate",
         help="make a clip from a prompt, alone or with the motion of another clip",
-        description="Make a clip that shows the prompt. It moves like a given clip or flow; "
+        description="Make a clip that shows the prompt. It moves like a given clip, flow or pose; "
         "without one, the motion is made from the prompt too.",
     )
     parser.add_argument(
@@ -43,6 +43,12 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         type=Path,
         help="flow to follow: .npz of --save-flow, or a folder of numbered .flo files, each with "
         "the flow from its frame back to frame 1 (so the first is all zeros)",
+    )
+    motion.add_argument(
+        "--pose",
+        type=Path,
+        help="keypoints of the largest person to follow: a folder of *_keypoints.json, as OpenPose "
+        "writes them, with --size of the picture; or a .json file of all frames",
     )
     parser.add_argument(
         "-o",
@@ -81,7 +87,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--method", default="dis", help="flow estimator: dis or farneback")
     parser.add_argument("--save-flow", type=Path, metavar="FILE", help="keep the flow as .npz")
     parser.add_argument("--fps", type=rate, help="frames a second (those of the clip, or 8)")
-    stage_1 = parser.add_argument_group("motion from the prompt (without --clip and --flow)")
+    stage_1 = parser.add_argument_group("motion from the prompt (without --clip, --flow, --pose)")
     stage_1.add_argument(
         "--motion-strength",
         type=number,
@@ -122,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(
             f"Can't keep the flow as {options.save_flow}. Give a name that ends in .npz."
         )
-    from_prompt = options.clip is None and options.flow is None
+    from_prompt = all(way is None for way in (options.clip, options.flow, options.pose))
     stage_1 = {
         "--motion-strength": options.motion_strength,
         "--flow-steps": options.flow_steps,
@@ -132,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
     if given and not from_prompt:
         raise CommandError(
             f"{given[0]} is for motion that is made from the prompt: leave it out, or leave out "
-            "--clip and --flow."
+            "--clip, --flow and --pose."
         )
     pipeline = _load_pipeline(options, from_prompt)
     settings = {
@@ -171,13 +177,11 @@ def run(options: argparse.Namespace) -> None:
 def _given_flow(
     options: argparse.Namespace, settings: dict
 ) -> tuple[FlowField, float, tuple[int, int]]:
-    """The flow of the clip or file that was given, its frame rate, and the size to generate."""
+    """The flow of the clip or files that were given, its frame rate, and the size to generate."""
     from ..video import DEFAULT_FPS
 
-    if options.flow is not None:
-        from ..flow import load_flow
-
-        flow = load_flow(options.flow)
+    if options.clip is None:
+        flow = _flow_of_pose(options) if options.flow is None else _flow_of_file(options)
         if options.frames is not None:
             flow = flow.retime(options.frames)
         width, height = options.size or (flow.width, flow.height)
@@ -190,6 +194,20 @@ def _given_flow(
     frames = options.frames or settings.get("frames", 16)
     pictures, fps = read_clip(options.clip, frames=frames, size=(height, width))
     return estimate_flow(pictures, options.method), fps, (height, width)
+
+
+def _flow_of_file(options: argparse.Namespace) -> FlowField:
+    from ..flow import load_flow
+
+    return load_flow(options.flow)
+
+
+def _flow_of_pose(options: argparse.Namespace) -> FlowField:
+    from ..flow import pose_flow
+    from ..flow.openpose import poses, read_openpose
+
+    found = poses(read_openpose(options.pose), *(options.size or (0, 0)))
+    return pose_flow(found.keypoints, found.height, found.width)
 
 
 def _load_pipeline(options: argparse.Namespace, from_prompt: bool):

@@ -37,6 +37,8 @@ class Clip:
         still: (1, 1, H, W) bool, the background that nothing covers in any frame; None where that
             isn't known.
         garments: of frame 1, where they are known.
+        pose: (N, P, 18, 3), keypoints of the people as `s2dm.flow.pose_flow` takes them, where
+            they are known.
         elsewhere: whether who is seen stands, or is filmed, in another way than captions of this
             data set mean: only the flow, or the picture itself, can say how.
     """
@@ -46,6 +48,7 @@ class Clip:
     caption: str
     still: Tensor | None = None
     garments: tuple[Garment, ...] = ()
+    pose: Tensor | None = None
     elsewhere: bool = False
 
     @property

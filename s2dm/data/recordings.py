@@ -23,8 +23,8 @@ from ..settings import SettingsError
 from ..video import evenly, read_frames
 from .clip import Clip
 from .combinations import hold_out
-from .flows import FILES, check_source, flow_of
-from .sampling import SAMPLINGS, one_of_each_interval
+from .flows import FILES, check_source, flow_of, source_mark
+from .sampling import Choose, check_sampling, one_of_each_interval, some_of_each_interval
 from .videos import files_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -104,8 +104,8 @@ class RecordedClips:
     Clip i is take i // R of recording i % R, for R recordings. Frames are chosen by `sampling`:
     "even", the same in every take, from the first to the last; or "random", as the paper does in
     training: as many equal intervals as frames, and out of each a random frame. Each take is
-    another draw. Draws are prepared once, with the flow that belongs to their first frame: flow
-    between other frames than were drawn would have to be put together from pieces.
+    another draw. Flow is measured from the first frame of a draw, so a take has one, while its
+    later frames may be drawn anew each time out of its `pool`.
 
     Args:
         recordings: all of the data set, in an order that does not depend on the disk.
@@ -116,7 +116,9 @@ class RecordedClips:
         takes: how many clips a recording gives.
         seed: of the split, and of the frames that are drawn.
         sampling: "even" or "random".
-        flow: "dis", "farneback", "raft_large" or "raft_small".
+        choices: with "random", how many frames of each later interval a pool has.
+        flow: "dis", "farneback", "raft_large", "raft_small", or the path of a checkpoint with a
+            region-motion model.
         window: (left, top, right, bottom) of what is taken of a frame, as parts of it.
     """
 
@@ -131,20 +133,13 @@ class RecordedClips:
         takes: int = 1,
         seed: int = 0,
         sampling: str = "even",
+        choices: int = 1,
         flow: str = "dis",
         window: tuple[float, float, float, float] = (0, 0, 1, 1),
     ) -> None:
         if name not in ("train", "test"):
             raise SettingsError(f'expected the split "train" or "test", got {name!r}.')
-        if sampling not in SAMPLINGS:
-            raise SettingsError(
-                f"frame_sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}."
-            )
-        if takes < 1 or (takes > 1 and sampling == "even"):
-            raise SettingsError(
-                f"takes are draws of frames: expected 1 with frame_sampling=even, got {takes}. "
-                "Set data.options.frame_sampling=random."
-            )
+        check_sampling(sampling, takes, choices)
         check_source(flow)
         if flow == FILES:
             raise SettingsError("flow must be estimated here: files are for the data set videos.")
@@ -156,6 +151,7 @@ class RecordedClips:
         self._words, self._seed = words, seed
         self._sampling, self._flow, self._window = sampling, flow, window
         self._size, self._frames, self._takes = size, frames, takes
+        self.choices = choices
 
     def __len__(self) -> int:
         return self._takes * len(self.recordings)
@@ -173,7 +169,8 @@ class RecordedClips:
         """Of the files and captions: another one when any was changed."""
         paths = [recording.path for recording in self.recordings]
         captions = [self.caption(index) for index in range(len(paths))]
-        return files_fingerprint(paths, captions, f"recordings {self._window}")
+        reading = f"recordings {self._window}{source_mark(self._flow)}"
+        return files_fingerprint(paths, captions, reading)
 
     def __getitem__(self, index: int) -> Clip:
         """Read a clip and estimate its flow.
@@ -181,16 +178,30 @@ class RecordedClips:
         Raises:
             VideoError: the file can't be read. FlowError: the flow can't be estimated.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"Clip {index} of {len(self)}.")
+        if self._sampling == "even":
+            return self._clip(index, evenly(self._frames))
+        return self._clip(index, one_of_each_interval(self._frames, *self._draw(index)))
+
+    def pool(self, index: int) -> Clip:
+        """The clip with `choices` frames of each later interval: 1 + (frames - 1) * choices.
+
+        Raises:
+            VideoError, FlowError: as for the clip.
+        """
+        if self.choices == 1:
+            return self[index]
+        choose = some_of_each_interval(self._frames, self.choices, *self._draw(index))
+        return self._clip(index, choose)
+
+    def _draw(self, index: int) -> tuple[object, ...]:
         take, number = divmod(index, len(self.recordings))
         recording = self.recordings[number]
-        choose = evenly(self._frames)
-        if self._sampling == "random":
-            name = recording.path.name
-            choose = one_of_each_interval(
-                self._frames, *recording.combination, name, take, self._seed
-            )
+        return *recording.combination, recording.path.name, take, self._seed
+
+    def _clip(self, index: int, choose: Choose) -> Clip:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Clip {index} of {len(self)}.")
+        recording = self.recordings[index % len(self.recordings)]
         fit = partial(framed, size=self._size, window=self._window)
         frames, numbers = read_frames(recording.path, choose, fit)
         flow = flow_of(self._flow, frames, recording.path, numbers)

@@ -2,7 +2,8 @@
 
 A data set whose clips may change while its settings stay the same has a `fingerprint` of them, a
 string, so that clips that were prepared before are not taken for them. One whose clips have
-`labels(index)`, the class and the subject of each, is evaluated by class and by subject too.
+`labels(index)`, the class and the subject of each, is evaluated by class and by subject too. One
+whose later frames training may draw anew has `choices` and `pool(index)`, see `RecordedClips`.
 """
 
 from __future__ import annotations
@@ -111,8 +112,9 @@ class RecordedOptions:
     table: of the words in captions (TOML); by default the one that the package comes with.
     seed: of the split, and of the frames that are drawn.
     held_out_combinations, held_out_clips: -1 for the paper's numbers; 0 clips for any number.
-    flow: "dis", "farneback", "raft_large" or "raft_small".
-    frame_sampling: "even" or "random", see `RecordedClips`.
+    flow: "dis", "farneback", "raft_large", "raft_small", or the path of a checkpoint with a
+        region-motion model.
+    frame_sampling, frame_choices: "even" or "random", see `RecordedClips`.
     """
 
     folder: str
@@ -122,6 +124,7 @@ class RecordedOptions:
     held_out_clips: int = -1
     flow: str = "dis"
     frame_sampling: str = "even"
+    frame_choices: int = 1
 
 
 def _mhad(config: DataConfig, split: str) -> ClipDataset:
@@ -157,6 +160,7 @@ def _recorded(
         takes=config.takes,
         seed=options.seed,
         sampling=options.frame_sampling,
+        choices=options.frame_choices,
         flow=options.flow,
         **more,
     )

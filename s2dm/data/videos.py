@@ -16,8 +16,8 @@ from ..files import is_left_by_systems, read_text
 from ..settings import SettingsError
 from ..video import MOVING_SUFFIXES, VIDEO_SUFFIXES, cover, evenly, is_clip, read_frames
 from .clip import Clip
-from .flows import FILES, check_source, flow_file, flow_of
-from .sampling import SAMPLINGS, one_of_each_interval
+from .flows import FILES, check_source, flow_file, flow_of, source_mark
+from .sampling import Choose, check_sampling, one_of_each_interval, some_of_each_interval
 
 _SPLITS = ("train", "test")
 _HELD_OUT = 0.1
@@ -46,9 +46,9 @@ class VideoClips:
         size: height and width in pixels.
         frames: frames of a clip.
         takes: how many draws of each clip, with `frame_sampling` "random".
-        flow: "dis", "farneback", "raft_large", "raft_small", or "files": beside each clip, as
-            `wave.npz`, for all frames of it.
-        frame_sampling: "even", or "random", see `RecordedClips`.
+        flow: "dis", "farneback", "raft_large", "raft_small", the path of a checkpoint with a
+            region-motion model, or "files": beside each clip, as `wave.npz`, for all frames of it.
+        frame_sampling, frame_choices: "even", or "random", see `RecordedClips`.
         group: a regular expression with one or more groups (in parentheses) that is looked for in a
             clip's path below the folder: clips in which they match the same text belong together.
             Or the names of columns of the table, with commas between them.
@@ -73,19 +73,12 @@ class VideoClips:
         frame_sampling: str = "even",
         group: str = "",
         table: str = "",
+        frame_choices: int = 1,
     ) -> None:
         if name not in _SPLITS:
             raise ValueError(f'Expected the split "train" or "test", got {name!r}.')
         check_source(flow)
-        if frame_sampling not in SAMPLINGS:
-            raise SettingsError(
-                f"frame_sampling must be one of {', '.join(SAMPLINGS)}, got {frame_sampling!r}."
-            )
-        if takes < 1 or (takes > 1 and frame_sampling == "even"):
-            raise SettingsError(
-                f"videos have one take each, got takes = {takes}: others are draws of frames, "
-                "for which data.options.frame_sampling=random."
-            )
+        check_sampling(frame_sampling, takes, frame_choices)
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(
@@ -121,7 +114,7 @@ class VideoClips:
         else:
             self.captions = read_captions(self.paths)
         self._size, self._frames, self._takes = size, frames, takes
-        self._flow, self._sampling = flow, frame_sampling
+        self._flow, self._sampling, self.choices = flow, frame_sampling, frame_choices
 
     def __len__(self) -> int:
         return self._takes * len(self.paths)
@@ -129,7 +122,8 @@ class VideoClips:
     @cached_property
     def fingerprint(self) -> str:
         """Of the files and captions: another one when a clip was added, changed or named anew."""
-        found = files_fingerprint(self.paths, self.captions, _READING)
+        reading = _READING + source_mark(self._flow)
+        found = files_fingerprint(self.paths, self.captions, reading)
         if self._flow != FILES:
             return found
         files = [flow_file(path) for path in self.paths]
@@ -142,13 +136,26 @@ class VideoClips:
         Raises:
             VideoError: the file can't be read. FlowError: its flow can't be estimated or read.
         """
+        if self._sampling == "even":
+            return self._clip(index, evenly(self._frames))
+        return self._clip(index, one_of_each_interval(self._frames, *self._draw(index)))
+
+    def pool(self, index: int) -> Clip:
+        """See `RecordedClips.pool`."""
+        if self.choices == 1:
+            return self[index]
+        choose = some_of_each_interval(self._frames, self.choices, *self._draw(index))
+        return self._clip(index, choose)
+
+    def _draw(self, index: int) -> tuple[object, ...]:
+        take, number = divmod(index, len(self.paths))
+        return self.paths[number].name, self.captions[number], take
+
+    def _clip(self, index: int, choose: Choose) -> Clip:
         if not 0 <= index < len(self):
             raise IndexError(f"Clip {index} of {len(self)}.")
-        take, number = divmod(index, len(self.paths))
+        number = index % len(self.paths)
         path, size = self.paths[number], (self._size, self._size)
-        choose = evenly(self._frames)
-        if self._sampling == "random":
-            choose = one_of_each_interval(self._frames, path.name, self.captions[number], take)
         frames, numbers = read_frames(path, choose, lambda frame: cover(frame[None], *size)[0])
         return Clip(frames, flow_of(self._flow, frames, path, numbers), self.captions[number])
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..flow import FlowField
+from ..flow import FlowField, pose_flow
 from ..models import FlowSampling, SamplingConfig
 from ..sector import SHARED, NoiseSharing
 from .clip_metrics import still_region
@@ -150,6 +150,16 @@ def _given_flow(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) ->
     return _beside(clip, sampler.follow(clip.caption, clip.flow, variant, seed))
 
 
+def _given_pose(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
+    if clip.pose is None:
+        raise ValueError(
+            f"{variant} needs clips whose keypoints are known, such as the puppets: leave it out, "
+            "or take another data set."
+        )
+    flow = pose_flow(clip.pose, clip.flow.height, clip.flow.width)
+    return _beside(clip, sampler.follow(clip.caption, flow, variant, seed))
+
+
 def _plain(make: Make) -> Make:
     """The mode without what we added to the paper's sampling."""
     return lambda sampler, clip, variant, seed: make(sampler.plain(), clip, variant, seed)
@@ -183,8 +193,10 @@ def _true(sampler: ClipSampler, clip: Any, variant: Variant, seed: int) -> Made:
 MODES = {
     "given-flow": Mode("generated, given flow", _given_flow),
     "two-stage": Mode("generated, prompt alone", _two_stage, stage_1=True),
+    "given-pose": Mode("generated, given pose", _given_pose),
     "given-flow-plain": Mode("plain, given flow", _plain(_given_flow)),
     "two-stage-plain": Mode("plain, prompt alone", _plain(_two_stage), stage_1=True),
+    "given-pose-plain": Mode("plain, given pose", _plain(_given_pose)),
     "zero-flow": Mode("generated, zero flow", _zero_flow),
     "autoencoder": Mode("true clip through the autoencoder", _autoencoder, sampled=False),
     "true": Mode("true clip", _true, sampled=False),

@@ -17,7 +17,7 @@ from ..models import FlowGenerator, S2DMConfig, read_config
 from ..models.checkpoint import CheckpointError
 from ..models.presets import SD15
 from ..pipelines.modules import build_flow_generator, build_unet, build_vae
-from ..training.cache import CONDITION_SIZE
+from ..training.cache import CONDITION_SIZE, clip_to_prepare
 from ..training.models import preset
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ class _Work:
     def __init__(self, experiment: Experiment, config: S2DMConfig) -> None:
         self.experiment = experiment
         self.size, self.frames = experiment.data.size, experiment.data.frames
-        self.count = len(build_dataset(experiment.data, "train"))
+        self.data = build_dataset(experiment.data, "train")
+        self.count = len(self.data)
+        self.stored = 1 + (self.frames - 1) * getattr(self.data, "choices", 1)  # frames of a clip
         cells = self.size // config.vae.factor
         channels = config.vae.latent_channels
         self.latent_bytes = 2 * channels * cells**2
@@ -118,13 +120,12 @@ class _Work:
         self.parameters = self.unet + self.autoencoder
 
     def clips(self) -> Cost:
-        data = build_dataset(self.experiment.data, "train")
         began = clock.monotonic()
-        _ = data[0]
+        clip_to_prepare(self.data, 0)
         seconds = (clock.monotonic() - began) * self.count
         frame = 3 * self.size**2 + 6 * CONDITION_SIZE[0] * CONDITION_SIZE[1] + self.latent_bytes
         hours = seconds / 3600 / max(1, self.experiment.stage2.workers)
-        return Cost(hours, 0.0, 1e-9 * self.count * self.frames * frame)
+        return Cost(hours, 0.0, 1e-9 * self.count * self.stored * frame)
 
     def vae(self, speed: float) -> Cost:
         config = self.experiment.vae
@@ -136,7 +137,7 @@ class _Work:
     def stage2(self, config: Any, speed: float) -> Cost:
         again = 1 if config.gradient_checkpointing else 0
         frames = config.steps * config.clips * config.clip_frames * config.gradient_accumulation
-        encoding = self.count * self.frames * self.encode
+        encoding = self.count * self.stored * self.encode
         hours = (frames * (_BACKWARD + again) * self.denoise + encoding) / speed
         learned = _ADAM * self.unet + 4 * self.autoencoder
         return Cost(hours, 1e-9 * learned, 1e-9 * (12 * self.unet + 2 * self.parameters))

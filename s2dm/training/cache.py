@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..data import ClipDataset, DataConfig, build_dataset
+from ..data import Clip, ClipDataset, DataConfig, build_dataset
 from ..files import read_json_lines, write_text
 from ..flow import estimate_flow
 from ..settings import to_dict
@@ -70,7 +70,7 @@ class _Prepared(Dataset):
             return f"Clip {index + 1} of {len(self)} can't be prepared: {why}"
 
     def _arrays(self, index: int) -> Arrays:
-        clip = self.clips[index]
+        clip = clip_to_prepare(self.clips, index)
         frames = clip.pixels
         share = self.estimated_flow
         estimated = int((index + 1) * share) > int(index * share)
@@ -80,14 +80,20 @@ class _Prepared(Dataset):
         return index, pixels, condition, clip.caption, clip.elsewhere
 
 
+def clip_to_prepare(clips: ClipDataset, index: int) -> Clip:
+    """A clip with all frames that training may draw."""
+    return clips.pool(index) if hasattr(clips, "pool") else clips[index]
+
+
 class ClipCache:
     """Frames (C,N,3,H,W) uint8, conditions (C,N,3,h,w) float16 and captions of C clips.
 
-    `elsewhere` (C,) bool is what the clips say of themselves.
+    `elsewhere` (C,) bool is what the clips say of themselves. With `choices` above 1, N frames are
+    frame 1 and as many of each later interval, which `draw` chooses from.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, choices: int = 1) -> None:
+        self.folder, self.choices = folder, choices
         self.frames = np.load(folder / "frames.npy", mmap_mode="r")
         self.conditions = np.load(folder / "conditions.npy", mmap_mode="r")
         self.captions: list[str] = json.loads((folder / "captions.json").read_text("utf-8"))
@@ -96,6 +102,18 @@ class ClipCache:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    @property
+    def length(self) -> int:
+        """Frames of a draw, which is what a clip is for a model."""
+        return 1 + (self.frames.shape[1] - 1) // self.choices
+
+    def draw(self, generator: torch.Generator) -> list[int]:
+        """Which of a clip's frames are one draw of it: frame 1, and one out of each interval."""
+        if self.choices == 1:
+            return list(range(self.length))
+        picked = torch.randint(self.choices, (self.length - 1,), generator=generator)
+        return [0, *(1 + self.choices * k + one for k, one in enumerate(picked.tolist()))]
 
     def pixels(self, clip: int, frames: Any = slice(None)) -> Tensor:
         """Frames of a clip, or parts of them by any index, float32 in [0,1]."""
@@ -135,9 +153,10 @@ def build_clip_cache(
     split = split or data.split
     clips = build_dataset(data, split)
     fingerprint = getattr(clips, "fingerprint", None)
+    choices = getattr(clips, "choices", 1)
     folder = cache_folder(root, data, split, fingerprint, condition_size)
     if (folder / "captions.json").exists():
-        return ClipCache(folder)
+        return ClipCache(folder, choices)
     folder.mkdir(parents=True, exist_ok=True)
     prepared = _Prepared(clips, data.estimated_flow, condition_size)
     count = len(prepared)
@@ -164,7 +183,7 @@ def build_clip_cache(
     for store in (frame_store, condition_store, elsewhere_store, done):
         store.flush()
     write_text(folder / "captions.json", json.dumps([captions[i] for i in range(count)]))
-    return ClipCache(folder)
+    return ClipCache(folder, choices)
 
 
 def training_clips(

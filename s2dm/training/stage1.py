@@ -111,6 +111,7 @@ class Stage1Task:
         model_config: S2DMConfig,
         model: Stage1Model,
         tokenizer: Any,
+        clips: ClipCache,
         flows: np.ndarray,
         references: np.ndarray,
         texts: Tensor,
@@ -121,6 +122,7 @@ class Stage1Task:
         self.model_config = model_config
         self.model = model
         self.tokenizer = tokenizer
+        self.clips = clips
         self.flows = flows
         self.references = references
         self.texts = texts
@@ -135,7 +137,8 @@ class Stage1Task:
         count = config.clips
         chosen = torch.randint(len(self.flows), (count,), generator=generator)
         timesteps = draw_timesteps(count, network.schedule, generator)
-        conditions = torch.from_numpy(self.flows[chosen.numpy()].astype(np.float32))
+        drawn = [self.flows[clip, self.clips.draw(generator)] for clip in chosen.tolist()]
+        conditions = torch.from_numpy(np.stack(drawn).astype(np.float32))
         flow = encode_flow(conditions, network)
         draw = torch.rand((3, count), generator=generator)
         values = {
@@ -224,6 +227,7 @@ def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Sta
         model_config,
         model,
         tokenizer,
+        clips,
         flows,
         latents[:, 0],
         embed_captions(encoder, tokenizer, clips.captions),
@@ -279,7 +283,8 @@ def _scales(clips: ClipCache) -> tuple[float, float]:
         moving = length[length > _MOVING]
         squares += float(moving.square().sum())
         count += len(moving)
-        motion += float(mean_motion(condition))
+        draws = [[0, *range(1 + k, len(condition), clips.choices)] for k in range(clips.choices)]
+        motion += sum(float(mean_motion(condition[draw])) for draw in draws) / len(draws)
     if not count:
         raise SettingsError("stage 1 learns motion, and in these clips nothing moves.")
     return (squares / count) ** 0.5, motion / len(clips)

@@ -261,13 +261,14 @@ class Stage2Task:
 
     def _frames(self, generator: torch.Generator) -> list[int]:
         """Distinct frame numbers of a clip; the first may be frame 1 of the paper, index 0."""
-        count = self.latents.shape[1]
+        drawn = self.clips.draw(generator)
+        count = len(drawn)
         size = min(self.config.clip_frames, count)
         others = (1 + torch.randperm(count - 1, generator=generator)).tolist()
         always = size == count or self.config.reference_attention
         if always or torch.rand((), generator=generator) < self.config.first_frame:
             others.insert(0, 0)
-        return others[:size]
+        return [drawn[number] for number in others[:size]]
 
     def _validation(self) -> list[Any]:
         clips = []

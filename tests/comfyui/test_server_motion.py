@@ -67,6 +67,7 @@ EDIT = {
     "top": 0,
 }
 PICK = {"flow": FLOW, "first_frame": 1, "frames": 2, "every": 1, "measured_from": "frame 1"}
+POSE = {"file": "none", "people": "largest", "width": 0, "height": 0, "least_confidence": 0.3}
 NAN = float("nan")
 
 # The node, what it is given, and what its error has to say.
@@ -107,6 +108,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         "expected a list of points",
     ),
     "points, NaN": ("S2DMFlowToTracks", {"flow": FLOW, "points": "", "spacing": NAN}, "spacing: "),
+    "pose, nothing": ("S2DMPoseToFlow", POSE, "got neither"),
+    "pose, NaN": ("S2DMPoseToFlow", {**POSE, "least_confidence": NAN}, "least_confidence: exp"),
     "edit, NaN": ("S2DMEditFlow", {**EDIT, "operation": "loop", "amount": NAN}, "amount: expected"),
     "edit, a crop beyond": ("S2DMEditFlow", {**EDIT, "operation": "crop", "left": 9}, "64x48"),
     "edit, no mask": ("S2DMEditFlow", {**EDIT, "operation": "keep in mask"}, "expected a mask"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,26 @@ def test_generate_from_a_flow_follows_its_size_and_length(tmp_path, checkpoint):
     assert run("generate", PROMPT, *options, "--frames", 3, "--size", "48x32", "-o",
                tmp_path / "b") == 0  # fmt: skip
     assert read_clip(tmp_path / "b")[0].shape == (3, 3, 32, 48)
+
+
+def test_generate_from_pose(tmp_path, checkpoint, capsys):
+    """Of OpenPose's files, which need the size of their picture, and of one file that tells it."""
+    (tmp_path / "pose").mkdir()
+    for number in range(3):
+        person = [v for k in range(18) for v in (4 + 2 * number + k % 3 * 12, 4 + k // 3 * 4, 1)]
+        frame = json.dumps({"people": [{"pose_keypoints_2d": person}]})
+        (tmp_path / "pose" / f"a_{number:012}_keypoints.json").write_text(frame, "utf-8")
+    base = ["generate", PROMPT, "--checkpoint", checkpoint, "--steps", 1]
+    options = [*base, "--pose", tmp_path / "pose", "--save-flow", tmp_path / "flow.npz"]
+    assert run(*options, "--size", "40x32", "-o", tmp_path / "a") == 0
+    assert read_clip(tmp_path / "a")[0].shape == (3, 3, 32, 40)
+    assert load_flow(tmp_path / "flow.npz").magnitude()[2].max() == pytest.approx(4, abs=1e-3)
+    assert run(*options, "-o", tmp_path / "b") == 1
+    assert "Set width and height" in capsys.readouterr().err
+    whole = {"people": [{"pose_keypoints_2d": person}], "canvas_width": 40, "canvas_height": 32}
+    (tmp_path / "pose.json").write_text(json.dumps([whole] * 4), "utf-8")
+    assert run(*base, "--pose", tmp_path / "pose.json", "-o", tmp_path / "c") == 0
+    assert read_clip(tmp_path / "c")[0].shape == (4, 3, 32, 40)
 
 
 def test_generate_from_a_prompt_alone(tmp_path, both_stages, capsys):

@@ -15,12 +15,14 @@ import pytest
 import torch
 from random_checkpoint import write_random_checkpoint
 
+from s2dm import cli
 from s2dm.data import DataConfig
 from s2dm.evaluation import run
 from s2dm.evaluation.distances import frechet_distance, kvd
 from s2dm.evaluation.i3d import VideoFeatures
-from s2dm.evaluation.modes import Variant
+from s2dm.evaluation.modes import ClipSampler, Variant
 from s2dm.evaluation.run import EvaluationConfig, draw_conditions, evaluate
+from s2dm.evaluation.store import as_frames
 from s2dm.evaluation.tables import by_label
 
 pytest.importorskip("cv2")
@@ -130,6 +132,66 @@ def test_many_processes_make_the_same_videos(config, monkeypatch):
     assert done.returncode == 0, done.stderr
     shared = json.loads((output / "results.json").read_text("utf-8"))
     assert shared["table"] == alone["table"] and shared["clips"] == alone["clips"]
+
+
+@pytest.mark.slow
+def test_2048_videos_of_84_conditions(checkpoint, tmp_path, monkeypatch):
+    """The command as the paper's tables need it, all but the networks: its FVD is that of two other
+    ways to compute it, from what it has stored."""
+    linalg = pytest.importorskip("scipy.linalg")
+    asked = Counter()
+
+    def follow(self, prompt, flow, variant, seed, output_type="pt"):
+        """A clip of its own for each seed, coloured by its conditions."""
+        asked[prompt] += 1
+        noise = torch.rand(len(flow), 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        return (0.5 * noise + 0.05 * flow.magnitude() + (len(prompt) % 7) / 30).clamp(0, 1)
+
+    def features(video: torch.Tensor) -> torch.Tensor:
+        return 20 * torch.nn.functional.avg_pool3d(video, (9, 4, 4)).flatten(1)
+
+    monkeypatch.setattr(ClipSampler, "follow", follow)
+    monkeypatch.setattr(run, "load_i3d", lambda path, device: VideoFeatures(features, "mean", "no"))
+    output, weights = tmp_path / "out", tmp_path / "i3d"
+    weights.touch()
+    command = [
+        "evaluate",
+        "-o",
+        str(output),
+        "--checkpoint",
+        str(checkpoint),
+        "--i3d",
+        str(weights),
+    ]
+    command += ["--modes", "given-flow", "--clips", "84", "--videos", "2048", "--method", "none"]
+    command += ["--data", "size=16", "frames=9", "takes=2", "--sheet-clips", "1", "--cpu"]
+    assert cli.main(command) in (0, None)
+    result = json.loads((output / "results.json").read_text("utf-8"))
+    row = result["table"]["given-flow"]
+    assert row["videos"] == 2048 == sum(asked.values())
+    assert row["clips"] == 84
+
+    drawn = {clip: count for clip, count in draw_conditions(run.shuffled(130)[:84], 2048).items()}
+    folder = output / result["clips"]["given-flow"]
+    for clip, count in drawn.items():  # the r-th video of a clip is that of seed r
+        names = sorted(int(path.stem.split("_")[1]) for path in folder.glob(f"{clip:05d}_*.npz"))
+        assert names == list(range(count))
+    stored = np.load(output / "features.npz")
+    assert [*Counter(stored["given-flow/clip"].tolist()).values()] == list(drawn.values())
+    x, y = (stored[name].astype(np.float64) for name in ("true", "given-flow"))
+    assert x.shape == (84, 48) and y.shape == (2048, 48)
+    again = [as_frames(np.load(path)["frames"]) for path in sorted(folder.glob("*.npz"))[:50]]
+    of_files = features(torch.stack(again).transpose(1, 2)).numpy()
+    assert all(np.abs(y - one).max(1).min() < 1e-5 for one in of_files)
+
+    apart = np.square(x.mean(0) - y.mean(0)).sum()
+    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    values, vectors = np.linalg.eigh(b)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    trace = np.sqrt(np.linalg.eigvalsh(root @ a @ root).clip(0)).sum()
+    assert row["fvd"] == pytest.approx(apart + np.trace(a + b) - 2 * trace, rel=1e-6)
+    by_scipy = apart + np.trace(a + b - 2 * linalg.sqrtm(a @ b).real)
+    assert row["fvd"] == pytest.approx(by_scipy, rel=1e-6)
 
 
 # ------------------------------------------------------------------- FVD by other ways to compute

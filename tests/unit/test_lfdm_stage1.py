@@ -63,6 +63,61 @@ def test_it_samples_what_lfdm_samples(case, monkeypatch):
     torch.testing.assert_close(sample.flatten()[::3], golden, rtol=0, atol=1e-4)
 
 
+class Tiny(torch.nn.Module):
+    """Sees noise in a clip by its neighbours, its time and its reference."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.mix = torch.nn.Conv3d(3, 3, 3, padding=1)
+
+    def forward(self, x_t, times, reference, text, motion):
+        time = (times / 1000).to(x_t).view(-1, 1, 1, 1, 1)
+        near = self.mix(x_t.transpose(1, 2)).transpose(1, 2)
+        return torch.tanh(0.8 * x_t + 0.3 * near + reference.mean() - time)
+
+
+def test_a_thousand_ancestral_steps_are_those_of_the_formula(monkeypatch):
+    """All steps of the schedule, beside q(x_{t-1} | x_t, x_0) of DDPM (arXiv 2006.11239, Eq. 7).
+
+    Written down anew here, in float64: the cosine schedule, the guess of the clean clip and its
+    dynamic threshold, mean and variance of the posterior, no noise at the last step.
+    """
+    base = recipe.config("ddim")
+    config = dataclasses.replace(base, schedule=dataclasses.replace(base.schedule, steps=1000))
+    torch.manual_seed(0)
+    network = Tiny(config)
+    reference, text = recipe.conditions("ddim")
+    drawn = torch.randn(1000, 1, recipe.FRAMES, 3, recipe.SIZE, recipe.SIZE)
+    draws = iter(drawn)
+    monkeypatch.setattr(engine.torch, "randn", lambda shape, generator=None: next(draws))
+    found = generate_flow(
+        network, flow_scheduler(config.schedule, "lfdm"), text, reference, 1000, 1.0
+    )
+    assert next(draws, None) is None
+
+    network = network.double()
+    s = np.cos((np.linspace(0, 1, 1001) + 0.008) / 1.008 * np.pi / 2) ** 2
+    beta = np.minimum(1 - s[1:] / s[:-1], 0.9999)
+    alpha_bar = np.cumprod(1 - beta)
+    x = drawn[0].double()
+    for number, t in enumerate(range(999, -1, -1)):
+        before = alpha_bar[t - 1] if t else 1.0
+        with torch.no_grad():
+            noise = network(x, torch.tensor([t]), reference.double(), None, None)
+        clean = x / alpha_bar[t] ** 0.5 - (1 / alpha_bar[t] - 1) ** 0.5 * noise
+        limit = max(float(np.quantile(clean.abs().numpy(), config.threshold)), 1.0)
+        clean = clean.clamp(-limit, limit) / limit
+        mean = clean * (beta[t] * before**0.5 / (1 - alpha_bar[t]))
+        mean += x * ((1 - beta[t]) ** 0.5 * (1 - before) / (1 - alpha_bar[t]))
+        x = mean
+        if t:
+            log_variance = np.log(beta[t] * (1 - before) / (1 - alpha_bar[t]))
+            x = mean + np.exp(0.5 * log_variance) * drawn[number + 1].double()
+    assert config.threshold == 0.9  # LFDM's
+    torch.testing.assert_close(found.double(), x, rtol=0, atol=1e-4)
+
+
 def test_bert_reads_as_lfdm_reads():
     generator = torch.Generator().manual_seed(0)
     state = {key.ldm: random_weight(key.ldm_shape, generator) for key in bert_keys(BERT)}

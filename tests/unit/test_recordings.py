@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("av")
 pytest.importorskip("cv2")
+pytest.importorskip("diffusers")
 
 from s2dm.data import DataConfig, build_dataset
 from s2dm.data.combinations import hold_out
@@ -18,8 +19,9 @@ from s2dm.data.mhad import find_mhad
 from s2dm.data.mug import EXPRESSIONS
 from s2dm.data.mug import PROTOCOL as MUG
 from s2dm.data.recordings import TABLES, RecordedClips, Words, framed
-from s2dm.data.sampling import one_of_each_interval
+from s2dm.data.sampling import one_of_each_interval, some_of_each_interval
 from s2dm.settings import SettingsError
+from s2dm.training.cache import ClipCache, build_clip_cache
 from s2dm.video import write_clip
 
 MISSING = {"a8_s1_t4", "a23_s6_t4", "a27_s8_t4"}
@@ -169,6 +171,19 @@ def test_one_frame_is_drawn_of_each_of_equal_intervals():
         assert draw == sorted(draw) and len(set(draw)) == 16 and draw[-1] <= 32
 
 
+def test_a_pool_holds_its_draws():
+    """One first frame, and distinct frames of each later interval, as far as there are any."""
+    for take in range(50):
+        pool = some_of_each_interval(4, 3, take)([None] * 20)
+        assert len(pool) == 10 and pool == sorted(pool) and len(set(pool)) == 10
+        assert pool[0] == one_of_each_interval(4, take)([None] * 20)[0]
+        for place in range(1, 4):
+            assert {number // 5 for number in pool[3 * place - 2 : 3 * place + 1]} == {place}
+    whole = some_of_each_interval(4, 5, 0)([None] * 20)
+    assert whole[1:] == [*range(5, 20)]
+    assert some_of_each_interval(3, 2, 0)([None] * 3) == [0, 1, 1, 2, 2]
+
+
 def test_a_window_of_a_frame_stays_whole():
     frame = torch.zeros(3, 480, 640)
     frame[:, :, 156:492] = 1
@@ -223,9 +238,41 @@ def test_clips_are_read_with_flow_from_the_frame_they_begin_with(tmp_path):
     assert torch.equal(test[2].frames, drawn[1].frames)
 
 
+def test_training_draws_later_frames_anew(tmp_path):
+    """Each draw of a prepared clip is one frame of each interval, with the flow of that frame."""
+    write_mhad(tmp_path / "mhad", trials=1)
+    options = {"folder": str(tmp_path / "mhad"), "frame_sampling": "random", "frame_choices": 3}
+    options |= {"held_out_combinations": 1, "held_out_clips": 0}
+    data = DataConfig(name="mhad", size=48, frames=4, takes=2, options=options)
+    cache = build_clip_cache(tmp_path / "cache", data)
+    assert (cache.frames.shape[:2], cache.length) == ((10, 10), 4)
+    source = build_dataset(data)
+    assert source[3].frames.shape[0] == 4 and source.pool(3).frames.shape[0] == 10
+    generator = torch.Generator().manual_seed(0)
+    draws = [cache.draw(generator) for _ in range(200)]
+    assert {draw[0] for draw in draws} == {0}
+    for place in range(1, 4):
+        stored = set(range(3 * place - 2, 3 * place + 1))
+        assert {draw[place] for draw in draws} == stored
+    numbers = (cache.pixels(3)[:, 0, 2, 24] * 12).round().int()
+    for draw in draws[:10]:
+        intervals = [int(number) // 3 for number in numbers[draw]]
+        assert intervals == [0, 1, 2, 3]
+        moved = torch.from_numpy(cache.conditions[3][draw][:, 0].astype("float32")).amin((1, 2))
+        expected = -(numbers[draw] - numbers[0]).float() / 24
+        assert (moved - expected).abs().max() < 0.06
+    # Where nothing is to be drawn, no chance is used.
+    before = generator.get_state()
+    assert ClipCache(cache.folder).draw(generator) == [*range(10)]
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_takes_need_random_frames(mhad):
     with pytest.raises(SettingsError, match="frame_sampling=random"):
         build_dataset(DataConfig(name="mhad", takes=2, options={"folder": str(mhad)}), "train")
+    more = {"folder": str(mhad), "frame_choices": 2}
+    with pytest.raises(SettingsError, match=r"frame_choices counts draws .*frame_sampling=random"):
+        build_dataset(DataConfig(name="mhad", options=more), "train")
     for options, message in (
         ({"frame_sampling": "odd"}, "frame_sampling must be one of even, random"),
         ({"flow": "magic"}, "flow must be one of dis"),

@@ -71,6 +71,7 @@ def test_overrides_reach_into_tables(tmp_path):
         ("puppets_stage2.toml", Stage2TrainingConfig),
         ("puppets_third.toml", Stage2TrainingConfig),
         ("puppets_ablation.toml", Stage2TrainingConfig),
+        ("puppets_pose.toml", Stage2TrainingConfig),
         ("puppets_stage1.toml", Stage1TrainingConfig),
         ("paper.toml", Stage2TrainingConfig),
         ("paper_vae.toml", VAETrainingConfig),

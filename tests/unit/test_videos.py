@@ -11,9 +11,12 @@ import torch
 pytest.importorskip("av")
 pytest.importorskip("diffusers")
 
+from lfdm_files import REGIONS
+
 from s2dm.data import DataConfig, build_dataset
 from s2dm.data.videos import VideoClips
 from s2dm.flow import estimate_flow
+from s2dm.models import Checkpoint, RegionMotion, S2DMConfig, save_checkpoint
 from s2dm.settings import SettingsError
 from s2dm.training.cache import build_clip_cache
 from s2dm.video import VideoError, write_clip
@@ -134,7 +137,7 @@ def test_the_data_set_has_a_name_for_the_trainers(tmp_path):
     [
         ({"options": {}}, "need the option folder, got none"),
         ({"options": {"folder": "x", "fps": 8}}, "unknown option 'fps' of videos; it has: folder"),
-        ({"options": {"folder": "x"}, "takes": 3}, "one take each, got takes = 3"),
+        ({"options": {"folder": "x"}, "takes": 3}, "takes counts draws .* got 3"),
         ({"options": {"folder": "x", "flow": "magic"}}, "one of dis, farneback, raft_large"),
     ],
 )
@@ -277,6 +280,28 @@ def test_a_network_of_torchvision_may_estimate(tmp_path, monkeypatch):
     for _ in range(2):
         assert not clips[0].flow.displacement.any()
     assert loaded == [True] and seen
+
+
+def test_a_region_motion_model_may_estimate(tmp_path):
+    """Flow and soft occlusion of a checkpoint that is named by its path."""
+    torch.manual_seed(0)
+    model = RegionMotion(REGIONS).eval()
+    file = tmp_path / "regions.safetensors"
+    weights = {"region_motion": model.state_dict()}
+    save_checkpoint(file, Checkpoint(S2DMConfig(region_motion=REGIONS), weights))
+    (tmp_path / "clips").mkdir()
+    write(tmp_path / "clips" / "one.mp4", shift=2)
+    clips = VideoClips(tmp_path / "clips", "test", 48, 3, flow=str(file))
+    flow = clips[0].flow
+    assert torch.equal(flow.displacement, estimate_flow(clips[0].frames, model).displacement)
+    assert ((flow.occlusion > 0) & (flow.occlusion < 1)).any()
+    before = clips.fingerprint
+    os.utime(file, ns=(1, 1))
+    assert VideoClips(tmp_path / "clips", "test", 48, 3, flow=str(file)).fingerprint != before
+    with pytest.raises(ValueError, match=r"flow: there is no checkpoint at .*none\.safetensors"):
+        VideoClips(tmp_path / "clips", "test", 48, 3, flow=str(tmp_path / "none.safetensors"))
+    with pytest.raises(ValueError, match=r"flow must be one of dis, .* or a \.safetensors file"):
+        VideoClips(tmp_path / "clips", "test", 48, 3, flow="region_motion")
 
 
 def test_random_frames_are_other_ones_in_each_take(tmp_path):

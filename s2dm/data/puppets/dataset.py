@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from ...flow import pose_flow
 from ..clip import Clip
 from .actions import ACTIONS
 from .outfits import dress, new_outfits
@@ -14,6 +16,7 @@ from .persons import PERSONS
 from .render import render_clip
 from .staging import USUAL, draw_staging
 
+CONDITIONS = ("flow", "pose")
 _HELD_OUT = 0.1
 
 
@@ -74,9 +77,10 @@ class PuppetClips(Dataset[Clip]):
             before a camera that may move.
         recombined: share of the clips where the person wears clothes that nobody of the cast wears
             together, those of the split (`new_outfits`).
+        condition: "flow", exact; or "pose": what the skeleton alone says of it (`pose_flow`).
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range, or another condition.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class PuppetClips(Dataset[Clip]):
         amplitudes: Sequence[float] = (1.0,),
         elsewhere: float = 0.0,
         recombined: float = 0.0,
+        condition: str = "flow",
     ) -> None:
         if takes < 1:
             raise ValueError(f"Expected at least 1 take, got {takes}.")
@@ -100,6 +105,11 @@ class PuppetClips(Dataset[Clip]):
                 f"Expected shares from 0 to 1, got elsewhere={elsewhere} and "
                 f"recombined={recombined}."
             )
+        if condition not in CONDITIONS:
+            raise ValueError(
+                f"Expected one of {', '.join(CONDITIONS)} as condition, got {condition!r}."
+            )
+        self._condition = condition
         self._pairs = split(name, seed)
         self._outfits = new_outfits(name)
         self._elsewhere, self._recombined = elsewhere, recombined
@@ -129,4 +139,7 @@ class PuppetClips(Dataset[Clip]):
         who = PERSONS[person]
         if draw[1] < self._recombined:
             who = dress(who, self._outfits[rng.integers(len(self._outfits))], rng)
-        return render_clip(person, action, take, self._size, self._frames, amplitude, who, staging)
+        clip = render_clip(person, action, take, self._size, self._frames, amplitude, who, staging)
+        if self._condition == "pose":
+            return dataclasses.replace(clip, flow=pose_flow(clip.pose, self._size, self._size))
+        return clip

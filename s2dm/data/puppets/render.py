@@ -13,17 +13,19 @@ import numpy as np
 import torch
 
 from ...flow import FlowField
+from ...flow.pose import JOINTS
 from ..clip import Clip, Garment
 from .actions import ACTIONS, poses
 from .backgrounds import paint_room
 from .captions import caption
 from .figure import Wardrobe
 from .persons import PERSONS, TOP_COLOURS, TROUSER_COLOURS, Person
-from .skeleton import Placement, View, body, place
+from .skeleton import Placement, View, body, joints, place, project
 from .staging import USUAL, Camera, Staging
 
 _SUB = 3  # samples per pixel and axis
 _ZOOM, _FEET = 1.115, 0.94
+_NOSE = np.array([0.0, -8.8])  # of the head, in its own coordinates
 # The pieces that are cloth all over, or nearly so: sleeves and trouser legs may be short.
 _GARMENTS = {"torso": "top", "pelvis": "trousers", "thigh": "trousers"}
 
@@ -82,6 +84,11 @@ def render_clip(
     placements = {
         name: camera.film(placement) for name, placement in place(measures, pose, view).items()
     }
+    joints_at = {
+        name: camera.points(point) for name, point in project(joints(measures, pose), view).items()
+    }
+    head = placements["head"]
+    joints_at["nose"] = head.matrix @ _NOSE + head.origin
     density = max(3.0 * scale, 1.0)
     wardrobe = Wardrobe(who, measures, person, density, light, what.turn)
     pieces = [
@@ -92,7 +99,18 @@ def render_clip(
     room = paint_room(rng, size, (view.x, view.y), bench, staging.size, camera.margin)
     worn = [_GARMENTS.get(name.rpartition("_")[2], "") for name in placements]
     clip = _Renderer(pieces, room, size, frames, camera).clip(caption(who, action), who, worn)
-    return dataclasses.replace(clip, elsewhere=staging != USUAL)
+    return dataclasses.replace(clip, pose=_keypoints(joints_at), elsewhere=staging != USUAL)
+
+
+def _keypoints(points: dict[str, np.ndarray]) -> torch.Tensor:
+    """Joints (N, 2) by name as `pose_flow` takes them, (N, 1, 18, 3): without eyes and ears."""
+    frames = len(points["neck"])
+    found = np.zeros((frames, 1, len(JOINTS), 3), np.float32)
+    for number, name in enumerate(JOINTS):
+        if name in points:
+            found[:, 0, number, :2] = points[name]
+            found[:, 0, number, 2] = 1
+    return torch.from_numpy(found)
 
 
 class _Piece:

@@ -86,6 +86,50 @@ class Placement:
     depth: Array
 
 
+def joints(measures: Body, pose: dict[str, Array]) -> dict[str, Array]:
+    """Where the joints of a figure are, (N,3) units each.
+
+    Args:
+        measures: the person's measures.
+        pose: tracks as returned by `actions.poses`, N moments.
+
+    Returns:
+        By name: pelvis, neck, head (where it sits on the neck), and {right,left}_{shoulder, elbow,
+        wrist, hip, knee, ankle}.
+    """
+    m = measures
+    lean, bend, twist = (np.radians(pose[k][:, 0]) for k in ("lean", "bend", "twist"))
+    hip_height = m.leg * 0.985 + m.foot
+    pelvis = np.array([0.0, hip_height, 0.0]) + pose["root"] * m.leg
+    spine = _unit(np.stack([np.sin(lean), np.cos(lean) * np.cos(bend), np.sin(bend)], 1))
+    across = _unit(
+        np.stack([np.cos(twist) * np.cos(lean), -np.sin(lean), -np.sin(twist)], 1)
+    )  # from the spine to the shoulder on image right
+    neck = pelvis + spine * m.trunk
+
+    found = {"pelvis": pelvis, "neck": neck, "head": neck + spine * 1.0}
+    for name, side, arm, leg in (("right", -1.0, "rh", "rf"), ("left", 1.0, "lh", "lf")):
+        mirror = np.array([side, 1.0, 1.0])
+        shoulder = neck + side * across * (m.shoulder - 1.5) - spine * 4.2
+        hand = shoulder + pose[arm] * mirror * m.arm
+        elbow, wrist = _bend(
+            shoulder, hand, m.upper_arm, m.forearm, np.array([side * 0.65, -1.0, -0.35])
+        )
+        hip = pelvis + np.array([side * m.hip, 0.0, 0.0])
+        rest = np.array([side * m.hip, m.foot, 0.0])
+        step = rest + pose[leg] * mirror * m.leg
+        knee, ankle = _bend(hip, step, m.thigh, m.shin, np.array([side * 0.25, 0.0, 1.0]))
+        found |= {f"{name}_shoulder": shoulder, f"{name}_elbow": elbow, f"{name}_wrist": wrist}
+        found |= {f"{name}_hip": hip, f"{name}_knee": knee, f"{name}_ankle": ankle}
+    return found
+
+
+def project(points: dict[str, Array], view: View) -> dict[str, Array]:
+    """Points (N,3) of a figure in pixels, (N,2)."""
+    camera = _Camera(view)
+    return {name: camera.project(point)[0] for name, point in points.items()}
+
+
 def place(measures: Body, pose: dict[str, Array], view: View) -> dict[str, Placement]:
     """Place every piece of a figure.
 
@@ -100,30 +144,14 @@ def place(measures: Body, pose: dict[str, Array], view: View) -> dict[str, Place
     """
     m = measures
     frames = len(pose["root"])
-    lean, bend, twist = (np.radians(pose[k][:, 0]) for k in ("lean", "bend", "twist"))
+    lean, twist = (np.radians(pose[k][:, 0]) for k in ("lean", "twist"))
     camera = _Camera(view)
-
-    hip_height = m.leg * 0.985 + m.foot
-    pelvis = np.array([0.0, hip_height, 0.0]) + pose["root"] * m.leg
-    spine = _unit(np.stack([np.sin(lean), np.cos(lean) * np.cos(bend), np.sin(bend)], 1))
-    across = _unit(
-        np.stack([np.cos(twist) * np.cos(lean), -np.sin(lean), -np.sin(twist)], 1)
-    )  # from the spine to the shoulder on image right
-    neck = pelvis + spine * m.trunk
+    at = joints(measures, pose)
 
     result: dict[str, Placement] = {}
-    for name, side, arm, leg in (("right", -1.0, "rh", "rf"), ("left", 1.0, "lh", "lf")):
-        mirror = np.array([side, 1.0, 1.0])
-        shoulder = neck + side * across * (m.shoulder - 1.5) - spine * 4.2
-        hand = shoulder + pose[arm] * mirror * m.arm
-        elbow, wrist = _bend(
-            shoulder, hand, m.upper_arm, m.forearm, np.array([side * 0.65, -1.0, -0.35])
-        )
-        hip = pelvis + np.array([side * m.hip, 0.0, 0.0])
-        rest = np.array([side * m.hip, m.foot, 0.0])
-        step = rest + pose[leg] * mirror * m.leg
-        knee, ankle = _bend(hip, step, m.thigh, m.shin, np.array([side * 0.25, 0.0, 1.0]))
-
+    for name in ("right", "left"):
+        shoulder, elbow, wrist = (at[f"{name}_{joint}"] for joint in ("shoulder", "elbow", "wrist"))
+        hip, knee, ankle = (at[f"{name}_{joint}"] for joint in ("hip", "knee", "ankle"))
         result[f"{name}_upper_arm"] = camera.limb(shoulder, elbow, m.upper_arm, 6.5)
         result[f"{name}_forearm"] = camera.limb(elbow, wrist, m.forearm, 7.0)
         result[f"{name}_hand"] = camera.end(elbow, wrist, 6.6)
@@ -134,10 +162,10 @@ def place(measures: Body, pose: dict[str, Array], view: View) -> dict[str, Place
     yaw = np.radians(view.turn) + twist
     width = np.hypot(np.cos(yaw), _BODY_DEPTH * np.sin(yaw))
     hips = np.hypot(np.cos(np.radians(view.turn)), _BODY_DEPTH * np.sin(np.radians(view.turn)))
-    result["torso"] = camera.limb(neck, pelvis, m.trunk, 3.0, width)
-    result["pelvis"] = camera.upright(pelvis, 0.3 * lean, 1.0, np.full(frames, hips))
+    result["torso"] = camera.limb(at["neck"], at["pelvis"], m.trunk, 3.0, width)
+    result["pelvis"] = camera.upright(at["pelvis"], 0.3 * lean, 1.0, np.full(frames, hips))
     tilt = 0.6 * lean + np.radians(pose["head"][:, 0])
-    result["head"] = camera.upright(neck + spine * 1.0, tilt, 5.0, np.ones(frames))
+    result["head"] = camera.upright(at["head"], tilt, 5.0, np.ones(frames))
     return result
 
 

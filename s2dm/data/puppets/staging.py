@@ -101,10 +101,15 @@ class Camera:
         """Where a piece of the scene is seen."""
         if self.still:
             return placement
-        centre = (self.size - 1) / 2
-        origin = centre + self.zoom[:, None] * (placement.origin - centre) + self.pan
         matrix = self.zoom[:, None, None] * placement.matrix
-        return Placement(matrix, origin, placement.depth)
+        return Placement(matrix, self.points(placement.origin), placement.depth)
+
+    def points(self, scene: Array) -> Array:
+        """Where points of the scene are seen, one in each frame: (N, 2) pixels."""
+        if self.still:
+            return scene
+        centre = (self.size - 1) / 2
+        return centre + self.zoom[:, None] * (scene - centre) + self.pan
 
     def backward(self, frame: int) -> Array:
         """(2, 3) affine map from a pixel of the room in `frame` to its way back into frame 1."""

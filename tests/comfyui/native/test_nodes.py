@@ -48,6 +48,7 @@ SOCKETS = {
     "S2DMCameraFlow": ("frames width height pan_x pan_y zoom roll speed depth", "S2DM_FLOW"),
     "S2DMTracksToFlow": ("coordinates frames width height radius tracks mask", "S2DM_FLOW"),
     "S2DMFlowToTracks": ("flow points spacing", "STRING TRACKS"),
+    "S2DMPoseToFlow": ("file people width height least_confidence keypoints", "S2DM_FLOW"),
     "S2DMEditFlow": ("flow operation amount frames width height left top mask", "S2DM_FLOW"),
     "S2DMCombineFlow": ("first second how mask", "S2DM_FLOW"),
     "S2DMPickFlow": ("flow first_frame frames every measured_from", "S2DM_FLOW"),
