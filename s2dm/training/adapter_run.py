@@ -85,7 +85,7 @@ def train_adapter(config: AdapterRunConfig) -> AdapterTrainer:
 
     Raises:
         SettingsError: a setting or the checkpoint doesn't serve. ClipsError: nor do the clips.
-        AdapterTrainingError: the run can't start or go on.
+        TrainingError: the run can't start or go on.
     """
     from accelerate import Accelerator
 

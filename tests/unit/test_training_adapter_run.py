@@ -33,7 +33,7 @@ def test_it_writes_an_adapter_alone_with_what_it_was_trained_on(tmp_path: Path) 
     trained = config.adapter_training
     assert (trained.base, trained.clips, trained.steps) == ("base", 6, 3)
     state = load_checkpoint(path)["flow_adapter"].state
-    for name, weight in trainer.averaged_state().items():
+    for name, weight in trainer.averaged_state("adapter").items():
         assert torch.allclose(state[name].float(), weight, atol=2e-3)
     assert (tmp_path / "run" / "loss.png").is_file()
     assert [p.name for p in (tmp_path / "run" / "samples").iterdir()] == ["step_0000003.png"]
