@@ -68,8 +68,8 @@ def find_file(name: str) -> str:
     return found
 
 
-def adapter_path(name: str, ours: bool) -> Path:
-    """Where a trained adapter is kept, `models/s2dm/NAME.safetensors`.
+def trained_path(name: str, ours: bool) -> Path:
+    """Where what was trained is kept, `models/s2dm/NAME.safetensors`.
 
     ours: whether a run of this name has written there before.
 

@@ -8,6 +8,7 @@ a copy at each use, and cuts it off from the weight: the base can't learn, and h
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import uuid4
@@ -24,17 +25,23 @@ from comfy.model_base import ModelType
 from torch import Tensor, nn
 
 from ...s2dm.data.prepared import Encoders, PreparedClips
-from ...s2dm.models import FlowAdapter, FlowAdapterConfig
+from ...s2dm.models import FlowAdapter, FlowAdapterConfig, FlowGenerator
 from ...s2dm.training.flow_adapter import AdapterTrainer, Denoiser
+from ...s2dm.training.trainer import TrainingError
 from .adapter import AdapterError, adapter_config_for
 from .attention import with_flow
 from .compat import is_dynamic
+from .stage1 import embed
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
 _PREDICTIONS = {ModelType.EPS: "epsilon", ModelType.V_PREDICTION: "v_prediction"}
 _ACTIVATIONS = 3
 """How much more memory than sampling a training step takes, by core's estimate of sampling."""
+_COPIES = 5
+"""Of a network's weights that learns: itself, gradient, two moments, average."""
+_PLACE = 600
+"""Bytes of a flow generator's step a clip, frame, cell and channel of its finest level."""
 
 
 def trainable_config(
@@ -81,14 +88,13 @@ def schedule_of(model: comfy.model_patcher.ModelPatcher) -> tuple[Tensor, str]:
     return 1 / (1 + sigmas.square()), kind
 
 
-def compute_dtype(model: comfy.model_patcher.ModelPatcher, precision: str) -> torch.dtype:
-    """The type in which the base computes; its weights stay as they are stored.
+def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """The type in which a network computes; its weights stay as they are stored.
 
     Never float16, in which small gradients vanish.
     """
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    device = model.load_device
     half = comfy.model_management.should_use_bf16(device)
     return torch.bfloat16 if half and device.type != "cpu" else torch.float32
 
@@ -128,7 +134,7 @@ def frozen(
     """
     _check_clips(model, clips)
     alpha_bars, kind = schedule_of(model)
-    dtype = compute_dtype(model, precision)
+    dtype = compute_dtype(model.load_device, precision)
     clone = _training_clone(model, checkpointing)
     management = comfy.model_management
     needed = _ACTIVATIONS * clone.memory_required([rows, *clips.latent_shape])
@@ -228,6 +234,53 @@ def encoders(vae: comfy.sd.VAE, clip: comfy.sd.CLIP) -> Encoders:
 
     # What is longer than a prompt of its usual length is cut, as by the other engine.
     return Encoders(latents, lambda caption: states(caption)[:length])
+
+
+def caption_texts(clip: comfy.sd.CLIP, captions: list[str]) -> Tensor:
+    """Captions as the flow generator reads them, (C, text_dim), of a kind that can learn."""
+    with torch.no_grad():
+        return torch.cat([embed(clip, caption).float().cpu() for caption in captions]).clone()
+
+
+def check_vae(vae: comfy.sd.VAE, clips: PreparedClips) -> None:
+    """Refuse clips of another VAE.
+
+    Raises:
+        TrainingError: their latents have other channels.
+    """
+    if clips.latent_shape[0] != vae.latent_channels:
+        raise TrainingError(
+            f"expected clips with latents of {vae.latent_channels} channels, as the VAE makes "
+            f"them, got {clips.latent_shape[0]}. Prepare the clips with this VAE."
+        )
+
+
+@contextlib.contextmanager
+def making_room(
+    network: FlowGenerator, clips: int, precision: str
+) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """A network on core's device while it learns; other models make room for it.
+
+    Args:
+        network: in float32.
+        clips: that it computes at once.
+        precision: one of PRECISIONS.
+
+    Returns:
+        The device, and the type to compute in.
+    """
+    device = comfy.model_management.get_torch_device()
+    dtype = compute_dtype(device, precision)
+    config = network.config
+    weights = sum(weight.nbytes for weight in network.parameters())
+    places = clips * config.frames * math.prod(config.size) * config.model_channels
+    needed = _COPIES * weights + _PLACE * places * dtype.itemsize // 4
+    comfy.model_management.free_memory(needed, device)
+    try:
+        network.to(device)
+        yield device, dtype
+    finally:
+        network.to("cpu")
 
 
 def preview(

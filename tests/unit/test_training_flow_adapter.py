@@ -129,7 +129,9 @@ def uninterrupted(folder: Path, prepared: PreparedClips, /, **values):
 def assert_same(one, other) -> None:
     assert one.losses == pytest.approx(other.losses, rel=1e-6)
     for name, weight in one.averaged_state("adapter").items():
-        assert torch.allclose(weight, other.averaged_state("adapter")[name], rtol=1e-5, atol=1e-7), name
+        assert torch.allclose(
+            weight, other.averaged_state("adapter")[name], rtol=1e-5, atol=1e-7
+        ), name
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def preset():
     """The preset `generator`."""
     config = tiny_config()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(presets, "GENERATOR", config, raising=False)
+        patch.setitem(presets.FLOW_GENERATORS, "generator", config.flow_generator)
         yield config
 
 
@@ -97,7 +97,7 @@ def test_what_depends_on_the_data_is_measured_on_it(task):
 def test_a_run_keeps_its_scale_when_clips_are_added(tmp_path, stage2_file, preset, monkeypatch):
     train_stage1(_config(tmp_path, stage2_file, steps=1))
     before = read_config(tmp_path / "export.safetensors")
-    monkeypatch.setattr(stage1, "_scales", lambda _: (9.0, 9.0))
+    monkeypatch.setattr(stage1, "measure", lambda _: (9.0, 9.0))
     train_stage1(_config(tmp_path, stage2_file, steps=2))
     after = read_config(tmp_path / "export.safetensors")
     assert after.flow_generator == before.flow_generator
@@ -153,7 +153,7 @@ def test_a_clip_comes_with_its_caption_as_the_text_encoder_reads_it(task, stage2
     with torch.no_grad():
         expected = embed_prompts(encoder, tokenizer, captions)
     assert (expected[1:] - expected[:-1]).abs().amax(1).min() > 0.01
-    references = torch.from_numpy(task.references.astype("float32"))
+    references = task.data.references.float()
     batch = task.batch(step_generator(0, 0), CPU)
     for reference, text in zip(batch["reference"], batch["text"], strict=True):
         (clip,) = (references == reference).flatten(1).all(1).nonzero()
@@ -163,7 +163,7 @@ def test_a_clip_comes_with_its_caption_as_the_text_encoder_reads_it(task, stage2
 def test_the_reference_is_frame_1_as_the_vae_has_it(task, stage2_file):
     checkpoint = load_checkpoint(stage2_file, ["vae"])
     vae = build(checkpoint, "vae").eval()
-    references = torch.from_numpy(task.references.astype("float32"))
+    references = task.data.references.float()
     for number, clip in enumerate(Squares(data_config(), "train")[i] for i in range(6)):
         with torch.no_grad():
             latents = vae.encode(clip.pixels * 2 - 1).latent_dist.mode()
