@@ -106,6 +106,7 @@ def train(
     save_every: int,
     preview_every: int,
     picture: Callable[[Any], torch.Tensor | None],
+    **told: str,
 ) -> None:
     """Run a trainer to its end, with a bar and previews; whatever ends it, its file is written.
 
@@ -114,13 +115,14 @@ def train(
         path: of the file, written every `save_every` steps and at the end.
         save_every, preview_every: in steps.
         picture: what to show above the loss, (3,h,w) in [0,1], or None.
+        told: what `export` is to write beside what the trainer knows.
     """
     steps = trainer.settings.steps
     bar = comfy.utils.ProgressBar(steps)
 
     def on_step(trainer: Any) -> None:
         if trainer.step % save_every == 0 and trainer.step < steps:
-            trainer.export(path)
+            trainer.export(path, **told)
         if preview_every and trainer.step % preview_every == 0:
             bar.update_absolute(trainer.step, steps, _shown(picture(trainer), trainer.losses))
         else:
@@ -130,9 +132,9 @@ def train(
         trainer.run(on_step)
     except comfy.model_management.InterruptProcessingException:
         if trainer.step:
-            trainer.export(path)
+            trainer.export(path, **told)
         raise
-    trainer.export(path)
+    trainer.export(path, **told)
 
 
 def loss_curve(trainer: Any) -> torch.Tensor:

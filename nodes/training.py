@@ -29,6 +29,7 @@ from .native.training import (
     PRECISIONS,
     encoders,
     frozen,
+    model_name,
     preview,
     trainable_config,
     training_mode,
@@ -369,7 +370,7 @@ class TrainFlowAdapter(io.ComfyNode):
                     settings, adapter, denoiser, clips, folder, resume, between=check_interrupt
                 )
                 show = partial(preview, latent_format=latent_format)
-                train(trainer, path, save_every, preview_every, show)
+                train(trainer, path, save_every, preview_every, show, base=model_name(model))
             found = load_checkpoint(path, parts=("flow_adapter",))
             patched = apply_adapter(model, *found["flow_adapter"], sampling=found.config.sampling)
             keep_when_saving(patched, found.config.adapter_only())

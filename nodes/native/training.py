@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -21,27 +22,27 @@ import comfy.sd
 import torch
 import torch.utils.checkpoint
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepBlock
-from comfy.model_base import ModelType
 from torch import Tensor, nn
 
 from ...s2dm.data.prepared import Encoders, PreparedClips
 from ...s2dm.models import FlowAdapter, FlowAdapterConfig, FlowGenerator
+from ...s2dm.sector.diffusion import PREDICTION_TYPES
 from ...s2dm.training.flow_adapter import AdapterTrainer, Denoiser
 from ...s2dm.training.trainer import TrainingError
-from .adapter import AdapterError, adapter_config_for
+from .adapter import AdapterError, adapter_config_for, prediction_of
 from .attention import with_flow
 from .compat import is_dynamic
 from .stage1 import embed
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
-_PREDICTIONS = {ModelType.EPS: "epsilon", ModelType.V_PREDICTION: "v_prediction"}
 _ACTIVATIONS = 3
 """How much more memory than sampling a training step takes, by core's estimate of sampling."""
 _COPIES = 5
 """Of a network's weights that learns: itself, gradient, two moments, average."""
-_PLACE = 600
-"""Bytes of a flow generator's step a clip, frame, cell and channel of its finest level."""
+_PLACE = 1100
+"""Bytes of a flow generator's step a clip, frame, cell and channel of its finest level, in fp32
+and by measurement (`docs/train_your_own.md`)."""
 
 
 def trainable_config(
@@ -77,15 +78,28 @@ def schedule_of(model: comfy.model_patcher.ModelPatcher) -> tuple[Tensor, str]:
     Raises:
         AdapterError: the model is not one of diffusion in steps.
     """
-    kind = _PREDICTIONS.get(model.model.model_type)
+    kind = prediction_of(model)
     sampling = model.get_model_object("model_sampling")
     if kind is None or not hasattr(sampling, "sigmas"):
+        found = ", ".join(base.__name__ for base in type(sampling).__bases__)
         raise AdapterError(
-            f"expected a MODEL that predicts {' or '.join(_PREDICTIONS.values())}, got one of the "
-            f"kind {model.model.model_type.name}. Load a Stable Diffusion 1.5 checkpoint."
+            f"expected a MODEL that predicts {' or '.join(PREDICTION_TYPES)}, got one that is "
+            f"sampled as {found}, such as one of flow matching. Load a Stable Diffusion 1.5 "
+            "checkpoint, or take away what changes its sampling."
         )
     sigmas = sampling.sigmas.detach().float().cpu().clone()
     return 1 / (1 + sigmas.square()), kind
+
+
+def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
+    """Name of the file that a MODEL comes from, without its ending.
+
+    Newer versions of core keep how a MODEL is loaded again, with the path in front; where there is
+    none the name is empty.
+    """
+    made = getattr(model, "cached_patcher_init", None)
+    path = made[1][0] if made is not None else None
+    return Path(path).stem if isinstance(path, str) else ""
 
 
 def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
@@ -273,7 +287,8 @@ def making_room(
     dtype = compute_dtype(device, precision)
     config = network.config
     weights = sum(weight.nbytes for weight in network.parameters())
-    places = clips * config.frames * math.prod(config.size) * config.model_channels
+    cells = math.prod(config.size) // config.patch**2
+    places = clips * config.frames * cells * config.model_channels
     needed = _COPIES * weights + _PLACE * places * dtype.itemsize // 4
     comfy.model_management.free_memory(needed, device)
     try:

@@ -1,10 +1,12 @@
 """Training an adapter alone: exact chunks, what decides a batch, and going on after any stop."""
 
+import dataclasses
 import errno
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from prepared_clips import write_clips
 from tiny_denoiser import CONFIG, trainer
 
 from s2dm.data.prepared import PreparedClips
+from s2dm.sector import implied_prediction
 from s2dm.settings import SettingsError
 from s2dm.training.flow_adapter import AdapterSettings, new_adapter
 from s2dm.training.trainer import TrainingError
@@ -116,6 +119,28 @@ def test_a_kind_of_prediction_that_is_not_known_is_refused(
         trainer(tmp_path / "a", clips, kind="flow_matching")
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_who_knows_the_clip_has_no_loss_and_samples_it(
+    tmp_path: Path, clips: PreparedClips, kind: str
+) -> None:
+    run = trainer(tmp_path / "a", clips, kind=kind)
+    batch = run.batch(0)
+
+    def knowing(latents: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def predict(x_t: torch.Tensor, t: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
+            alpha_bar = run.denoiser.alpha_bars[t]
+            return implied_prediction(latents[: len(x_t)], x_t, alpha_bar, kind)
+
+        return predict
+
+    run.denoiser = dataclasses.replace(run.denoiser, predict=knowing(batch.latents))
+    assert float(run._loss(batch, slice(0, len(batch.latents)))) < 1e-5
+    latents = batch.latents[:1].expand(2, -1, -1, -1)
+    run.denoiser = dataclasses.replace(run.denoiser, predict=knowing(latents))
+    made = run.sample(frames=2, steps=3)
+    torch.testing.assert_close(made, latents, rtol=1e-3, atol=1e-3)
+
+
 class StopError(Exception):
     pass
 
@@ -163,6 +188,7 @@ def test_killed_it_goes_on_from_what_was_saved(tmp_path: Path, clips: PreparedCl
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
 from s2dm.data.prepared import PreparedClips
+from s2dm.sector import implied_prediction
 from tiny_denoiser import trainer
 from pathlib import Path
 def kill(run):

@@ -262,13 +262,67 @@ def test_models_that_no_adapter_can_be_trained_for_are_refused_by_name(
         unet.in_channels = 9
         expected = "inpainting"
     elif change == "flow matching":
-        model.model.model_type = ModelType.FLOW
-        expected = "FLOW"
+        model.model.model_sampling = comfy.model_base.model_sampling(
+            model.model.model_config, ModelType.FLOW
+        )
+        expected = "flow matching"
     else:
         model.model.diffusion_model = torch.nn.Identity()
         expected = "Stable Diffusion"
     with pytest.raises(ValueError, match=rf"Train Flow Adapter \(S2DM\): .*{expected}"):
         train(rig, model, prepared, "refused")
+
+
+def test_v_prediction_is_known_by_how_a_model_is_sampled(
+    rig: Any, prepared: Any, tmp_path: Path
+) -> None:
+    """By a checkpoint of this kind, and by core's node that makes a MODEL one."""
+    import comfy.model_base
+    from comfy.model_base import ModelType
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    def kind(model: Any) -> str:
+        return rig.module("nodes.native.training").schedule_of(model)[1]
+
+    plain = rig.plain_model()
+    node = ModelSamplingDiscrete()
+    made = getattr(node, "patch", None) or node.execute
+    (patched,) = made(plain, "v_prediction", False)
+    (lcm,) = made(plain, "lcm", False)
+    assert (kind(plain), kind(patched)) == ("epsilon", "v_prediction")
+    with pytest.raises(ValueError, match=r"sampled as .*LCM"):
+        kind(lcm)
+    loaded = rig.plain_model()
+    loaded.model.model_type = ModelType.V_PREDICTION
+    loaded.model.model_sampling = comfy.model_base.model_sampling(
+        loaded.model.model_config, ModelType.V_PREDICTION
+    )
+    runs = [
+        Run(rig, model, prepared, tmp_path / str(number), steps=1)
+        for number, model in enumerate((loaded, patched, plain))
+    ]
+    by_file, by_node, epsilon = (run.trainer.losses[0] for run in runs)
+    assert by_file == pytest.approx(by_node, rel=1e-5)
+    assert by_file != pytest.approx(epsilon, rel=1e-2)
+    assert runs[0].picture.isfinite().all()
+
+
+def test_a_file_says_which_model_it_was_trained_for(
+    rig: Any, inference_model: Any, prepared: Any
+) -> None:
+    def base(name: str) -> str:
+        file = train(rig, inference_model, prepared, name, steps=1, preview_every=0)[1]
+        path = rig.module("nodes.native.files").find_file(file)
+        return rig.module("s2dm.models").read_config(path).adapter_training.base
+
+    before = getattr(inference_model, "cached_patcher_init", None)
+    try:
+        inference_model.cached_patcher_init = (None, ("/models/checkpoints/dream 1.safetensors",))
+        assert base("known") == "dream 1"
+        inference_model.cached_patcher_init = None
+        assert base("unknown") == ""
+    finally:
+        inference_model.cached_patcher_init = before
 
 
 class Video:
