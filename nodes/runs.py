@@ -106,7 +106,7 @@ def train(
     save_every: int,
     preview_every: int,
     picture: Callable[[Any], torch.Tensor | None],
-    **told: str,
+    **told: Any,
 ) -> None:
     """Run a trainer to its end, with a bar and previews; whatever ends it, its file is written.
 

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import comfy.sd
+import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
@@ -23,13 +25,14 @@ from ..s2dm.models import FUSIONS, LATENT_CELL, load_checkpoint
 from ..s2dm.training.flow_adapter import AdapterSettings, AdapterTrainer, new_adapter
 from .flow import flow_model, library_frames, progress_bar
 from .native.adapter import apply_adapter
-from .native.files import trained_path
+from .native.files import lora_path, trained_path
 from .native.saving import keep_when_saving
 from .native.training import (
     PRECISIONS,
     encoders,
     frozen,
     model_name,
+    new_lora,
     preview,
     trainable_config,
     training_mode,
@@ -304,6 +307,17 @@ class TrainFlowAdapter(io.ComfyNode):
                     tooltip="Less memory, for more time: the insides of blocks are computed twice.",
                 ),
                 *keeping_inputs(),
+                advanced(
+                    io.Int.Input,
+                    "lora_rank",
+                    default=0,
+                    min=0,
+                    max=256,
+                    tooltip=(
+                        "Above 0 a LoRA of this rank learns too, on the attention of the U-Net, "
+                        "and is kept in models/loras/s2dm. 0: the adapter alone."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -338,10 +352,14 @@ class TrainFlowAdapter(io.ComfyNode):
         save_every: int = 100,
         preview_every: int = 100,
         resume: bool = True,
+        lora_rank: int = 0,
     ) -> io.NodeOutput:
         with named_errors(cls), training_mode():
             folder = named_folder("s2dm_training", name)
             path = trained_path(folder.name, ours=folder.is_dir())
+            told: dict[str, Any] = {"base": model_name(model)}
+            if lora_rank:
+                told["lora"] = lora_path(folder.name)
             config = trainable_config(model, joining)
             settings = AdapterSettings(
                 steps=steps,
@@ -351,9 +369,10 @@ class TrainFlowAdapter(io.ComfyNode):
                 chunk=frames_at_once,
                 seed=seed,
                 save_every=save_every,
+                lora_rank=lora_rank,
             )
             clips = PreparedClips(clips.folder)
-            adapter = new_adapter(config, seed)
+            adapter, lora = new_adapter(config, seed), new_lora(model, lora_rank, seed)
             latent_format = model.get_model_object("latent_format")
             remedy = (
                 f"Lower frames_at_once (it is {frames_at_once})"
@@ -363,15 +382,18 @@ class TrainFlowAdapter(io.ComfyNode):
             with (
                 memory(f"{remedy}, or turn gradient_checkpointing on"),
                 frozen(
-                    model, adapter, clips, frames_at_once, precision, gradient_checkpointing
+                    model, adapter, clips, frames_at_once, precision, gradient_checkpointing, lora
                 ) as denoiser,
             ):
                 trainer = AdapterTrainer(
                     settings, adapter, denoiser, clips, folder, resume, between=check_interrupt
                 )
                 show = partial(preview, latent_format=latent_format)
-                train(trainer, path, save_every, preview_every, show, base=model_name(model))
+                train(trainer, path, save_every, preview_every, show, **told)
             found = load_checkpoint(path, parts=("flow_adapter",))
+            if lora_rank:
+                state = comfy.utils.load_torch_file(str(told["lora"]), safe_load=True)
+                model, _ = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0.0)
             patched = apply_adapter(model, *found["flow_adapter"], sampling=found.config.sampling)
             keep_when_saving(patched, found.config.adapter_only())
             curve = loss_curve(trainer)

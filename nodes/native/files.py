@@ -68,6 +68,11 @@ def find_file(name: str) -> str:
     return found
 
 
+def lora_path(name: str) -> Path:
+    """Where a trained LoRA is kept, `models/loras/s2dm/NAME.safetensors`."""
+    return Path(folder_paths.get_folder_paths("loras")[0]) / FOLDER / f"{name}.safetensors"
+
+
 def trained_path(name: str, ours: bool) -> Path:
     """Where what was trained is kept, `models/s2dm/NAME.safetensors`.
 

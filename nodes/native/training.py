@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,6 +29,7 @@ from ...s2dm.data.prepared import Encoders, PreparedClips
 from ...s2dm.models import FlowAdapter, FlowAdapterConfig, FlowGenerator
 from ...s2dm.sector.diffusion import PREDICTION_TYPES
 from ...s2dm.training.flow_adapter import AdapterTrainer, Denoiser
+from ...s2dm.training.lora import LoRA, is_attention
 from ...s2dm.training.trainer import TrainingError
 from .adapter import AdapterError, adapter_config_for, prediction_of
 from .attention import with_flow
@@ -38,6 +40,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 _ACTIVATIONS = 3
 """How much more memory than sampling a training step takes, by core's estimate of sampling."""
+_UNET = "diffusion_model."
 _COPIES = 5
 """Of a network's weights that learns: itself, gradient, two moments, average."""
 _PLACE = 1100
@@ -128,6 +131,7 @@ def frozen(
     rows: int,
     precision: str = "auto",
     checkpointing: bool = True,
+    lora: LoRA | None = None,
 ) -> Iterator[Denoiser]:
     """A MODEL as a denoiser that tells the adapter's gradient and has none itself.
 
@@ -142,6 +146,7 @@ def frozen(
         precision: one of PRECISIONS.
         checkpointing: keep only the blocks' inputs, and compute their insides again on the way
             back: less memory, more time.
+        lora: from `new_lora`, to learn beside the adapter; moved to the model's device.
 
     Raises:
         AdapterError: the clips were prepared with another VAE or text encoder.
@@ -149,12 +154,14 @@ def frozen(
     _check_clips(model, clips)
     alpha_bars, kind = schedule_of(model)
     dtype = compute_dtype(model.load_device, precision)
-    clone = _training_clone(model, checkpointing)
+    clone = _training_clone(model, checkpointing, lora)
     management = comfy.model_management
     needed = _ACTIVATIONS * clone.memory_required([rows, *clips.latent_shape])
     management.load_models_gpu([clone], memory_required=needed)
     device = clone.load_device
     adapter.to(device)
+    if lora is not None:
+        lora.to(device)
     unet = clone.model.diffusion_model
     size = (clips.latent_shape[1], clips.latent_shape[2])
 
@@ -167,20 +174,32 @@ def frozen(
 
     latent_format = clone.get_model_object("latent_format")
     try:
-        yield Denoiser(predict, alpha_bars, kind, device, latent_format.process_in)
+        yield Denoiser(predict, alpha_bars, kind, device, latent_format.process_in, lora)
     finally:
         clone.detach()  # whoever uses the model next loads it without our functions
 
 
+def new_lora(model: comfy.model_patcher.ModelPatcher, rank: int, seed: int) -> LoRA | None:
+    """A LoRA for the attention of a MODEL; None for a rank of 0."""
+    if not rank:
+        return None
+    unet = model.get_model_object("diffusion_model")
+    layers = {name: layer for name, layer in unet.named_modules() if is_attention(name)}
+    return LoRA({name: layer.weight.shape for name, layer in layers.items()}, rank, seed)
+
+
 def _training_clone(
-    model: comfy.model_patcher.ModelPatcher, checkpointing: bool
+    model: comfy.model_patcher.ModelPatcher, checkpointing: bool, lora: LoRA | None
 ) -> comfy.model_patcher.ModelPatcher:
     # What a dynamic one lends for a call may be another weight when the gradient comes back.
     clone = model.clone(disable_dynamic=True) if is_dynamic(model) else model.clone()
     for name, module in clone.model.named_modules():
         for part in ("weight", "bias"):
             if getattr(module, part, None) is not None and hasattr(module, f"{part}_function"):
-                clone.add_weight_wrapper(f"{name}.{part}", _constant)
+                layer = name.removeprefix(_UNET)
+                learns = lora is not None and part == "weight" and layer in lora.names
+                function = partial(lora.changed, layer) if learns else _constant
+                clone.add_weight_wrapper(f"{name}.{part}", function)
     if checkpointing:
         for name, module in clone.model.named_modules():
             if _is_block(module):

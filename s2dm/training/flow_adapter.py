@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.prepared import PreparedClips
 from ..models import (
@@ -30,6 +30,7 @@ from ..sector import NoiseSharing, add_noise, predicted_x0, training_target
 from ..sector.diffusion import PREDICTION_TYPES
 from ..settings import SettingsError
 from .loop import step_generator
+from .lora import LoRA, save_lora
 from .trainer import Trainer, TrainerSettings, TrainingError
 
 
@@ -40,7 +41,8 @@ class AdapterSettings(TrainerSettings):
     A step takes `clips` clips, and `frames` frames of each (0: all of them); the U-Net sees
     `chunk` of these at a time. Labels are replaced by null labels with fixed probabilities, from
     which guidance starts: `label_dropout` for text and flow together, `text_dropout` and
-    `flow_dropout` for one of them.
+    `flow_dropout` for one of them. With a `lora_rank` above 0 a LoRA of that rank on the U-Net's
+    attention learns beside the adapter.
     """
 
     frames: int = 4
@@ -49,11 +51,14 @@ class AdapterSettings(TrainerSettings):
     flow_dropout: float = 0.05
     noise_sharing: str = "shared"
     noise_share: float = 0.5
+    lora_rank: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.frames < 0:
             raise SettingsError(f"frames must be 0 (all) or more, got {self.frames}.")
+        if self.lora_rank < 0:
+            raise SettingsError(f"lora_rank must be 0 (none) or more, got {self.lora_rank}.")
         try:
             self.sharing  # noqa: B018 (it checks mode and share)
         except ValueError as error:
@@ -75,6 +80,7 @@ class Denoiser:
     prediction_type: see `training_target`.
     device: of all that goes in.
     scale: latents of the VAE → latents as the network sees them.
+    lora: on the network, to learn beside the adapter; in float32 and on `device`.
     """
 
     predict: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -82,6 +88,7 @@ class Denoiser:
     prediction_type: str
     device: torch.device
     scale: Callable[[Tensor], Tensor] = lambda latents: latents
+    lora: LoRA | None = None
 
 
 def new_adapter(config: FlowAdapterConfig, seed: int) -> FlowAdapter:
@@ -141,7 +148,9 @@ class AdapterTrainer(Trainer):
         self.settings = settings
         self.adapter = adapter
         self.denoiser = denoiser
-        networks = {"adapter": adapter}
+        networks: dict[str, nn.Module] = {"adapter": adapter}
+        if denoiser.lora is not None:
+            networks["lora"] = denoiser.lora
         super().__init__(settings, networks, clips, denoiser.device, folder, resume, **shared)
 
     def identity(self) -> dict[str, Any]:
@@ -227,10 +236,13 @@ class AdapterTrainer(Trainer):
         nothing = self.adapter.null_tokens(len(tokens), size).to(tokens)
         return torch.where(null[:, None, None], nothing, tokens)
 
-    def export(self, path: Path, base: str = "") -> None:
+    def export(self, path: Path, base: str = "", lora: Path | None = None) -> None:
         """Write the averaged adapter alone, in half precision, with what it was trained on.
 
-        base: name of the model that it was trained for.
+        Args:
+            path: of the file.
+            base: name of the model that it was trained for.
+            lora: of the LoRA's file, where one learned too.
 
         Raises:
             TrainingError: the disk is full, or the file can't be written.
@@ -239,6 +251,11 @@ class AdapterTrainer(Trainer):
             return
         clips, (height, width) = self.clips, self.clips.flow_size
         kind = self.denoiser.prediction_type
+        data = f"{clips.folder.name} ({clips.key})"
+        if self.denoiser.lora is not None and lora is not None:
+            told = f"{data}: {len(clips)} clips, {self.step} steps, for {base or 'a model'}"
+            save_lora(lora, self.denoiser.lora, self.averaged_state("lora"), told)
+            data += f", with the LoRA {lora.name}"
         with self.writing(path):
             save_adapter(
                 path,
@@ -248,7 +265,7 @@ class AdapterTrainer(Trainer):
                 schedule=ScheduleConfig(steps=len(self.denoiser.alpha_bars), prediction_type=kind),
                 resolution=(height, width),
                 frames=clips.num_frames,
-                data=f"{clips.folder.name} ({clips.key})",
+                data=data,
                 dtype=torch.float16,
             )
 
