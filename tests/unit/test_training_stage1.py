@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 
+from prepared_clips import write_clips
 from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import DATA, FRAMES, Squares, data_config
 from torch import nn
@@ -26,6 +27,7 @@ from s2dm.training.stage1 import (
     Stage1Model,
     Stage1TrainingConfig,
     build_stage1_task,
+    new_size,
     train_stage1,
 )
 
@@ -246,6 +248,29 @@ def test_a_checkpoint_with_stage_1_is_gone_on_from(tmp_path, stage2_file, preset
     network = going_on.model.flow_generator.state_dict()
     assert network.keys() == state.keys()
     assert all(torch.equal(value.float(), network[key]) for key, value in state.items())
+
+
+def test_beside_stable_diffusion_a_new_network_has_lfdms_size():
+    """The puppets' would be taken in silence, and is far too small."""
+    assert new_size("", presets.SD15) == presets.LFDM.flow_generator
+    assert new_size("", tiny_config()) == presets.PUPPETS.flow_generator
+    assert new_size("puppets", presets.SD15) == presets.PUPPETS.flow_generator
+    with pytest.raises(SettingsError, match=r"got 'sd15'.*lfdm is the size"):
+        new_size("sd15", presets.SD15)
+
+
+def test_it_learns_from_prepared_clips_too(tmp_path, stage2_file, preset):
+    clips = write_clips(tmp_path / "clips")
+    settings = {"clips_folder": str(clips.folder), "preset": "generator", "steps": 1}
+    train_stage1(_config(tmp_path / "run", stage2_file, **settings))
+    config = read_config(tmp_path / "run" / "export.safetensors").flow_generator
+    assert (config.frames, config.text_dim) == (clips.num_frames, 64)
+    assert any((tmp_path / "run" / "samples").glob("step_*.png"))
+    other = write_clips(tmp_path / "other", channels=16)
+    with pytest.raises(SettingsError, match=r"clips_folder: expected latents of 4.*got 16"):
+        train_stage1(
+            _config(tmp_path / "no", stage2_file, **{**settings, "clips_folder": str(other.folder)})
+        )
 
 
 def test_bad_settings_are_refused(tmp_path):

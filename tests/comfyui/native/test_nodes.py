@@ -61,7 +61,7 @@ SOCKETS = {
     ),
     "S2DMTrainFlowAdapter": (
         "model clips name steps learning_rate joining seed clips_per_step frames_per_clip "
-        "frames_at_once precision gradient_checkpointing save_every preview_every resume",
+        "frames_at_once precision gradient_checkpointing save_every preview_every resume lora_rank",
         "MODEL STRING IMAGE",
     ),
     "S2DMTrainFlowGenerator": (

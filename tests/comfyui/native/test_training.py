@@ -54,8 +54,9 @@ class Run:
                 with torch.no_grad():
                     for weight in adapter.parameters():
                         weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+            lora = training.new_lora(model, chosen.lora_rank, chosen.seed)
             with training.frozen(
-                model, adapter, prepared, chosen.chunk, checkpointing=checkpointing
+                model, adapter, prepared, chosen.chunk, checkpointing=checkpointing, lora=lora
             ) as denoiser:
                 self.trainer = library.AdapterTrainer(chosen, adapter, denoiser, prepared, folder)
                 self.loss = self.trainer.accumulate(self.trainer.batch(0))
@@ -107,6 +108,41 @@ def test_it_trains_what_was_loaded_in_inference_mode_and_leaves_it_alone(
         m for m in unet.modules() if type(vars(m).get("forward")).__name__ == "_Checkpointed"
     ]
     assert not forwards
+
+
+def test_a_lora_learns_beside_the_adapter_and_core_loads_it(
+    rig: Any, inference_model: Any, prepared: Any
+) -> None:
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+
+    from nodes import LoraLoaderModelOnly
+
+    unet = inference_model.model.diffusion_model
+    before = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    patched, listed, _ = train(
+        rig, inference_model, prepared, "both", lora_rank=2, learning_rate=1e-2
+    )
+    after = unet.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(weight.grad is None for weight in unet.parameters())
+    name = "s2dm/both.safetensors"
+    assert name in [file.replace("\\", "/") for file in folder_paths.get_filename_list("loras")]
+    state = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", name))
+    # to_q, to_k, to_v and to_out of two attentions in each of the five transformers
+    layers = len(rig.module("nodes.native.training").new_lora(inference_model, 2, 0).names)
+    assert layers % 8 == 0 and len(state) == 3 * layers
+    assert all(weight.abs().max() > 0 for key, weight in state.items() if "lora_up" in key)
+
+    encoded = rig.encode(rig.flow(2))
+    with torch.inference_mode():
+        (alone,) = LoraLoaderModelOnly().load_lora_model_only(inference_model, name, 1.0)
+    (applied,) = rig.run("S2DMApplyFlowAdapter", model=alone, adapter=listed)
+    (without,) = rig.run("S2DMApplyFlowAdapter", model=inference_model, adapter=listed)
+    followed = rig.sample(encoded, patched)
+    assert torch.allclose(followed, rig.sample(encoded, applied), atol=1e-5)
+    assert (followed - rig.sample(encoded, without)).abs().max() > 1e-3
 
 
 def test_chunks_and_checkpointing_change_no_gradient(
@@ -374,13 +410,14 @@ def test_what_is_missing_is_asked_for(rig: Any, tmp_path: Path) -> None:
         prepare(rig, folder=str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("fusion", ["channel", "spatial"])
+@pytest.mark.parametrize(("fusion", "rank"), [("channel", 0), ("spatial", 0), ("channel", 2)])
 def test_the_command_line_trains_the_same_weights_from_the_same_seed(
-    rig: Any, inference_model: Any, prepared: Any, tmp_path: Path, fusion: str
+    rig: Any, inference_model: Any, prepared: Any, tmp_path: Path, fusion: str, rank: int
 ) -> None:
     from s2dm.training.adapter_run import AdapterRunConfig, train_adapter
 
     settings = {"steps": 5, "clips": 2, "frames": 3, "chunk": 2, "seed": 3, "warmup_steps": 5}
+    settings["lora_rank"] = rank
     here = Run(rig, inference_model, prepared, tmp_path / "node", fusion, **settings).trainer
     config = AdapterRunConfig(
         checkpoint=str(rig.checkpoint),
@@ -395,3 +432,13 @@ def test_the_command_line_trains_the_same_weights_from_the_same_seed(
     assert there.losses == pytest.approx(here.losses, rel=1e-4)
     for name, weight in there.averaged_state("adapter").items():
         assert (weight - here.averaged_state("adapter")[name]).abs().max() <= 1e-4, name
+    if rank:
+        # Not each weight: where a gradient is nearly nothing, Adam makes whole steps of rounding.
+        one, other = changes(there), changes(here)
+        assert one.norm() > 0 and (one - other).norm() <= 0.1 * one.norm()
+
+
+def changes(run: Any) -> torch.Tensor:
+    """What a LoRA adds to all of its weights."""
+    state, count = run.averaged_state("lora"), len(run.denoiser.lora.names)
+    return torch.cat([(state[f"up.{n}"] @ state[f"down.{n}"]).flatten() for n in range(count)])

@@ -99,6 +99,7 @@ def test_what_a_template_explains_is_not_folded_away(node_classes):
                 "save_every",
                 "preview_every",
                 "resume",
+                "lora_rank",
             )
         ),
         *(
