@@ -95,7 +95,7 @@ def main() -> None:
         run.run(on_step)
     except _TimeIsUp:
         print(f"{run.step} steps", flush=True)
-    after = measure(folder, adapter.config, run.averaged_state(), options)
+    after = measure(folder, adapter.config, run.averaged_state("adapter"), options)
     figures = {"steps": run.step, "untrained": before, "trained": after, "share": after / before}
     print(f"trained: flow error {after:.3f}, {after / before:.2f} of the untrained")
     print(f"target: at most {TARGET:.2f}: {'met' if after <= TARGET * before else 'MISSED'}")

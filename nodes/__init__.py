@@ -9,17 +9,24 @@ from .example import place_examples
 from .flow import EstimateFlow, GenerateFlow, VisualizeFlow
 from .flow_files import LoadFlow, SaveFlow
 from .flow_tools import CombineFlow, EditFlow, PickFlow, WarpImage
-from .loaders import ApplyFlowAdapter, CheckpointLoader, RegionMotionLoader
+from .loaders import (
+    ApplyFlowAdapter,
+    CheckpointLoader,
+    FlowGeneratorLoader,
+    RegionMotionLoader,
+)
 from .motion import CameraFlow, DrawFlow, FlowToTracks, TracksToFlow
 from .native.files import register_folder
 from .pose import PoseToFlow
 from .sampling import SharedNoise, SharedNoiseKSampler, SharedNoiseSampler
 from .training import PrepareClips, TrainFlowAdapter
+from .training_flow import TrainFlowGenerator
 
 NODES: list[type[io.ComfyNode]] = [
     CheckpointLoader,
     ApplyFlowAdapter,
     RegionMotionLoader,
+    FlowGeneratorLoader,
     FitClip,
     EstimateFlow,
     GenerateFlow,
@@ -42,6 +49,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadFlow,
     PrepareClips,
     TrainFlowAdapter,
+    TrainFlowGenerator,
 ]
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..s2dm.models import load_checkpoint
 from .native.adapter import apply_adapter, tell_other_prediction
 from .native.files import find_file, list_files
-from .native.loading import load_all, load_flow_models
+from .native.loading import load_all, load_flow_generator, load_flow_models
 from .native.saving import keep_when_saving
 from .schema import advanced, flow_strength, named_errors, schema
 from .types import FlowGenerator, OpticalFlowModel
@@ -194,3 +194,41 @@ class RegionMotionLoader(io.ComfyNode):
         with named_errors(cls):
             regions, stage1 = load_flow_models(find_file(file))
             return io.NodeOutput(regions, stage1 or NoFlowGenerator(file, "a region-motion model"))
+
+
+class FlowGeneratorLoader(io.ComfyNode):
+    """Stage 1 that was trained alone."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="S2DMFlowGeneratorLoader",
+            display_name="Load Flow Generator (S2DM)",
+            category="s2dm/loaders",
+            description=(
+                "Loads a flow generator that Train Flow Generator has made, with the CLIP and VAE "
+                "that it was trained on."
+            ),
+            search_aliases=["s2dm", "stage 1", "text to motion", "load model"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=list_files(),
+                    tooltip=f"A file with a flow generator, {_FILES}.",
+                ),
+                io.Clip.Input("clip", tooltip="That it was trained with."),
+                io.Vae.Input("vae", tooltip="That it was trained with."),
+            ],
+            outputs=[
+                FlowGenerator.Output(
+                    "flow_generator",
+                    display_name="flow_generator",
+                    tooltip="Stage 1, for Generate Flow.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, file: str, clip: Any, vae: Any) -> io.NodeOutput:
+        with named_errors(cls):
+            return io.NodeOutput(load_flow_generator(find_file(file), clip, vae))

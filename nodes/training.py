@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
+import comfy.sd
 import comfy.utils
 import folder_paths
-import torch
 from comfy_api.latest import io, ui
-from PIL import Image
 
 from ..s2dm.data.prepared import (
     ClipsError,
@@ -25,41 +22,36 @@ from ..s2dm.data.prepared import (
 )
 from ..s2dm.flow.estimate import METHODS
 from ..s2dm.models import FUSIONS, LATENT_CELL, load_checkpoint
-from ..s2dm.training.curves import loss_picture
 from ..s2dm.training.flow_adapter import AdapterSettings, AdapterTrainer, new_adapter
-from ..s2dm.video import to_uint8
 from .flow import flow_model, library_frames, progress_bar
 from .native.adapter import apply_adapter
-from .native.chunks import is_out_of_memory
-from .native.files import adapter_path
+from .native.files import lora_path, trained_path
 from .native.saving import keep_when_saving
 from .native.training import (
     PRECISIONS,
     encoders,
     frozen,
+    model_name,
+    new_lora,
     preview,
     trainable_config,
     training_mode,
+)
+from .runs import (
+    check_interrupt,
+    keeping_inputs,
+    learning_rate_input,
+    loss_curve,
+    loss_output,
+    memory,
+    named_folder,
+    steps_input,
+    train,
 )
 from .schema import advanced, named_errors, schema, seed_input
 from .types import Clips, OpticalFlowModel
 
 _MODEL = "model"
-_NAME = re.compile(r"[\w][\w .-]*")
-
-
-def _folder(kind: str, name: str) -> Path:
-    """Where a node keeps the files of a name, in the output folder.
-
-    Raises:
-        ValueError: a name that is none of a file.
-    """
-    if not _NAME.fullmatch(name.strip()):
-        raise ValueError(
-            f"expected a name of letters, digits, spaces, dots and dashes, got {name!r}: it "
-            "becomes the name of a file."
-        )
-    return Path(folder_paths.get_output_directory()) / kind / name.strip()
 
 
 def _side(name: str) -> io.Input:
@@ -171,7 +163,7 @@ class PrepareClips(io.ComfyNode):
         optical_flow: list[Any] | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
-            target = _folder("s2dm_clips", name[0])
+            target = named_folder("s2dm_clips", name[0])
             estimator = method[0]
             if estimator == _MODEL:
                 estimator = flow_model((optical_flow or [None])[0])
@@ -257,21 +249,8 @@ class TrainFlowAdapter(io.ComfyNode):
                     default="my_adapter",
                     tooltip="Of the adapter's file in models/s2dm.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=2000,
-                    min=1,
-                    max=1_000_000,
-                    tooltip="Steps in all. A run that has made them can go on with more.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=3e-4,
-                    min=1e-7,
-                    max=1.0,
-                    step=1e-7,
-                    tooltip="How far a step goes. Lower it if the loss grows or is no number.",
-                ),
+                steps_input(2000),
+                learning_rate_input(3e-4),
                 io.Combo.Input(
                     "joining",
                     options=list(FUSIONS),
@@ -327,27 +306,17 @@ class TrainFlowAdapter(io.ComfyNode):
                     default=True,
                     tooltip="Less memory, for more time: the insides of blocks are computed twice.",
                 ),
+                *keeping_inputs(),
                 advanced(
                     io.Int.Input,
-                    "save_every",
-                    default=100,
-                    min=1,
-                    max=100_000,
-                    tooltip="Steps between two states on disk, for a power cut or a crash.",
-                ),
-                advanced(
-                    io.Int.Input,
-                    "preview_every",
-                    default=100,
+                    "lora_rank",
+                    default=0,
                     min=0,
-                    max=100_000,
-                    tooltip="Steps between two sampled clips in the node. 0: the loss alone.",
-                ),
-                advanced(
-                    io.Boolean.Input,
-                    "resume",
-                    default=True,
-                    tooltip="Go on with the run of this name, if there is one. Off: start anew.",
+                    max=256,
+                    tooltip=(
+                        "Above 0 a LoRA of this rank learns too, on the attention of the U-Net, "
+                        "and is kept in models/loras/s2dm. 0: the adapter alone."
+                    ),
                 ),
             ],
             outputs=[
@@ -361,9 +330,7 @@ class TrainFlowAdapter(io.ComfyNode):
                     display_name="adapter",
                     tooltip="Name of the adapter's file, as Apply Flow Adapter lists it.",
                 ),
-                io.Image.Output(
-                    "loss", display_name="loss", tooltip="The loss of each step, as a picture."
-                ),
+                loss_output(),
             ],
         )
 
@@ -385,10 +352,14 @@ class TrainFlowAdapter(io.ComfyNode):
         save_every: int = 100,
         preview_every: int = 100,
         resume: bool = True,
+        lora_rank: int = 0,
     ) -> io.NodeOutput:
         with named_errors(cls), training_mode():
-            folder = _folder("s2dm_training", name)
-            path = adapter_path(folder.name, ours=folder.is_dir())
+            folder = named_folder("s2dm_training", name)
+            path = trained_path(folder.name, ours=folder.is_dir())
+            told: dict[str, Any] = {"base": model_name(model)}
+            if lora_rank:
+                told["lora"] = lora_path(folder.name)
             config = trainable_config(model, joining)
             settings = AdapterSettings(
                 steps=steps,
@@ -398,76 +369,32 @@ class TrainFlowAdapter(io.ComfyNode):
                 chunk=frames_at_once,
                 seed=seed,
                 save_every=save_every,
+                lora_rank=lora_rank,
             )
             clips = PreparedClips(clips.folder)
-            adapter = new_adapter(config, seed)
+            adapter, lora = new_adapter(config, seed), new_lora(model, lora_rank, seed)
             latent_format = model.get_model_object("latent_format")
-            bar = comfy.utils.ProgressBar(steps)
-            sheet: torch.Tensor | None = None
-
-            def on_step(trainer: AdapterTrainer) -> None:
-                nonlocal sheet
-                if trainer.step % save_every == 0 and trainer.step < steps:
-                    trainer.export(path)
-                if preview_every and trainer.step % preview_every == 0:
-                    sheet = preview(trainer, latent_format)
-                    bar.update_absolute(trainer.step, steps, _shown(sheet, trainer.losses))
-                else:
-                    bar.update_absolute(trainer.step, steps)
-
-            interrupted = comfy.model_management.InterruptProcessingException
+            remedy = (
+                f"Lower frames_at_once (it is {frames_at_once})"
+                if frames_at_once > 1
+                else "Prepare the clips at a smaller width and height, or choose precision bf16"
+            )
             with (
-                _memory(frames_at_once),
+                memory(f"{remedy}, or turn gradient_checkpointing on"),
                 frozen(
-                    model, adapter, clips, frames_at_once, precision, gradient_checkpointing
+                    model, adapter, clips, frames_at_once, precision, gradient_checkpointing, lora
                 ) as denoiser,
             ):
-                check = comfy.model_management.throw_exception_if_processing_interrupted
                 trainer = AdapterTrainer(
-                    settings, adapter, denoiser, clips, folder, resume, between=check
+                    settings, adapter, denoiser, clips, folder, resume, between=check_interrupt
                 )
-                try:
-                    trainer.run(on_step)
-                except interrupted:
-                    if trainer.step:
-                        trainer.export(path)
-                    raise
-                trainer.export(path)
+                show = partial(preview, latent_format=latent_format)
+                train(trainer, path, save_every, preview_every, show, **told)
             found = load_checkpoint(path, parts=("flow_adapter",))
+            if lora_rank:
+                state = comfy.utils.load_torch_file(str(told["lora"]), safe_load=True)
+                model, _ = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0.0)
             patched = apply_adapter(model, *found["flow_adapter"], sampling=found.config.sampling)
             keep_when_saving(patched, found.config.adapter_only())
-            curve = loss_picture(trainer.losses).movedim(0, -1)[None].contiguous()
+            curve = loss_curve(trainer)
             return io.NodeOutput(patched, path.name, curve, ui=ui.PreviewImage(curve))
-
-
-@contextmanager
-def _memory(frames_at_once: int) -> Iterator[None]:
-    """Say what to change when memory runs out. What was learned is on disk by then."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        remedy = (
-            f"Lower frames_at_once (it is {frames_at_once})"
-            if frames_at_once > 1
-            else "Prepare the clips at a smaller width and height, or choose precision bf16"
-        )
-        raise ValueError(
-            f"out of memory. {remedy}, or turn gradient_checkpointing on, then run it again: it "
-            "goes on where it was."
-        ) from error
-
-
-def _shown(sheet: torch.Tensor | None, losses: list[float]) -> tuple[str, Any, int]:
-    """A clip above the loss, as the picture of a progress bar."""
-    curve = loss_picture(losses)
-    parts = [curve]
-    if sheet is not None:
-        width = curve.shape[-1]
-        height = round(sheet.shape[-2] * width / sheet.shape[-1])
-        parts.insert(
-            0, comfy.utils.common_upscale(sheet[None], width, height, "area", "disabled")[0]
-        )
-    picture = Image.fromarray(to_uint8(torch.cat(parts, dim=1)))
-    return "JPEG", picture, max(picture.size)

@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.ops
 import torch
+from comfy.model_sampling import EPS, V_PREDICTION
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from ...s2dm.models import FlowAdapter, FlowAdapterConfig, SamplingConfig, Sched
 from .attention import cross_attention_layers, cross_attention_levels
 from .frames import call_in_chunks
 from .recommended import recommend
-from .saving import PREDICTIONS
 from .wrappers import KEY, Wrappers
 
 logger = logging.getLogger(__name__)
@@ -82,11 +82,22 @@ def _weights(
     return comfy.model_patcher.ModelPatcher(adapter, load_device, offload_device)
 
 
+def prediction_of(model: comfy.model_patcher.ModelPatcher) -> str | None:
+    """What a MODEL predicts, in the words of a `ScheduleConfig`; None for what has no word there.
+
+    By how it is sampled: core's ModelSamplingDiscrete makes a MODEL one of v-prediction, and
+    leaves the kind that it was loaded as.
+    """
+    guess = type(model.get_model_object("model_sampling")).calculate_denoised
+    kinds = {"epsilon": EPS, "v_prediction": V_PREDICTION}
+    return next((name for name, kind in kinds.items() if kind.calculate_denoised is guess), None)
+
+
 def tell_other_prediction(
     model: comfy.model_patcher.ModelPatcher, schedule: ScheduleConfig
 ) -> None:
     """Warn where a MODEL predicts something else than the one that its adapter was trained on."""
-    found = PREDICTIONS.get(model.model.model_type)
+    found = prediction_of(model)
     if found is not None and found != schedule.prediction_type:
         logger.warning(
             "S2DM: the adapter was trained on a model that predicts %s, and the MODEL predicts %s: "

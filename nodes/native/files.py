@@ -68,8 +68,13 @@ def find_file(name: str) -> str:
     return found
 
 
-def adapter_path(name: str, ours: bool) -> Path:
-    """Where a trained adapter is kept, `models/s2dm/NAME.safetensors`.
+def lora_path(name: str) -> Path:
+    """Where a trained LoRA is kept, `models/loras/s2dm/NAME.safetensors`."""
+    return Path(folder_paths.get_folder_paths("loras")[0]) / FOLDER / f"{name}.safetensors"
+
+
+def trained_path(name: str, ours: bool) -> Path:
+    """Where what was trained is kept, `models/s2dm/NAME.safetensors`.
 
     ours: whether a run of this name has written there before.
 

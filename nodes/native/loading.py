@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ from .notices import Notice
 from .parts import CheckedVAE
 from .previews import fit_preview
 from .saving import keep_when_saving
-from .stage1 import MODEL_TYPES, Stage1, load_conditions, load_network, load_regions
+from .stage1 import MODEL_TYPES, Stage1, embed, load_conditions, load_network, load_regions
 
 # Core calls by "linear" what others call "scaled_linear": linear in the root of beta.
 _BETA_SCHEDULES = {"scaled_linear": "linear"}
@@ -129,6 +130,40 @@ def load_flow_models(path: str) -> tuple[comfy.model_patcher.ModelPatcher, Stage
         return regions, None
     conditions = lfdm_conditions(checkpoint)
     return regions, None if conditions is None else _lfdm(checkpoint, conditions)
+
+
+def load_flow_generator(path: str, clip: comfy.sd.CLIP, vae: comfy.sd.VAE) -> Stage1:
+    """The flow generator of a file, with the CLIP and VAE that it was trained on.
+
+    Raises:
+        CheckpointError: the file is broken, there is no flow generator, or it is LFDM's.
+        ValueError: it was trained on another CLIP or VAE.
+    """
+    checkpoint = load_checkpoint(path, ("flow_generator",))
+    config, state = checkpoint["flow_generator"]
+    if config.flow == "positions":
+        raise CheckpointError(
+            "expected a flow generator that reads CLIP and VAE, got LFDM's, which comes with what "
+            "it reads. Use Load Region Motion (S2DM)."
+        )
+    check_reference(config, vae.latent_channels, "the VAE's latents")
+    width = embed(clip, "").shape[-1]
+    if width != config.text_dim:
+        raise ValueError(
+            f"expected a CLIP whose prompts have width {config.text_dim}, got one of width "
+            f"{width}. Connect the CLIP that the flow generator was trained with."
+        )
+    channels = VAEConfig(latent_channels=vae.latent_channels, scaling_factor=latent_scale(vae))
+    whole = dataclasses.replace(checkpoint.config, vae=channels)
+    return Stage1(whole, load_network(config, state), clip, vae)
+
+
+def latent_scale(vae: comfy.sd.VAE) -> float:
+    """What stage 1 multiplies a VAE's latents with: Stable Diffusion's, unless it is one of ours.
+
+    Core keeps this number with the MODEL, which stage 1 has no need of.
+    """
+    return vae.scaling_factor if isinstance(vae, CheckedVAE) else VAEConfig().scaling_factor
 
 
 def load_model(
@@ -333,4 +368,5 @@ def load_vae(config: VAEConfig, state: State) -> comfy.sd.VAE:
     # Core knows these only of the autoencoders that it recognises by their weights.
     vae.latent_channels = config.latent_channels
     vae.downscale_ratio = vae.upscale_ratio = config.factor
+    vae.scaling_factor = config.scaling_factor
     return vae

@@ -195,7 +195,7 @@ def _given(stage1: Stage1, image: Tensor, prompt: str) -> _Given:
         return _Given(encoders.reference(frame), encoders.text(prompt), encoders.still(frame))
     frame = resample(frame, *stage1.config.resolution)
     latents = stage1.vae.encode(frame.movedim(1, -1)) * stage1.config.vae.scaling_factor
-    return _Given(latents, _embed(stage1.clip, prompt) if prompt.strip() else None)
+    return _Given(latents, embed(stage1.clip, prompt) if prompt.strip() else None)
 
 
 def _constrained(
@@ -259,8 +259,8 @@ class _AsLFDM(comfy.samplers.Sampler):
         )
 
 
-def _embed(clip: comfy.sd.CLIP, prompt: str) -> Tensor:
-    """CLIP's state at the end of the prompt, (1, text_dim)."""
+def embed(clip: comfy.sd.CLIP, prompt: str) -> Tensor:
+    """A prompt as the flow generator reads it: CLIP's state at its end, (1, text_dim)."""
     _, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled="unprojected")
     return pooled
 

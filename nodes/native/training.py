@@ -8,7 +8,10 @@ a copy at each use, and cuts it off from the weight: the base can't learn, and h
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -20,21 +23,29 @@ import comfy.sd
 import torch
 import torch.utils.checkpoint
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepBlock
-from comfy.model_base import ModelType
 from torch import Tensor, nn
 
 from ...s2dm.data.prepared import Encoders, PreparedClips
-from ...s2dm.models import FlowAdapter, FlowAdapterConfig
+from ...s2dm.models import FlowAdapter, FlowAdapterConfig, FlowGenerator
+from ...s2dm.sector.diffusion import PREDICTION_TYPES
 from ...s2dm.training.flow_adapter import AdapterTrainer, Denoiser
-from .adapter import AdapterError, adapter_config_for
+from ...s2dm.training.lora import LoRA, is_attention
+from ...s2dm.training.trainer import TrainingError
+from .adapter import AdapterError, adapter_config_for, prediction_of
 from .attention import with_flow
 from .compat import is_dynamic
+from .stage1 import embed
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
-_PREDICTIONS = {ModelType.EPS: "epsilon", ModelType.V_PREDICTION: "v_prediction"}
 _ACTIVATIONS = 3
 """How much more memory than sampling a training step takes, by core's estimate of sampling."""
+_UNET = "diffusion_model."
+_COPIES = 5
+"""Of a network's weights that learns: itself, gradient, two moments, average."""
+_PLACE = 1100
+"""Bytes of a flow generator's step a clip, frame, cell and channel of its finest level, in fp32
+and by measurement (`docs/train_your_own.md`)."""
 
 
 def trainable_config(
@@ -70,25 +81,37 @@ def schedule_of(model: comfy.model_patcher.ModelPatcher) -> tuple[Tensor, str]:
     Raises:
         AdapterError: the model is not one of diffusion in steps.
     """
-    kind = _PREDICTIONS.get(model.model.model_type)
+    kind = prediction_of(model)
     sampling = model.get_model_object("model_sampling")
     if kind is None or not hasattr(sampling, "sigmas"):
+        found = ", ".join(base.__name__ for base in type(sampling).__bases__)
         raise AdapterError(
-            f"expected a MODEL that predicts {' or '.join(_PREDICTIONS.values())}, got one of the "
-            f"kind {model.model.model_type.name}. Load a Stable Diffusion 1.5 checkpoint."
+            f"expected a MODEL that predicts {' or '.join(PREDICTION_TYPES)}, got one that is "
+            f"sampled as {found}, such as one of flow matching. Load a Stable Diffusion 1.5 "
+            "checkpoint, or take away what changes its sampling."
         )
     sigmas = sampling.sigmas.detach().float().cpu().clone()
     return 1 / (1 + sigmas.square()), kind
 
 
-def compute_dtype(model: comfy.model_patcher.ModelPatcher, precision: str) -> torch.dtype:
-    """The type in which the base computes; its weights stay as they are stored.
+def model_name(model: comfy.model_patcher.ModelPatcher) -> str:
+    """Name of the file that a MODEL comes from, without its ending.
+
+    Newer versions of core keep how a MODEL is loaded again, with the path in front; where there is
+    none the name is empty.
+    """
+    made = getattr(model, "cached_patcher_init", None)
+    path = made[1][0] if made is not None else None
+    return Path(path).stem if isinstance(path, str) else ""
+
+
+def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """The type in which a network computes; its weights stay as they are stored.
 
     Never float16, in which small gradients vanish.
     """
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    device = model.load_device
     half = comfy.model_management.should_use_bf16(device)
     return torch.bfloat16 if half and device.type != "cpu" else torch.float32
 
@@ -108,6 +131,7 @@ def frozen(
     rows: int,
     precision: str = "auto",
     checkpointing: bool = True,
+    lora: LoRA | None = None,
 ) -> Iterator[Denoiser]:
     """A MODEL as a denoiser that tells the adapter's gradient and has none itself.
 
@@ -122,19 +146,22 @@ def frozen(
         precision: one of PRECISIONS.
         checkpointing: keep only the blocks' inputs, and compute their insides again on the way
             back: less memory, more time.
+        lora: from `new_lora`, to learn beside the adapter; moved to the model's device.
 
     Raises:
         AdapterError: the clips were prepared with another VAE or text encoder.
     """
     _check_clips(model, clips)
     alpha_bars, kind = schedule_of(model)
-    dtype = compute_dtype(model, precision)
-    clone = _training_clone(model, checkpointing)
+    dtype = compute_dtype(model.load_device, precision)
+    clone = _training_clone(model, checkpointing, lora)
     management = comfy.model_management
     needed = _ACTIVATIONS * clone.memory_required([rows, *clips.latent_shape])
     management.load_models_gpu([clone], memory_required=needed)
     device = clone.load_device
     adapter.to(device)
+    if lora is not None:
+        lora.to(device)
     unet = clone.model.diffusion_model
     size = (clips.latent_shape[1], clips.latent_shape[2])
 
@@ -147,20 +174,32 @@ def frozen(
 
     latent_format = clone.get_model_object("latent_format")
     try:
-        yield Denoiser(predict, alpha_bars, kind, device, latent_format.process_in)
+        yield Denoiser(predict, alpha_bars, kind, device, latent_format.process_in, lora)
     finally:
         clone.detach()  # whoever uses the model next loads it without our functions
 
 
+def new_lora(model: comfy.model_patcher.ModelPatcher, rank: int, seed: int) -> LoRA | None:
+    """A LoRA for the attention of a MODEL; None for a rank of 0."""
+    if not rank:
+        return None
+    unet = model.get_model_object("diffusion_model")
+    layers = {name: layer for name, layer in unet.named_modules() if is_attention(name)}
+    return LoRA({name: layer.weight.shape for name, layer in layers.items()}, rank, seed)
+
+
 def _training_clone(
-    model: comfy.model_patcher.ModelPatcher, checkpointing: bool
+    model: comfy.model_patcher.ModelPatcher, checkpointing: bool, lora: LoRA | None
 ) -> comfy.model_patcher.ModelPatcher:
     # What a dynamic one lends for a call may be another weight when the gradient comes back.
     clone = model.clone(disable_dynamic=True) if is_dynamic(model) else model.clone()
     for name, module in clone.model.named_modules():
         for part in ("weight", "bias"):
             if getattr(module, part, None) is not None and hasattr(module, f"{part}_function"):
-                clone.add_weight_wrapper(f"{name}.{part}", _constant)
+                layer = name.removeprefix(_UNET)
+                learns = lora is not None and part == "weight" and layer in lora.names
+                function = partial(lora.changed, layer) if learns else _constant
+                clone.add_weight_wrapper(f"{name}.{part}", function)
     if checkpointing:
         for name, module in clone.model.named_modules():
             if _is_block(module):
@@ -228,6 +267,54 @@ def encoders(vae: comfy.sd.VAE, clip: comfy.sd.CLIP) -> Encoders:
 
     # What is longer than a prompt of its usual length is cut, as by the other engine.
     return Encoders(latents, lambda caption: states(caption)[:length])
+
+
+def caption_texts(clip: comfy.sd.CLIP, captions: list[str]) -> Tensor:
+    """Captions as the flow generator reads them, (C, text_dim), of a kind that can learn."""
+    with torch.no_grad():
+        return torch.cat([embed(clip, caption).float().cpu() for caption in captions]).clone()
+
+
+def check_vae(vae: comfy.sd.VAE, clips: PreparedClips) -> None:
+    """Refuse clips of another VAE.
+
+    Raises:
+        TrainingError: their latents have other channels.
+    """
+    if clips.latent_shape[0] != vae.latent_channels:
+        raise TrainingError(
+            f"expected clips with latents of {vae.latent_channels} channels, as the VAE makes "
+            f"them, got {clips.latent_shape[0]}. Prepare the clips with this VAE."
+        )
+
+
+@contextlib.contextmanager
+def making_room(
+    network: FlowGenerator, clips: int, precision: str
+) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """A network on core's device while it learns; other models make room for it.
+
+    Args:
+        network: in float32.
+        clips: that it computes at once.
+        precision: one of PRECISIONS.
+
+    Returns:
+        The device, and the type to compute in.
+    """
+    device = comfy.model_management.get_torch_device()
+    dtype = compute_dtype(device, precision)
+    config = network.config
+    weights = sum(weight.nbytes for weight in network.parameters())
+    cells = math.prod(config.size) // config.patch**2
+    places = clips * config.frames * cells * config.model_channels
+    needed = _COPIES * weights + _PLACE * places * dtype.itemsize // 4
+    comfy.model_management.free_memory(needed, device)
+    try:
+        network.to(device)
+        yield device, dtype
+    finally:
+        network.to("cpu")
 
 
 def preview(

@@ -78,6 +78,9 @@ LFDM = S2DMConfig(
 )
 """A flow generator of LFDM's size (arXiv 2303.13744), to train on latents and displacements."""
 
+FLOW_GENERATORS = {"lfdm": LFDM.flow_generator, "puppets": PUPPETS.flow_generator}
+"""Sizes of flow generators: LFDM's, for Stable Diffusion, and a small one for CPUs."""
+
 REGION_MOTION = {
     "puppets": RegionMotionConfig(
         levels=4,

@@ -18,7 +18,7 @@ from ..models.checkpoint import CheckpointError
 from ..models.presets import SD15
 from ..pipelines.modules import build_flow_generator, build_unet, build_vae
 from ..training.cache import CONDITION_SIZE, clip_to_prepare
-from ..training.models import preset
+from ..training.stage1 import new_size
 
 if TYPE_CHECKING:
     from .experiment import Experiment
@@ -104,7 +104,7 @@ class _Work:
         with torch.device("meta"):
             unet, vae = build_unet(config.unet), build_vae(config.vae)
             network = config.flow_generator or dataclasses.replace(
-                preset(experiment.stage1.preset).flow_generator,
+                new_size(experiment.stage1.preset, config),
                 reference_channels=channels,
                 text_dim=config.text_encoder.hidden_size,
             )

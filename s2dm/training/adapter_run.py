@@ -12,6 +12,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..settings import SettingsError, to_dict
 from ..video import write_contact_sheet
 from .curves import write_loss_picture
 from .flow_adapter import AdapterSettings, AdapterTrainer, Denoiser, new_adapter
+from .lora import attach_lora
 from .models import frozen_vae, load_model
 from .schedule import alpha_bars
 
@@ -80,18 +82,22 @@ class AdapterRunConfig(AdapterSettings):
 def train_adapter(config: AdapterRunConfig) -> AdapterTrainer:
     """Train an adapter as `config` says, or go on with the run in its folder.
 
-    The folder's `export.safetensors` is the adapter alone. Of several processes, started by
-    accelerate, each takes clips of its own, and their gradients are averaged.
+    The folder's `export.safetensors` is the adapter alone, `lora.safetensors` the LoRA, if there is
+    to be one. Of several processes, started by
+    accelerate or torchrun, each takes `clips` clips of its own, and their gradients are averaged.
 
     Raises:
         SettingsError: a setting or the checkpoint doesn't serve. ClipsError: nor do the clips.
-        AdapterTrainingError: the run can't start or go on.
+        TrainingError: the run can't start or go on.
     """
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     if config.threads > 0:
         torch.set_num_threads(config.threads)
-    accelerator = Accelerator()
+    # The others wait for the one that prepares the clips.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(kwargs_handlers=[patience])
     device = accelerator.device
     start = load_model(config.checkpoint, ["unet", "vae", "text_encoder"])
     vae = frozen_vae(*start["vae"], device)
@@ -123,9 +129,11 @@ def train_adapter(config: AdapterRunConfig) -> AdapterTrainer:
                 trainer.run(on_step)
         except KeyboardInterrupt:
             logger.warning("stopped at step %d; the same command goes on", trainer.step)
-        if trainer.step:
-            trainer.export(trainer.folder.export, base)
+        if trainer.step and accelerator.is_main_process:
+            trainer.export(trainer.folder.export, base, trainer.folder.path / "lora.safetensors")
             write_loss_picture(trainer.folder.path / "loss.png", trainer.losses)
+    if accelerator.num_processes > 1:
+        accelerator.end_training()
     return trainer
 
 
@@ -153,6 +161,9 @@ def denoiser_of(
         )
     unet.requires_grad_(False).to(device)
     attach_adapter(unet, adapter)
+    lora = None
+    if config.lora_rank:
+        lora = attach_lora(unet, model.unet, config.lora_rank, config.seed).to(device)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()  # diffusers computes blocks again in training alone
@@ -164,9 +175,8 @@ def denoiser_of(
         with half:
             return unet(x_t, t, text, cross_attention_kwargs=told).sample
 
-    return Denoiser(
-        predict, alpha_bars(schedule), schedule.prediction_type, device, lambda x: x * scale
-    )
+    kind = schedule.prediction_type
+    return Denoiser(predict, alpha_bars(schedule), kind, device, lambda x: x * scale, lora)
 
 
 def _clips(
@@ -217,7 +227,8 @@ def _bar(
     from tqdm.auto import tqdm
 
     folder = trainer.folder
-    with tqdm(total=config.steps, initial=trainer.step, desc="adapter", mininterval=5.0) as bar:
+    told = {"desc": "adapter", "mininterval": 5.0, "disable": trainer.process != 0}
+    with tqdm(total=config.steps, initial=trainer.step, **told) as bar:
 
         def on_step(trainer: AdapterTrainer) -> None:
             bar.update()

@@ -28,6 +28,7 @@ from ..files import read_json_lines, write_text
 from ..flow import estimate_flow
 from ..settings import to_dict
 from .config import TrainingConfig
+from .schedule import draw_frames
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +111,7 @@ class ClipCache:
 
     def draw(self, generator: torch.Generator) -> list[int]:
         """Which of a clip's frames are one draw of it: frame 1, and one out of each interval."""
-        if self.choices == 1:
-            return list(range(self.length))
-        picked = torch.randint(self.choices, (self.length - 1,), generator=generator)
-        return [0, *(1 + self.choices * k + one for k, one in enumerate(picked.tolist()))]
+        return draw_frames(self.length, self.choices, generator)
 
     def pixels(self, clip: int, frames: Any = slice(None)) -> Tensor:
         """Frames of a clip, or parts of them by any index, float32 in [0,1]."""

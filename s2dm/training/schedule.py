@@ -24,3 +24,17 @@ def draw_timesteps(count: int, schedule: ScheduleConfig, generator: torch.Genera
     strata = torch.randperm(count, generator=generator)
     where = (strata + torch.rand(count, generator=generator)) / count
     return (where * schedule.steps).long().clamp(max=schedule.steps - 1)
+
+
+def draw_frames(count: int, choices: int, generator: torch.Generator) -> list[int]:
+    """Frame 1, and one frame out of each interval of a clip.
+
+    Args:
+        count: of frames that are drawn.
+        choices: frames of each interval, all of them stored one after the other.
+        generator: isn't asked where there is nothing to choose.
+    """
+    if choices == 1:
+        return list(range(count))
+    picked = torch.randint(choices, (count - 1,), generator=generator).tolist()
+    return [0, *(1 + choices * interval + one for interval, one in enumerate(picked))]

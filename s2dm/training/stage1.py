@@ -7,34 +7,42 @@ text encoder reads the prompt, and writes that checkpoint with the flow generato
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import held_out_clips
+from ..data.prepared import PreparedClips
 from ..flow import flow_to_image
 from ..flow.geometry import resample
-from ..models import FlowGenerator, decode_flow, encode_flow, mean_motion
-from ..models.config import S2DMConfig
+from ..models import SD15, FlowGenerator, decode_flow
+from ..models.config import FlowGeneratorConfig, S2DMConfig
 from ..pipelines.flow_generation import embed_prompts, flow_scheduler, generate_flow
 from ..pipelines.modules import build, build_flow_generator, build_tokenizer
-from ..sector import add_noise, training_target
 from ..settings import SettingsError
 from ..video import write_contact_sheet
 from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig
+from .flow_generator import (
+    Batch,
+    FlowClips,
+    fitted,
+    flow_loss,
+    measure,
+    preset_size,
+    read_flow_clips,
+)
 from .loop import Progress, measured_once, run_training, sheet_seed
-from .models import frozen_vae, load_model, preset, save_model
-from .schedule import alpha_bars, draw_timesteps
+from .models import frozen_vae, load_model, save_model
+from .schedule import alpha_bars
 
 _TEXTS = 64  # captions encoded at a time
-_MOVING = 0.01  # half-frames: what moves further sets the scale of the displacement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +50,9 @@ class Stage1TrainingConfig(TrainingConfig):
     """Settings of the stage-1 trainer.
 
     `checkpoint` is a file with a VAE and a text encoder, which stay as they are; its flow
-    generator is gone on from where it holds one, else the one of `preset` is new.
+    generator is gone on from where it holds one, else it is new, in the size of `preset`: "lfdm"
+    or "puppets"; empty for LFDM's where the text encoder is Stable Diffusion's, else the small one.
+    It learns from `data`, or from the prepared clips in `clips_folder`.
 
     A batch is `clips` whole clips. `reference_dropout`, `text_dropout` and `motion_dropout` are
     the probabilities of the null labels, each drawn for itself. Where the motion is not given
@@ -50,8 +60,9 @@ class Stage1TrainingConfig(TrainingConfig):
     """
 
     output: str = "runs/stage1"
-    preset: str = "puppets"
+    preset: str = ""
     checkpoint: str = ""
+    clips_folder: str = ""
     clips: int = 8
     reference_dropout: float = 0.1
     text_dropout: float = 0.1
@@ -80,26 +91,12 @@ class Stage1Model(nn.Module):
         super().__init__()
         self.flow_generator = flow_generator
         self.text_encoder = text_encoder.requires_grad_(False).eval()
-        schedule = flow_generator.config.schedule
-        self.prediction_type = schedule.prediction_type
-        self.register_buffer("alpha_bars", alpha_bars(schedule), persistent=False)
+        table = alpha_bars(flow_generator.config.schedule)
+        self.register_buffer("alpha_bars", table, persistent=False)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch of `Stage1Task.batch`; each frame has noise of its own."""
-        clean, noise = batch["flow"], batch["noise"]
-        alpha_bar = self.alpha_bars[batch["timesteps"]]
-        prediction = self.flow_generator(
-            add_noise(clean, noise, alpha_bar),
-            batch["timesteps"],
-            batch["reference"],
-            batch["text"],
-            batch["motion"],
-            keep_reference=batch["keep_reference"],
-            keep_text=batch["keep_text"],
-            keep_motion=batch["keep_motion"],
-        )
-        target = training_target(clean, noise, alpha_bar, self.prediction_type)
-        return {"loss": F.mse_loss(prediction.float(), target)}
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss of a batch of `FlowClips`."""
+        return {"loss": flow_loss(self.flow_generator, batch, self.alpha_bars)}
 
 
 class Stage1Task:
@@ -111,10 +108,7 @@ class Stage1Task:
         model_config: S2DMConfig,
         model: Stage1Model,
         tokenizer: Any,
-        clips: ClipCache,
-        flows: np.ndarray,
-        references: np.ndarray,
-        texts: Tensor,
+        data: FlowClips,
         validation: list[dict[str, Any]],
         others: dict[str, dict[str, Tensor]],
     ) -> None:
@@ -122,37 +116,16 @@ class Stage1Task:
         self.model_config = model_config
         self.model = model
         self.tokenizer = tokenizer
-        self.clips = clips
-        self.flows = flows
-        self.references = references
-        self.texts = texts
+        self.data = data
         self.validation = validation
         self.others = others
 
     def compile(self) -> None:
         self.model.flow_generator.compile(dynamic=False)
 
-    def batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
-        config, network = self.config, self.model.flow_generator.config
-        count = config.clips
-        chosen = torch.randint(len(self.flows), (count,), generator=generator)
-        timesteps = draw_timesteps(count, network.schedule, generator)
-        drawn = [self.flows[clip, self.clips.draw(generator)] for clip in chosen.tolist()]
-        conditions = torch.from_numpy(np.stack(drawn).astype(np.float32))
-        flow = encode_flow(conditions, network)
-        draw = torch.rand((3, count), generator=generator)
-        values = {
-            "flow": flow,
-            "noise": torch.randn(flow.shape, generator=generator),
-            "timesteps": timesteps,
-            "reference": torch.from_numpy(self.references[chosen.numpy()].astype(np.float32)),
-            "text": self.texts[chosen],
-            "motion": mean_motion(conditions) if network.motion_strength else None,
-            "keep_reference": draw[0] >= config.reference_dropout,
-            "keep_text": draw[1] >= config.text_dropout,
-            "keep_motion": draw[2] >= config.motion_dropout,
-        }
-        return {key: None if v is None else v.to(device) for key, v in values.items()}
+    def batch(self, generator: torch.Generator, device: torch.device) -> Batch:
+        batch = self.data.batch(self.model.flow_generator.config, self.config, generator)
+        return {key: None if v is None else v.to(device) for key, v in batch.items()}
 
     def sample(self, model: Stage1Model, path: Path) -> dict[str, float]:
         """For each held-out clip: reference frame, true flow, flow generated from both labels.
@@ -204,36 +177,101 @@ class Stage1Task:
 
 def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Stage1Task:
     """Prepare data, latents and model for `config`."""
-    clips = training_clips(config)
     start = load_model(config.checkpoint)
     model_config = start.config
     _check(config, model_config)
     vae = frozen_vae(*start["vae"], device)
-    half = config.mixed_precision == "bf16"
-    latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
-    model_config = _with_flow_generator(config, model_config, clips)
-    network = model_config.flow_generator
-    flows = _flows(clips, network.size)
+    encoder, tokenizer = build(start, "text_encoder").to(device), build_tokenizer(model_config)
+    made = _prepared if config.clips_folder else _cached
+    network = model_config.flow_generator or new_size(config.preset, model_config)
+    data, conditions, validation = made(config, model_config, network.size, vae, encoder, tokenizer)
+    if model_config.flow_generator is None:
+        network = _fitted(config, network, data, conditions)
+        model_config = dataclasses.replace(model_config, flow_generator=network)
 
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
     generator = build_flow_generator(network, start.states.get("flow_generator"))
     generator.to(memory_format=torch.channels_last)
-    encoder = build(start, "text_encoder").to(device)
     model = Stage1Model(generator, encoder)
-    tokenizer = build_tokenizer(model_config)
     others = {name: state for name, state in start.states.items() if name != "flow_generator"}
-    return Stage1Task(
-        config,
-        model_config,
-        model,
-        tokenizer,
-        clips,
-        flows,
-        latents[:, 0],
+    return Stage1Task(config, model_config, model, tokenizer, data, validation, others)
+
+
+def new_size(preset: str, model_config: S2DMConfig) -> FlowGeneratorConfig:
+    """The size of a new flow generator beside a model, as the setting `preset` says it.
+
+    Raises:
+        SettingsError: no such preset.
+    """
+    # Without a name, a small network beside Stable Diffusion would be taken in silence.
+    large = model_config.text_encoder == SD15.text_encoder
+    return preset_size(preset or ("lfdm" if large else "puppets"))
+
+
+def _cached(
+    config: Stage1TrainingConfig,
+    model_config: S2DMConfig,
+    size: tuple[int, int],
+    vae: nn.Module,
+    encoder: nn.Module,
+    tokenizer: Any,
+) -> tuple[FlowClips, Iterable[Tensor], list[dict[str, Any]]]:
+    """The clips of `data`, their conditions to measure the scale on, and held-out ones."""
+    clips = training_clips(config)
+    scale, half = model_config.vae.scaling_factor, config.mixed_precision == "bf16"
+    latents = clip_latents(clips, vae, scale, vae.device, half)
+    data = FlowClips(
+        torch.from_numpy(_flows(clips, size)),
+        torch.from_numpy(np.array(latents[:, 0])),
         embed_captions(encoder, tokenizer, clips.captions),
-        _validation(config, vae, model_config.vae.scaling_factor, device),
-        others,
+        clips.choices,
     )
+    draws = [
+        [0, *range(1 + one, clips.frames.shape[1], clips.choices)] for one in range(clips.choices)
+    ]
+    conditions = (
+        torch.from_numpy(clips.conditions[clip, draw])
+        for clip in range(len(clips))
+        for draw in draws
+    )
+    return data, conditions, _validation(config, vae, scale, vae.device)
+
+
+def _prepared(
+    config: Stage1TrainingConfig,
+    model_config: S2DMConfig,
+    size: tuple[int, int],
+    vae: nn.Module,
+    encoder: nn.Module,
+    tokenizer: Any,
+) -> tuple[FlowClips, Iterable[Tensor], list[dict[str, Any]]]:
+    """The same of prepared clips, of which the first ones are shown: none are held out."""
+    clips = PreparedClips(config.clips_folder)
+    expected = model_config.vae.latent_channels
+    if clips.latent_shape[0] != expected:
+        raise SettingsError(
+            f"clips_folder: expected latents of {expected} channels, as the checkpoint has them, "
+            f"got {clips.latent_shape[0]}. Prepare the clips with this checkpoint's VAE."
+        )
+    scale = model_config.vae.scaling_factor
+    texts = embed_captions(encoder, tokenizer, clips.captions)
+    data = read_flow_clips(clips, size, scale, texts)
+    shown = [
+        {
+            "frame": _decoded(vae, clips.latents(clip, [0])),
+            "reference": data.references[clip],
+            "flow": clips.flow(clip),
+            "caption": clips.captions[clip],
+        }
+        for clip in range(min(config.validation_clips, len(clips)))
+    ]
+    return data, data.conditions, shown
+
+
+@torch.no_grad()
+def _decoded(vae: nn.Module, latents: Tensor) -> Tensor:
+    picture = vae.decode(latents.to(vae.device)).sample[0]
+    return ((picture.float().cpu() + 1) / 2).clamp(0, 1)
 
 
 def _check(config: Stage1TrainingConfig, model_config: S2DMConfig) -> None:
@@ -250,44 +288,15 @@ def _check(config: Stage1TrainingConfig, model_config: S2DMConfig) -> None:
         )
 
 
-def _with_flow_generator(
-    config: Stage1TrainingConfig, model_config: S2DMConfig, clips: ClipCache
-) -> S2DMConfig:
-    """The config with a flow generator; what depends on the data is measured on it."""
-    if model_config.flow_generator is not None:
-        return model_config
-    network = preset(config.preset).flow_generator
-    if network is None:
-        raise SettingsError(f"the preset {config.preset!r} has no flow generator.")
-    scale, motion = measured_once(config, "scales", lambda: _scales(clips))
-    network = dataclasses.replace(
-        network,
-        reference_channels=model_config.vae.latent_channels,
-        text_dim=model_config.text_encoder.hidden_size,
-        frames=config.data.frames,
-        displacement_scale=scale,
-        motion=motion,
-    )
-    return dataclasses.replace(model_config, flow_generator=network)
-
-
-def _scales(clips: ClipCache) -> tuple[float, float]:
-    """Root mean square displacement of what moves, and mean motion of a clip, in half-frames.
-
-    With the first as the unit the samples have about the variance that noise has.
-    """
-    squares, count, motion = 0.0, 0, 0.0
-    for clip in range(len(clips)):
-        condition = torch.from_numpy(clips.conditions[clip].astype(np.float32))
-        length = condition[:, :2].norm(dim=1)
-        moving = length[length > _MOVING]
-        squares += float(moving.square().sum())
-        count += len(moving)
-        draws = [[0, *range(1 + k, len(condition), clips.choices)] for k in range(clips.choices)]
-        motion += sum(float(mean_motion(condition[draw])) for draw in draws) / len(draws)
-    if not count:
-        raise SettingsError("stage 1 learns motion, and in these clips nothing moves.")
-    return (squares / count) ** 0.5, motion / len(clips)
+def _fitted(
+    config: Stage1TrainingConfig,
+    network: FlowGeneratorConfig,
+    data: FlowClips,
+    conditions: Iterable[Tensor],
+) -> FlowGeneratorConfig:
+    """A new network's config; what depends on the data is measured on it, once in a run."""
+    scales = measured_once(config, "scales", lambda: measure(conditions))
+    return fitted(network, data, *scales)
 
 
 def _flows(clips: ClipCache, size: tuple[int, int]) -> np.ndarray:

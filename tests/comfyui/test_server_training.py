@@ -56,7 +56,7 @@ def prompt(name: str, steps: int = STEPS, **inputs: Any) -> dict[str, Any]:
                 "model": ["1", 0], "clips": ["2", 0], "name": name, "steps": steps,
                 "learning_rate": 1e-3, "joining": "channel", "seed": 5, "clips_per_step": 2,
                 "frames_per_clip": 3, "frames_at_once": 2, "precision": "auto",
-                "gradient_checkpointing": True, "save_every": 2, "preview_every": 2,
+                "gradient_checkpointing": True, "lora_rank": 0, "save_every": 2, "preview_every": 2,
                 "resume": True, **inputs,
             },
         },
@@ -114,3 +114,38 @@ def test_errors_name_the_node_and_the_remedy(training_server: ComfyServer) -> No
     wrong = prompt("whole", learning_rate=1e-2)
     with pytest.raises(PromptError, match="another learning_rate"):
         training_server.run(wrong, timeout=600)
+
+
+def test_a_flow_generator_is_trained_listed_and_used(
+    training_server: ComfyServer, base: Path
+) -> None:
+    graph = prompt("unused")
+    clip, vae = ["1", 1], ["1", 2]
+    train = {
+        "clip": clip, "vae": vae, "clips": ["2", 0], "name": "motion", "steps": 2,
+        "learning_rate": 1e-3, "preset": "puppets", "seed": 5, "clips_per_step": 2,
+        "clips_at_once": 1, "precision": "auto", "save_every": 1, "preview_every": 1,
+        "resume": True,
+    }  # fmt: skip
+    graph["3"] = {"class_type": "S2DMTrainFlowGenerator", "inputs": train}
+    outputs = training_server.run(graph, timeout=900)
+    assert len(training_server.files({"3": outputs["3"]})) == 1  # the loss
+    assert len(losses(base, "motion")) == 2
+    info = training_server.object_info()["S2DMFlowGeneratorLoader"]["input"]["required"]["file"]
+    assert "motion.safetensors" in json.dumps(info), "not listed at once"
+
+    load = {"file": "motion.safetensors", "clip": clip, "vae": vae}
+    generate = {
+        "flow_generator": ["2", 0], "reference": ["3", 0], "prompt": "walking", "frames": 6,
+        "steps": 2, "cfg": 1.0, "seed": 1, "motion_strength": 0.0, "sampler_name": "dpmpp_2m",
+    }  # fmt: skip
+    picture = {"width": 64, "height": 64, "batch_size": 1, "color": 255}
+    use = {
+        "1": graph["1"],
+        "2": {"class_type": "S2DMFlowGeneratorLoader", "inputs": load},
+        "3": {"class_type": "EmptyImage", "inputs": picture},
+        "4": {"class_type": "S2DMGenerateFlow", "inputs": generate},
+        "5": {"class_type": "S2DMVisualizeFlow", "inputs": {"flow": ["4", 0], "full_colour_at": 0}},
+    }
+    shown = training_server.run(use, timeout=600)
+    assert len(training_server.files({"5": shown["5"]})) == 6

@@ -111,7 +111,8 @@ def tiny(monkeypatch) -> Size:
     monkeypatch.setattr(
         evaluation_run, "load_i3d", lambda path, device: VideoFeatures(features, "mean", "none")
     )
-    monkeypatch.setattr(presets, "GENERATOR", tiny_config(frames=9), raising=False)
+    network = tiny_config(frames=9).flow_generator
+    monkeypatch.setitem(presets.FLOW_GENERATORS, "generator", network)
     size = Size.read("tiny")
     return dataclasses.replace(size, stage1={**size.stage1, "preset": "generator"})
 

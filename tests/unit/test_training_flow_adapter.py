@@ -1,10 +1,12 @@
 """Training an adapter alone: exact chunks, what decides a batch, and going on after any stop."""
 
+import dataclasses
 import errno
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from prepared_clips import write_clips
 from tiny_denoiser import CONFIG, trainer
 
 from s2dm.data.prepared import PreparedClips
+from s2dm.sector import implied_prediction
 from s2dm.settings import SettingsError
-from s2dm.training.flow_adapter import AdapterSettings, AdapterTrainingError, new_adapter
+from s2dm.training.flow_adapter import AdapterSettings, new_adapter
+from s2dm.training.trainer import TrainingError
 
 shared_folder = settings(
     max_examples=8,
@@ -111,8 +115,30 @@ def test_a_new_adapter_is_the_seeds_alone() -> None:
 def test_a_kind_of_prediction_that_is_not_known_is_refused(
     tmp_path: Path, clips: PreparedClips
 ) -> None:
-    with pytest.raises(AdapterTrainingError, match="flow_matching"):
+    with pytest.raises(TrainingError, match="flow_matching"):
         trainer(tmp_path / "a", clips, kind="flow_matching")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_who_knows_the_clip_has_no_loss_and_samples_it(
+    tmp_path: Path, clips: PreparedClips, kind: str
+) -> None:
+    run = trainer(tmp_path / "a", clips, kind=kind)
+    batch = run.batch(0)
+
+    def knowing(latents: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def predict(x_t: torch.Tensor, t: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
+            alpha_bar = run.denoiser.alpha_bars[t]
+            return implied_prediction(latents[: len(x_t)], x_t, alpha_bar, kind)
+
+        return predict
+
+    run.denoiser = dataclasses.replace(run.denoiser, predict=knowing(batch.latents))
+    assert float(run._loss(batch, slice(0, len(batch.latents)))) < 1e-5
+    latents = batch.latents[:1].expand(2, -1, -1, -1)
+    run.denoiser = dataclasses.replace(run.denoiser, predict=knowing(latents))
+    made = run.sample(frames=2, steps=3)
+    torch.testing.assert_close(made, latents, rtol=1e-3, atol=1e-3)
 
 
 class StopError(Exception):
@@ -127,8 +153,10 @@ def uninterrupted(folder: Path, prepared: PreparedClips, /, **values):
 
 def assert_same(one, other) -> None:
     assert one.losses == pytest.approx(other.losses, rel=1e-6)
-    for name, weight in one.averaged_state().items():
-        assert torch.allclose(weight, other.averaged_state()[name], rtol=1e-5, atol=1e-7), name
+    for name, weight in one.averaged_state("adapter").items():
+        assert torch.allclose(
+            weight, other.averaged_state("adapter")[name], rtol=1e-5, atol=1e-7
+        ), name
 
 
 @pytest.mark.slow
@@ -160,6 +188,7 @@ def test_killed_it_goes_on_from_what_was_saved(tmp_path: Path, clips: PreparedCl
 import os, signal, sys
 sys.path[:0] = {sys.path!r}
 from s2dm.data.prepared import PreparedClips
+from s2dm.sector import implied_prediction
 from tiny_denoiser import trainer
 from pathlib import Path
 def kill(run):
@@ -191,7 +220,7 @@ def test_a_full_disk_keeps_the_last_state_and_says_what_to_do(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(AdapterTrainingError, match=r"No space left.*Make room"):
+    with pytest.raises(TrainingError, match=r"No space left.*Make room"):
         trainer(tmp_path / "run", clips).run()
     monkeypatch.undo()
     gone_on = trainer(tmp_path / "run", clips)
@@ -218,20 +247,20 @@ def test_a_run_with_other_settings_is_not_gone_on_with(
     tmp_path: Path, clips: PreparedClips, changed: dict
 ) -> None:
     uninterrupted(tmp_path / "run", clips)
-    with pytest.raises(AdapterTrainingError, match=f"another {next(iter(changed))}"):
+    with pytest.raises(TrainingError, match=f"another {next(iter(changed))}"):
         trainer(tmp_path / "run", clips, **changed)
 
 
 def test_other_clips_are_not_gone_on_with(tmp_path: Path, clips: PreparedClips) -> None:
     uninterrupted(tmp_path / "run", clips)
-    with pytest.raises(AdapterTrainingError, match="another clips"):
+    with pytest.raises(TrainingError, match="another clips"):
         trainer(tmp_path / "run", write_clips(tmp_path / "other", count=2))
 
 
 def test_a_damaged_state_is_named(tmp_path: Path, clips: PreparedClips) -> None:
     uninterrupted(tmp_path / "run", clips)
     (tmp_path / "run" / "state.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(AdapterTrainingError, match=r"state\.safetensors.*don't resume"):
+    with pytest.raises(TrainingError, match=r"state\.safetensors.*don't resume"):
         trainer(tmp_path / "run", clips)
 
 
@@ -244,7 +273,7 @@ def test_what_diverged_is_not_saved(tmp_path: Path, clips: PreparedClips) -> Non
                 run.adapter.null.fill_(torch.inf)
                 run.adapter.encoder.position.fill_(torch.nan)
 
-    with pytest.raises(AdapterTrainingError, match="Lower the learning rate"):
+    with pytest.raises(TrainingError, match="Lower the learning rate"):
         run.run(break_it)
     assert trainer(tmp_path / "run", clips, steps=50).step == 2
 

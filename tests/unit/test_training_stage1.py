@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 
+from prepared_clips import write_clips
 from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_training import DATA, FRAMES, Squares, data_config
 from torch import nn
@@ -26,6 +27,7 @@ from s2dm.training.stage1 import (
     Stage1Model,
     Stage1TrainingConfig,
     build_stage1_task,
+    new_size,
     train_stage1,
 )
 
@@ -37,7 +39,7 @@ def preset():
     """The preset `generator`."""
     config = tiny_config()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(presets, "GENERATOR", config, raising=False)
+        patch.setitem(presets.FLOW_GENERATORS, "generator", config.flow_generator)
         yield config
 
 
@@ -97,7 +99,7 @@ def test_what_depends_on_the_data_is_measured_on_it(task):
 def test_a_run_keeps_its_scale_when_clips_are_added(tmp_path, stage2_file, preset, monkeypatch):
     train_stage1(_config(tmp_path, stage2_file, steps=1))
     before = read_config(tmp_path / "export.safetensors")
-    monkeypatch.setattr(stage1, "_scales", lambda _: (9.0, 9.0))
+    monkeypatch.setattr(stage1, "measure", lambda _: (9.0, 9.0))
     train_stage1(_config(tmp_path, stage2_file, steps=2))
     after = read_config(tmp_path / "export.safetensors")
     assert after.flow_generator == before.flow_generator
@@ -153,7 +155,7 @@ def test_a_clip_comes_with_its_caption_as_the_text_encoder_reads_it(task, stage2
     with torch.no_grad():
         expected = embed_prompts(encoder, tokenizer, captions)
     assert (expected[1:] - expected[:-1]).abs().amax(1).min() > 0.01
-    references = torch.from_numpy(task.references.astype("float32"))
+    references = task.data.references.float()
     batch = task.batch(step_generator(0, 0), CPU)
     for reference, text in zip(batch["reference"], batch["text"], strict=True):
         (clip,) = (references == reference).flatten(1).all(1).nonzero()
@@ -163,7 +165,7 @@ def test_a_clip_comes_with_its_caption_as_the_text_encoder_reads_it(task, stage2
 def test_the_reference_is_frame_1_as_the_vae_has_it(task, stage2_file):
     checkpoint = load_checkpoint(stage2_file, ["vae"])
     vae = build(checkpoint, "vae").eval()
-    references = torch.from_numpy(task.references.astype("float32"))
+    references = task.data.references.float()
     for number, clip in enumerate(Squares(data_config(), "train")[i] for i in range(6)):
         with torch.no_grad():
             latents = vae.encode(clip.pixels * 2 - 1).latent_dist.mode()
@@ -246,6 +248,29 @@ def test_a_checkpoint_with_stage_1_is_gone_on_from(tmp_path, stage2_file, preset
     network = going_on.model.flow_generator.state_dict()
     assert network.keys() == state.keys()
     assert all(torch.equal(value.float(), network[key]) for key, value in state.items())
+
+
+def test_beside_stable_diffusion_a_new_network_has_lfdms_size():
+    """The puppets' would be taken in silence, and is far too small."""
+    assert new_size("", presets.SD15) == presets.LFDM.flow_generator
+    assert new_size("", tiny_config()) == presets.PUPPETS.flow_generator
+    assert new_size("puppets", presets.SD15) == presets.PUPPETS.flow_generator
+    with pytest.raises(SettingsError, match=r"got 'sd15'.*lfdm is the size"):
+        new_size("sd15", presets.SD15)
+
+
+def test_it_learns_from_prepared_clips_too(tmp_path, stage2_file, preset):
+    clips = write_clips(tmp_path / "clips")
+    settings = {"clips_folder": str(clips.folder), "preset": "generator", "steps": 1}
+    train_stage1(_config(tmp_path / "run", stage2_file, **settings))
+    config = read_config(tmp_path / "run" / "export.safetensors").flow_generator
+    assert (config.frames, config.text_dim) == (clips.num_frames, 64)
+    assert any((tmp_path / "run" / "samples").glob("step_*.png"))
+    other = write_clips(tmp_path / "other", channels=16)
+    with pytest.raises(SettingsError, match=r"clips_folder: expected latents of 4.*got 16"):
+        train_stage1(
+            _config(tmp_path / "no", stage2_file, **{**settings, "clips_folder": str(other.folder)})
+        )
 
 
 def test_bad_settings_are_refused(tmp_path):

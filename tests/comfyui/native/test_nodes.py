@@ -22,6 +22,7 @@ SOCKETS = {
     ),
     "S2DMApplyFlowAdapter": ("model adapter strength frames_at_once", "MODEL"),
     "S2DMRegionMotionLoader": ("file", "OPTICAL_FLOW S2DM_FLOW_GENERATOR"),
+    "S2DMFlowGeneratorLoader": ("file clip vae", "S2DM_FLOW_GENERATOR"),
     "S2DMFitClip": ("video frames first_frame width height", "IMAGE FLOAT"),
     "S2DMEstimateFlow": ("frames method optical_flow video", "S2DM_FLOW"),
     "S2DMGenerateFlow": (
@@ -61,8 +62,13 @@ SOCKETS = {
     ),
     "S2DMTrainFlowAdapter": (
         "model clips name steps learning_rate joining seed clips_per_step frames_per_clip "
-        "frames_at_once precision gradient_checkpointing save_every preview_every resume",
+        "frames_at_once precision gradient_checkpointing save_every preview_every resume lora_rank",
         "MODEL STRING IMAGE",
+    ),
+    "S2DMTrainFlowGenerator": (
+        "clip vae clips name steps learning_rate preset seed clips_per_step clips_at_once "
+        "precision save_every preview_every resume",
+        "S2DM_FLOW_GENERATOR STRING IMAGE",
     ),
 }
 

@@ -34,6 +34,10 @@ def prepared(rig: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return files.PreparedClips(folder)
 
 
+def gradient_of(*networks: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in torch.nn.ModuleList(networks).parameters()])
+
+
 class Run:
     """A run of the trainer on a MODEL, as the node makes it."""
 
@@ -49,18 +53,24 @@ class Run:
             sizes = {"width": 32, "hidden": 32}
             config = training.trainable_config(model, fusion, **sizes)
             adapter = library.new_adapter(config, chosen.seed)
+            lora = training.new_lora(model, chosen.lora_rank, chosen.seed)
+            networks = [adapter] if lora is None else [adapter, lora]
             if stir:
                 generator = torch.Generator().manual_seed(5)
                 with torch.no_grad():
-                    for weight in adapter.parameters():
+                    for weight in torch.nn.ModuleList(networks).parameters():
                         weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+            self.start = [
+                {name: weight.clone() for name, weight in network.state_dict().items()}
+                for network in networks
+            ]
             with training.frozen(
-                model, adapter, prepared, chosen.chunk, checkpointing=checkpointing
+                model, adapter, prepared, chosen.chunk, checkpointing=checkpointing, lora=lora
             ) as denoiser:
                 self.trainer = library.AdapterTrainer(chosen, adapter, denoiser, prepared, folder)
                 self.loss = self.trainer.accumulate(self.trainer.batch(0))
-                self.gradient = torch.cat([p.grad.flatten() for p in adapter.parameters()])
-                adapter.zero_grad()
+                self.gradient = gradient_of(*networks)
+                torch.nn.ModuleList(networks).zero_grad()
                 self.buffers = [p for p in model.model.parameters() if p.grad is not None]
                 self.trainer.run()
                 self.picture = training.preview(
@@ -107,6 +117,41 @@ def test_it_trains_what_was_loaded_in_inference_mode_and_leaves_it_alone(
         m for m in unet.modules() if type(vars(m).get("forward")).__name__ == "_Checkpointed"
     ]
     assert not forwards
+
+
+def test_a_lora_learns_beside_the_adapter_and_core_loads_it(
+    rig: Any, inference_model: Any, prepared: Any
+) -> None:
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+
+    from nodes import LoraLoaderModelOnly
+
+    unet = inference_model.model.diffusion_model
+    before = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    patched, listed, _ = train(
+        rig, inference_model, prepared, "both", lora_rank=2, learning_rate=1e-2
+    )
+    after = unet.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(weight.grad is None for weight in unet.parameters())
+    name = "s2dm/both.safetensors"
+    assert name in [file.replace("\\", "/") for file in folder_paths.get_filename_list("loras")]
+    state = comfy.utils.load_torch_file(folder_paths.get_full_path("loras", name))
+    # to_q, to_k, to_v and to_out of two attentions in each of the five transformers
+    layers = len(rig.module("nodes.native.training").new_lora(inference_model, 2, 0).names)
+    assert layers % 8 == 0 and len(state) == 3 * layers
+    assert all(weight.abs().max() > 0 for key, weight in state.items() if "lora_up" in key)
+
+    encoded = rig.encode(rig.flow(2))
+    with torch.inference_mode():
+        (alone,) = LoraLoaderModelOnly().load_lora_model_only(inference_model, name, 1.0)
+    (applied,) = rig.run("S2DMApplyFlowAdapter", model=alone, adapter=listed)
+    (without,) = rig.run("S2DMApplyFlowAdapter", model=inference_model, adapter=listed)
+    followed = rig.sample(encoded, patched)
+    assert torch.allclose(followed, rig.sample(encoded, applied), atol=1e-5)
+    assert (followed - rig.sample(encoded, without)).abs().max() > 1e-3
 
 
 def test_chunks_and_checkpointing_change_no_gradient(
@@ -262,13 +307,67 @@ def test_models_that_no_adapter_can_be_trained_for_are_refused_by_name(
         unet.in_channels = 9
         expected = "inpainting"
     elif change == "flow matching":
-        model.model.model_type = ModelType.FLOW
-        expected = "FLOW"
+        model.model.model_sampling = comfy.model_base.model_sampling(
+            model.model.model_config, ModelType.FLOW
+        )
+        expected = "flow matching"
     else:
         model.model.diffusion_model = torch.nn.Identity()
         expected = "Stable Diffusion"
     with pytest.raises(ValueError, match=rf"Train Flow Adapter \(S2DM\): .*{expected}"):
         train(rig, model, prepared, "refused")
+
+
+def test_v_prediction_is_known_by_how_a_model_is_sampled(
+    rig: Any, prepared: Any, tmp_path: Path
+) -> None:
+    """By a checkpoint of this kind, and by core's node that makes a MODEL one."""
+    import comfy.model_base
+    from comfy.model_base import ModelType
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    def kind(model: Any) -> str:
+        return rig.module("nodes.native.training").schedule_of(model)[1]
+
+    plain = rig.plain_model()
+    node = ModelSamplingDiscrete()
+    made = getattr(node, "patch", None) or node.execute
+    (patched,) = made(plain, "v_prediction", False)
+    (lcm,) = made(plain, "lcm", False)
+    assert (kind(plain), kind(patched)) == ("epsilon", "v_prediction")
+    with pytest.raises(ValueError, match=r"sampled as .*LCM"):
+        kind(lcm)
+    loaded = rig.plain_model()
+    loaded.model.model_type = ModelType.V_PREDICTION
+    loaded.model.model_sampling = comfy.model_base.model_sampling(
+        loaded.model.model_config, ModelType.V_PREDICTION
+    )
+    runs = [
+        Run(rig, model, prepared, tmp_path / str(number), steps=1)
+        for number, model in enumerate((loaded, patched, plain))
+    ]
+    by_file, by_node, epsilon = (run.trainer.losses[0] for run in runs)
+    assert by_file == pytest.approx(by_node, rel=1e-5)
+    assert by_file != pytest.approx(epsilon, rel=1e-2)
+    assert runs[0].picture.isfinite().all()
+
+
+def test_a_file_says_which_model_it_was_trained_for(
+    rig: Any, inference_model: Any, prepared: Any
+) -> None:
+    def base(name: str) -> str:
+        file = train(rig, inference_model, prepared, name, steps=1, preview_every=0)[1]
+        path = rig.module("nodes.native.files").find_file(file)
+        return rig.module("s2dm.models").read_config(path).adapter_training.base
+
+    before = getattr(inference_model, "cached_patcher_init", None)
+    try:
+        inference_model.cached_patcher_init = (None, ("/models/checkpoints/dream 1.safetensors",))
+        assert base("known") == "dream 1"
+        inference_model.cached_patcher_init = None
+        assert base("unknown") == ""
+    finally:
+        inference_model.cached_patcher_init = before
 
 
 class Video:
@@ -339,5 +438,32 @@ def test_the_command_line_trains_the_same_weights_from_the_same_seed(
     )
     there = train_adapter(config)
     assert there.losses == pytest.approx(here.losses, rel=1e-4)
-    for name, weight in there.averaged_state().items():
-        assert (weight - here.averaged_state()[name]).abs().max() <= 1e-4, name
+    for name, weight in there.averaged_state("adapter").items():
+        assert (weight - here.averaged_state("adapter")[name]).abs().max() <= 1e-4, name
+
+
+def test_the_command_line_gives_a_lora_the_same_gradient(
+    rig: Any, inference_model: Any, prepared: Any, tmp_path: Path
+) -> None:
+    """Not the same weights: where a gradient is nearly nothing, Adam makes steps of rounding."""
+    from s2dm.training.adapter_run import AdapterRunConfig, train_adapter
+
+    settings = {"steps": 1, "clips": 2, "frames": 3, "chunk": 2, "seed": 3, "lora_rank": 2}
+    here = Run(rig, inference_model, prepared, tmp_path / "node", stir=True, **settings)
+    config = AdapterRunConfig(
+        checkpoint=str(rig.checkpoint),
+        clips_folder=str(prepared.folder),
+        output=str(tmp_path / "command"),
+        width=32,
+        hidden=32,
+        **settings,
+    )
+    there = train_adapter(config)
+    networks = there.adapter, there.denoiser.lora
+    for network, weights in zip(networks, here.start, strict=True):
+        network.load_state_dict(weights)
+    there.accumulate(there.batch(0))
+    of_lora = len(gradient_of(there.denoiser.lora))
+    for part in (slice(None, -of_lora), slice(-of_lora, None)):
+        one = gradient_of(*networks)[part]
+        assert one.norm() > 0 and (one - here.gradient[part]).norm() <= 1e-3 * one.norm()

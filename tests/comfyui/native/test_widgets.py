@@ -99,6 +99,18 @@ def test_what_a_template_explains_is_not_folded_away(node_classes):
                 "save_every",
                 "preview_every",
                 "resume",
+                "lora_rank",
+            )
+        ),
+        *(
+            ("S2DMTrainFlowGenerator", name)
+            for name in (
+                "clips_per_step",
+                "clips_at_once",
+                "precision",
+                "save_every",
+                "preview_every",
+                "resume",
             )
         ),
         ("S2DMSharedNoise", "share"),
