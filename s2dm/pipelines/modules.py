@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -24,6 +24,7 @@ from ..models.config import (
     FlowGeneratorConfig,
     RegionMotionConfig,
     S2DMConfig,
+    ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
@@ -124,6 +125,21 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
         truncation=True,
         return_tensors="pt",
     ).input_ids
+
+
+def ddim_scheduler(schedule: ScheduleConfig) -> DDIMScheduler:
+    """The paper's sampler, with the timesteps that ComfyUI's "ddim" and "ddim_uniform" take."""
+    return DDIMScheduler(
+        num_train_timesteps=schedule.steps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        beta_schedule=schedule.beta_schedule,
+        prediction_type=schedule.prediction_type,
+        timestep_spacing="leading",
+        steps_offset=1,
+        set_alpha_to_one=True,
+        clip_sample=False,
+    )
 
 
 def build_flow_adapter(config: FlowAdapterConfig, state: State | None = None) -> FlowAdapter:

@@ -23,12 +23,12 @@ from ..models.config import LATENT_CELL, FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
 from ..pipelines.attention import attach_adapter
-from ..pipelines.flow_to_video import ddim_scheduler
 from ..pipelines.modules import (
     build_flow_adapter,
     build_text_encoder,
     build_tokenizer,
     build_unet,
+    ddim_scheduler,
     tokenize,
 )
 from ..sector import NoiseSharing, ReferenceStates, sector_loss
