@@ -37,13 +37,14 @@ from ..video import write_contact_sheet
 from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig
-from .loop import Progress, measured_once, run_training, sheet_seed
+from .loop import Progress, run_training, sheet_seed
 from .models import (
     frozen_vae,
     load_model,
     preset,
     save_model,
 )
+from .run_folder import measured_once
 from .schedule import alpha_bars, draw_timesteps
 
 PARTS = ("unet", "flow_adapter", "text_encoder")
