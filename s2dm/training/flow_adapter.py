@@ -35,9 +35,7 @@ from ..models import (
 from ..sector import NoiseSharing, add_noise, predicted_x0, training_target
 from ..sector.diffusion import PREDICTION_TYPES
 from ..settings import SettingsError, to_dict
-from .ema import EMA
-from .loop import step_generator
-from .run_folder import RunFolder
+from .loop import EMA, RunFolder, step_generator
 
 _MAY_CHANGE = {"steps", "chunk", "save_every"}
 """Settings that a run may go on with others of: they change nothing that was done."""

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...sector import BETA_SCHEDULES
+from torch import Tensor
+
+from ...sector import BETA_SCHEDULES, alphas_cumprod, betas
 from .base import MOST_STEPS, Config, is_number
 
 
@@ -34,6 +36,14 @@ class ScheduleConfig(Config):
         self._expect(
             self.prediction_type in predictions, "prediction_type", f"one of {predictions}"
         )
+
+    def betas(self) -> Tensor:
+        """β_t of every timestep, (steps,) float64."""
+        return betas(self.steps, self.beta_start, self.beta_end, self.beta_schedule)
+
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ_t of every timestep, (steps,) float32."""
+        return alphas_cumprod(self.steps, self.beta_start, self.beta_end, self.beta_schedule)
 
 
 @dataclass(frozen=True)
