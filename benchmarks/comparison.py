@@ -30,7 +30,7 @@ from s2dm.evaluation.store import stored_frames
 from s2dm.evaluation.tables import mean_over_seeds
 from s2dm.flow import flow_to_image
 from s2dm.models import load_checkpoint, read_config
-from s2dm.training.loop import training_of
+from s2dm.training.run_folder import training_of
 from s2dm.video import write_contact_sheet
 
 SHEET_CLIPS = 4

@@ -41,7 +41,8 @@ from s2dm.models import (
     save_checkpoint,
 )
 from s2dm.training.cache import ClipCache, build_clip_cache
-from s2dm.training.loop import run_training, training_of
+from s2dm.training.loop import run_training
+from s2dm.training.run_folder import training_of
 from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task
 
 PLAIN, ANCHORED = Variant("given-flow-plain"), Variant("given-flow")

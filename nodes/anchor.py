@@ -46,9 +46,10 @@ class AnchorToReference(io.ComfyNode):
                     "reference",
                     optional=True,
                     tooltip=(
-                        "The first frame of the clip; of a batch, the first image counts. In the "
-                        "shape of the flow, in any size. Alpha is dropped. Without a picture the "
-                        "model draws frame 1 first, from the same noise, and follows that."
+                        "The first frame of the clip: the same aspect ratio as the flow, in any "
+                        "size. Of a batch, the first image is used; alpha is dropped. Without a "
+                        "picture the model first draws frame 1 from the same noise, and that is "
+                        "the reference."
                     ),
                 ),
                 Flow.Input(
@@ -87,9 +88,9 @@ class AnchorToReference(io.ComfyNode):
                     options=list(_ATTENTION),
                     default="auto",
                     tooltip=(
-                        "on: in self-attention every frame also sees the first one. Only the "
-                        "U-Nets of Stable Diffusion 1.x, 2.x and XL can. auto: as the checkpoint "
-                        "recommends, without a recommendation on."
+                        "on: in self-attention every frame also sees the first one; works with the "
+                        "U-Nets of Stable Diffusion 1.x, 2.x and XL alone. auto: as the checkpoint "
+                        "recommends, or on if it recommends nothing."
                     ),
                 ),
             ],

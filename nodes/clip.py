@@ -7,22 +7,7 @@ from typing import Any
 import comfy.utils
 from comfy_api.latest import io
 
-from ..s2dm.models import LATENT_CELL
-from .schema import MOST_FRAMES, named_errors, schema
-
-
-def _side(name: str) -> io.Input:
-    return io.Int.Input(
-        name,
-        default=128,
-        min=LATENT_CELL,
-        max=8192,
-        step=LATENT_CELL,
-        tooltip=(
-            f"{name.capitalize()} of the frames in pixels: 128 for the bundled checkpoint, 512 "
-            "for most Stable Diffusion 1.5 models."
-        ),
-    )
+from .schema import MOST_FRAMES, named_errors, schema, side_inputs
 
 
 class FitClip(io.ComfyNode):
@@ -46,7 +31,7 @@ class FitClip(io.ComfyNode):
                     default=16,
                     min=1,
                     max=MOST_FRAMES,
-                    tooltip="How many frames to take; a shorter video gives all that it has.",
+                    tooltip="How many frames to take; all of them if the video is shorter.",
                 ),
                 io.Int.Input(
                     "first_frame",
@@ -58,8 +43,10 @@ class FitClip(io.ComfyNode):
                         "choose one that shows the person well."
                     ),
                 ),
-                _side("width"),
-                _side("height"),
+                *side_inputs(
+                    "of the frames in pixels: 128 for the bundled checkpoint, 512 for most Stable "
+                    "Diffusion 1.5 models."
+                ),
             ],
             outputs=[
                 io.Image.Output(

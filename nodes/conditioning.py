@@ -13,7 +13,7 @@ from ..s2dm.flow import FlowField
 from ..s2dm.models import LATENT_CELL, whole_cells
 from .native.labels import LABEL, FlowLabel
 from .native.recommended import AUTO
-from .schema import advanced, flow_strength, named_errors, schema
+from .schema import advanced, flow_strength, named_errors, schema, side_inputs
 from .types import Flow
 
 _GUIDE_FLOW = ("auto", "on", "off")
@@ -22,20 +22,6 @@ _GUIDE_FLOW = ("auto", "on", "off")
 def _percent(name: str, default: float, least: float, tooltip: str) -> io.Input:
     return advanced(
         io.Float.Input, name, default=default, min=least, max=1.0, step=0.01, tooltip=tooltip
-    )
-
-
-def _side(name: str) -> io.Input:
-    return io.Int.Input(
-        name,
-        default=0,
-        min=0,
-        max=8192,
-        step=LATENT_CELL,
-        tooltip=(
-            f"{name.capitalize()} of the clip in pixels; the flow is resized to it. 0: that of the "
-            "flow. Rounded up to a multiple of 8."
-        ),
     )
 
 
@@ -95,8 +81,12 @@ class EncodeFlow(io.ComfyNode):
                         "too, so guidance strengthens the prompt alone."
                     ),
                 ),
-                _side("width"),
-                _side("height"),
+                *side_inputs(
+                    "of the clip in pixels; the flow is resized to it. 0: that of the flow. "
+                    "Rounded up to a multiple of 8.",
+                    default=0,
+                    least=0,
+                ),
                 io.Mask.Input(
                     "mask",
                     optional=True,

@@ -50,8 +50,8 @@ class EstimateFlow(io.ComfyNode):
                     "frames",
                     optional=True,
                     tooltip=(
-                        "The frames of one clip, in order. The flow has as many frames, of the "
-                        "same size; a single frame has no motion."
+                        "The frames of one clip, in order. The flow has the same number of frames "
+                        "and the same size; a single frame has no motion."
                     ),
                 ),
                 io.Combo.Input(
@@ -69,9 +69,9 @@ class EstimateFlow(io.ComfyNode):
                     optional=True,
                     tooltip=(
                         'Network for the method "model": RAFT, from core\'s Load Optical Flow '
-                        "Model (newer versions of ComfyUI), which is checked first on a known "
+                        "Model (newer versions of ComfyUI), which is first tested on a known "
                         "shift; or a model from Load Region Motion (S2DM). Flow that another pack "
-                        "has measured doesn't fit here."
+                        "has already measured can't be connected here."
                     ),
                 ),
                 io.Video.Input(
@@ -130,8 +130,8 @@ class GenerateFlow(io.ComfyNode):
                 io.Image.Input(
                     "reference",
                     tooltip=(
-                        "The first frame of the clip; of a batch, the first image counts. Any "
-                        "size: the flow gets the same. Alpha is dropped."
+                        "The first frame of the clip, in any size; the flow gets the same size. Of "
+                        "a batch, the first image is used; alpha is dropped."
                     ),
                 ),
                 io.String.Input(
@@ -139,8 +139,8 @@ class GenerateFlow(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip=(
-                        "What happens in the clip, in the words of the prompt for the picture. "
-                        "Empty: any motion that fits the frame."
+                        "What happens in the clip, worded like the prompt for the picture. Empty: "
+                        "any motion that fits the frame."
                     ),
                 ),
                 io.Int.Input(
@@ -172,7 +172,8 @@ class GenerateFlow(io.ComfyNode):
                     step=0.05,
                     tooltip=(
                         "Amount of motion. 1: the mean of the training clips; 0: as the prompt "
-                        "suggests. The network stays near the amounts that it knows of a movement."
+                        "suggests. Amounts far from those of the training clips are hardly "
+                        "reached."
                     ),
                 ),
                 advanced(

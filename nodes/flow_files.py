@@ -34,17 +34,20 @@ class SaveFlow(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="flow/s2dm",
-                    tooltip="Name in the output folder, and a folder in it; a number is added.",
+                    tooltip=(
+                        "Name in the output folder; it may begin with a subfolder. A number is "
+                        "added."
+                    ),
                 ),
                 io.Combo.Input(
                     "format",
                     options=[_NPZ, *LAYOUTS],
                     default=_NPZ,
                     tooltip=(
-                        "npz: one file with all of it. The others are folders, a file a frame: "
-                        "flo: Middlebury, without occlusion. kitti: 16-bit PNG, steps of a 64th of "
-                        "a pixel. exr: motion vectors, st_map: an ST map, both for compositors and "
-                        "with the package OpenEXR."
+                        "npz: the whole flow in one file. The others are folders with one file for "
+                        "each frame. flo: Middlebury, without occlusion. kitti: 16-bit PNG, in "
+                        "steps of 1/64 pixel. exr: motion vectors. st_map: an ST map. The last two "
+                        "are for compositing software and need the Python package OpenEXR."
                     ),
                 ),
             ],

@@ -57,11 +57,12 @@ class EditFlow(io.ComfyNode):
                     options=list(_OPERATIONS),
                     default=_OPERATIONS[0],
                     tooltip=(
-                        "scale: amount times as far. reverse: played backwards, from the last "
-                        "frame. retime: the same motion in another number of frames. smooth: over "
-                        "amount pixels. smooth over time: over amount frames. loop, ping-pong: "
-                        "amount times over. crop, resize: to width and height. keep in mask: "
-                        "nothing moves outside, faded over amount pixels."
+                        "scale: multiplies the motion by amount. reverse: plays it backwards, from "
+                        "the last frame. retime: the same motion in another number of frames. "
+                        "smooth: over amount pixels. smooth over time: over amount frames. loop, "
+                        "ping-pong: repeats it amount times. crop, resize: to width and height. "
+                        "keep in mask: nothing moves outside the mask; its edge is amount pixels "
+                        "soft."
                     ),
                 ),
                 io.Float.Input(
@@ -71,9 +72,8 @@ class EditFlow(io.ComfyNode):
                     max=1000.0,
                     step=0.05,
                     tooltip=(
-                        "For scale a factor, for smooth a number of pixels or frames, for loop and "
-                        "ping-pong how many times, for keep in mask the width of its soft edge in "
-                        "pixels."
+                        "scale: the factor. smooth: number of pixels or frames. loop, ping-pong: "
+                        "number of repetitions. keep in mask: width of the soft edge in pixels."
                     ),
                 ),
                 io.Int.Input(
@@ -177,31 +177,35 @@ class CombineFlow(io.ComfyNode):
             ],
             inputs=[
                 Flow.Input(
-                    "first", tooltip="Flow of the things that move, or of what comes first."
+                    "first", tooltip="Flow of the moving things, or the motion that comes first."
                 ),
                 Flow.Input(
-                    "second", tooltip="Flow of the camera, or of what comes then. As large."
+                    "second",
+                    tooltip=(
+                        "Flow of the camera, or the motion that comes next. Of the same size."
+                    ),
                 ),
                 io.Combo.Input(
                     "how",
                     options=[_CAMERA, _AFTER, _IN_MASK],
                     default=_CAMERA,
                     tooltip=(
-                        "second is the camera: it films what the first moves, both of as many "
-                        "frames. one after the other: the second begins with the last frame of the "
-                        "first. first in the mask: the second is elsewhere."
+                        "second is the camera: a camera films what the first flow moves; both have "
+                        "the same number of frames. one after the other: the second starts from "
+                        "the last frame of the first. first in the mask: the first inside the "
+                        "mask, the second outside."
                     ),
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip=(
-                        "For first in the mask: where the first flow counts, one mask for all "
-                        "frames or one for each."
+                        "For first in the mask: where the first flow is used. One mask for all "
+                        "frames, or one for each."
                     ),
                 ),
             ],
-            outputs=[flow_output("Both as one.")],
+            outputs=[flow_output("The combined flow.")],
         )
 
     @classmethod
@@ -243,7 +247,7 @@ class PickFlow(io.ComfyNode):
                     default=16,
                     min=1,
                     max=MOST_FRAMES,
-                    tooltip="How many to take; a shorter flow gives all that it has.",
+                    tooltip="How many frames to take; all of them if the flow is shorter.",
                 ),
                 io.Int.Input(
                     "every",
@@ -257,9 +261,9 @@ class PickFlow(io.ComfyNode):
                     options=[_FRAME_1, _FIRST_PICKED],
                     default=_FRAME_1,
                     tooltip=(
-                        "frame 1: motion since the first frame of the whole flow, which leads the "
-                        "picked ones. the first picked: that one is the new first frame, to be "
-                        "used with a picture of it."
+                        "frame 1: from the first frame of the whole flow, which is put before the "
+                        "picked ones. the first picked: that frame becomes the new first frame; "
+                        "use it with a picture of that frame."
                     ),
                 ),
             ],
@@ -297,8 +301,8 @@ class WarpImage(io.ComfyNode):
             display_name="Warp Image (S2DM)",
             category="s2dm/video",
             description=(
-                "Moves a picture, a mask or a latent by a flow: one for each frame, and what the "
-                "first frame doesn't show as a mask."
+                "Moves a picture, a mask or a latent along a flow: one for each frame, and a mask "
+                "of what the first frame doesn't show."
             ),
             search_aliases=[
                 "warp",
@@ -314,7 +318,7 @@ class WarpImage(io.ComfyNode):
                     "image",
                     optional=True,
                     tooltip=(
-                        "The first frame; of a batch, the first image counts. Alpha is dropped."
+                        "The first frame. Of a batch, the first image is used; alpha is dropped."
                     ),
                 ),
                 io.Mask.Input(
@@ -337,8 +341,9 @@ class WarpImage(io.ComfyNode):
                     "latent",
                     optional=True,
                     tooltip=(
-                        "The latent of the first frame, to be moved as well; of a batch, the first "
-                        "counts. Its cells are 8 pixels wide, so moved pixels are sharper."
+                        "The latent of the first frame, to be moved as well. Of a batch, the first "
+                        "is used. A cell of a latent is 8 pixels wide, so a moved image is sharper "
+                        "than a moved latent."
                     ),
                 ),
             ],

@@ -22,7 +22,7 @@ from ..s2dm.flow.draw.state import SPEEDS
 from ..s2dm.flow.geometry import resample
 from ..s2dm.flow.tracks import flow_to_tracks, grid_points, tracks_from_paths, tracks_to_json
 from .flow import check_memory, library_frames
-from .schema import MOST_FRAMES, check_finite, named_errors, schema
+from .schema import MOST_FRAMES, check_finite, named_errors, schema, side_inputs
 from .types import Flow, Tracks, flow_output
 
 _PICTURE = "s2dm_picture"  # the name under which the editor looks for it
@@ -32,27 +32,13 @@ def _frames_input(tooltip: str, least: int = 1) -> io.Input:
     return io.Int.Input("frames", default=16, min=least, max=MOST_FRAMES, tooltip=tooltip)
 
 
-def _side_inputs(tooltip: str) -> list[io.Input]:
-    return [
-        io.Int.Input(
-            name,
-            default=128,
-            min=8,
-            max=8192,
-            step=8,
-            tooltip=f"{name.capitalize()} of the flow in pixels. {tooltip}",
-        )
-        for name in ("width", "height")
-    ]
-
-
 def _depth_input() -> io.Input:
     return io.Image.Input(
         "depth",
         optional=True,
         tooltip=(
-            "Depth of the first frame for parallax, near is white: what is near passes by faster "
-            "when the camera pans. From any depth node; it is resized."
+            "Depth map of the first frame, white is near. It gives parallax: near things move "
+            "faster when the camera pans. From any depth node, in any size."
         ),
     )
 
@@ -67,8 +53,8 @@ class DrawFlow(io.ComfyNode):
             display_name="Draw Motion (S2DM)",
             category="s2dm/flow",
             description=(
-                "Makes flow of motion that is drawn: parts of the picture with their paths and "
-                "pins, layer over layer, and a camera."
+                "Turns drawn motion into flow: layers, each a part of the picture with its paths "
+                "and pins, and a camera."
             ),
             search_aliases=[
                 "draw",
@@ -84,8 +70,8 @@ class DrawFlow(io.ComfyNode):
                     "image",
                     optional=True,
                     tooltip=(
-                        "The first frame, to draw on. The flow gets its size; of a batch, the "
-                        "first image counts."
+                        "The first frame, to draw on. The flow gets its size. Of a batch, the "
+                        "first image is used."
                     ),
                 ),
                 io.String.Input(
@@ -93,12 +79,14 @@ class DrawFlow(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        "What is drawn, as JSON; the editor writes it. Paths of other editors, "
-                        "lists of points with x and y, can be pasted. Empty: nothing moves."
+                        "The drawing as JSON, which the editor writes. Paths from other editors "
+                        "(lists of points with x and y) can be pasted. Empty: nothing moves."
                     ),
                 ),
                 _frames_input("Number of frames of the flow."),
-                *_side_inputs("Without an image alone: an image decides."),
+                *side_inputs(
+                    "of the flow in pixels. Used without an image; otherwise the image sets it."
+                ),
                 _depth_input(),
             ],
             outputs=[
@@ -148,7 +136,7 @@ class CameraFlow(io.ComfyNode):
             search_aliases=["camera", "pan", "zoom", "roll", "dolly", "ken burns", "parallax"],
             inputs=[
                 _frames_input("Number of frames of the flow."),
-                *_side_inputs("As large as the picture."),
+                *side_inputs("of the flow in pixels. Use that of the picture."),
                 *(
                     io.Float.Input(
                         f"pan_{axis}",
@@ -187,8 +175,8 @@ class CameraFlow(io.ComfyNode):
                     options=[speed for speed in SPEEDS if speed != "hold"],
                     default="linear",
                     tooltip=(
-                        "linear: even. ease: with a slow start and a slow end. ease_in: with a "
-                        "slow start. ease_out: with a slow end."
+                        "linear: constant speed. ease: slow start and slow end. ease_in: slow "
+                        "start. ease_out: slow end."
                     ),
                 ),
                 _depth_input(),
@@ -227,8 +215,8 @@ class TracksToFlow(io.ComfyNode):
             display_name="Tracks to Flow (S2DM)",
             category="s2dm/flow",
             description=(
-                "Makes flow of paths: each carries what is around it, or all of them move what a "
-                "mask shows. For paths of spline editors, ATI and WanMove."
+                "Turns paths into flow: each path carries along what is around it, or all of them "
+                "together move what is in a mask. For paths from spline editors, ATI and WanMove."
             ),
             search_aliases=["tracks", "trajectory", "spline", "ati", "wanmove", "coordinates"],
             inputs=[
@@ -237,16 +225,18 @@ class TracksToFlow(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        "Paths in pixels as JSON, a list of paths, each a list of points with x "
-                        "and y, from the first frame on. Their points are spread evenly over the "
-                        "clip."
+                        "Paths in pixels as JSON: a list of paths, each a list of points with x "
+                        "and y, beginning in the first frame. The points are spread evenly over "
+                        "the clip."
                     ),
                 ),
                 _frames_input(
                     "Number of frames of the flow. 0: as many as the longest path has points.",
                     least=0,
                 ),
-                *_side_inputs("As large as the picture that the paths lie on."),
+                *side_inputs(
+                    "of the flow in pixels. Use that of the picture that the paths lie on."
+                ),
                 io.Float.Input(
                     "radius",
                     default=16.0,
@@ -254,19 +244,26 @@ class TracksToFlow(io.ComfyNode):
                     max=8192.0,
                     step=0.5,
                     tooltip=(
-                        "How far around its start a path carries everything along, in pixels; up "
-                        "to twice as far it fades out. With a mask: not used."
+                        "Distance from its start, in pixels, within which a path carries "
+                        "everything along. The motion fades out up to twice that distance. Not "
+                        "used with a mask."
                     ),
                 ),
                 Tracks.Input(
                     "tracks",
                     optional=True,
-                    tooltip="Paths of core's WanMove nodes, beside or in place of the coordinates.",
+                    tooltip=(
+                        "Paths from core's WanMove nodes, together with the coordinates or instead "
+                        "of them."
+                    ),
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="What the paths move, in the first frame; all else stays.",
+                    tooltip=(
+                        "The part of the first frame that the paths move. Everything else stays "
+                        "still."
+                    ),
                 ),
             ],
             outputs=[flow_output()],
@@ -328,8 +325,8 @@ class FlowToTracks(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip=(
-                        "Points of the first frame in pixels as JSON, a list of points with x and "
-                        "y; of paths, the first points count. Empty: a grid over the picture."
+                        "Points of the first frame in pixels, as JSON: a list of points with x and "
+                        "y. Of paths, the first points are used. Empty: a grid over the picture."
                     ),
                 ),
                 io.Float.Input(
@@ -345,12 +342,15 @@ class FlowToTracks(io.ComfyNode):
                 io.String.Output(
                     "coordinates",
                     display_name="coordinates",
-                    tooltip="The paths as JSON, a point a frame, for ATI, WanMove and the like.",
+                    tooltip=(
+                        "The paths as JSON, one point for each frame, for ATI, WanMove and the "
+                        "like."
+                    ),
                 ),
                 Tracks.Output(
                     "tracks",
                     display_name="tracks",
-                    tooltip="The paths for core's WanMove nodes, and where they are hidden.",
+                    tooltip="The paths and where they are hidden, for core's WanMove nodes.",
                 ),
             ],
         )

@@ -10,6 +10,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..s2dm.models import LATENT_CELL
+
 # Fields that newer versions of ComfyUI have and older ones refuse.
 _NEWER_FIELDS = {"search_aliases", "advanced"}
 
@@ -57,6 +59,21 @@ def seed_input(tooltip: str) -> io.Input:
         control_after_generate=True,
         tooltip=tooltip,
     )
+
+
+def side_inputs(tooltip: str, default: int = 128, least: int = LATENT_CELL) -> list[io.Input]:
+    """Width and height in whole latent cells; the tooltip goes on from the name of the side."""
+    return [
+        io.Int.Input(
+            side,
+            default=default,
+            min=least,
+            max=8192,
+            step=LATENT_CELL,
+            tooltip=f"{side.capitalize()} {tooltip}",
+        )
+        for side in ("width", "height")
+    ]
 
 
 def steps_input(most: int, tooltip: str) -> io.Input:

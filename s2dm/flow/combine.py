@@ -83,6 +83,6 @@ def _check_same(first: FlowField, second: FlowField, frames: bool = False) -> No
         )
     if frames and len(first) != len(second):
         raise FlowError(
-            f"expected two flows of as many frames, got {len(first)} and {len(second)}. Retime one "
-            "of them with Edit Flow."
+            f"expected two flows with the same number of frames, got {len(first)} and "
+            f"{len(second)}. Retime one of them with Edit Flow."
         )

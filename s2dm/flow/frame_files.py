@@ -173,7 +173,8 @@ def _read_exr(path: Path, forward: bool) -> tuple[Array, Array]:
     else:
         raise FlowError(
             f"{path}: expected motion vectors, {wanted}.u and {wanted}.v, or an ST map, R and G, "
-            f"got the channels {', '.join(sorted(channels)[:12]) or 'none'}. Shuffle them so."
+            f"got the channels {', '.join(sorted(channels)[:12]) or 'none'}. Rename the channels "
+            "to these."
         )
     visible = channel("A") if "A" in channels else np.ones(flow.shape[1:], np.float32)
     return flow, 1 - visible.clip(0, 1)[None]

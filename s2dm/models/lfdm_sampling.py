@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..sector import betas
 from .config import ScheduleConfig
 
 Predict = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -43,7 +42,7 @@ def sample_as_lfdm(
     Returns:
         The clean clip.
     """
-    beta = betas(schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule)
+    beta = schedule.betas()
     alpha_bar = torch.cumprod(1 - beta, dim=0)
     before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     x = noise

@@ -13,8 +13,6 @@ from torch import Tensor
 from ..models import FLOW_SAMPLERS, FlowGenerator, ScheduleConfig, constrain, sample_as_lfdm
 from ..models.flow_generator import FLOW_CHANNELS
 from ..sector import (
-    alphas_cumprod,
-    betas,
     guide,
     implied_noise,
     implied_prediction,
@@ -28,9 +26,7 @@ class AsLFDM:
 
     def __init__(self, schedule: ScheduleConfig) -> None:
         self.schedule = schedule
-        self.alphas_cumprod = alphas_cumprod(
-            schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
-        )
+        self.alphas_cumprod = schedule.alphas_cumprod()
 
 
 def flow_scheduler(schedule: ScheduleConfig, name: str = FLOW_SAMPLERS[0]) -> Any:
@@ -46,9 +42,7 @@ def flow_scheduler(schedule: ScheduleConfig, name: str = FLOW_SAMPLERS[0]) -> An
         return AsLFDM(schedule)
     common = {
         "num_train_timesteps": schedule.steps,
-        "trained_betas": betas(
-            schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
-        ).numpy(),
+        "trained_betas": schedule.betas().numpy(),
         "prediction_type": schedule.prediction_type,
         "timestep_spacing": "trailing",
     }

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -23,34 +21,19 @@ from ..models import (
     Checkpoint,
     S2DMConfig,
     SamplingConfig,
-    ScheduleConfig,
     load_checkpoint,
     save_checkpoint,
     unknown_words,
     unknown_words_message,
     whole_cells,
 )
-from ..sector import (
-    ANCHOR_END,
-    SHARED,
-    Anchor,
-    NoiseLevels,
-    NoiseSharing,
-    ReferenceStates,
-    guide,
-    implied_prediction,
-    predicted_x0,
-    release,
-    release_levels,
-    sample,
-)
-from .attention import Beside, attach_adapter, is_attached
-from .modules import build, build_tokenizer, to_checkpoint
-from .pictures import on_canvas, picture_of
+from ..sector import ANCHOR_END, SHARED, Anchor, NoiseSharing, sample
+from .attention import attach_adapter, is_attached
+from .denoiser import Denoiser, Label, guidance_scales
+from .modules import build, build_tokenizer, ddim_scheduler, to_checkpoint
+from .pictures import on_canvas, picture_of, to_pil
+from .request import Request
 from .wrapped import FlowAdapterModel
-
-OUTPUT_TYPES = ("pt", "pil", "latent")
-"""The forms that a clip comes in: a tensor, PIL images, latents."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,21 +47,6 @@ class FlowToVideoOutput(BaseOutput):
     """
 
     frames: Tensor | list[Any]
-
-
-def ddim_scheduler(schedule: ScheduleConfig) -> DDIMScheduler:
-    """The paper's sampler, with the timesteps that ComfyUI's "ddim" and "ddim_uniform" take."""
-    return DDIMScheduler(
-        num_train_timesteps=schedule.steps,
-        beta_start=schedule.beta_start,
-        beta_end=schedule.beta_end,
-        beta_schedule=schedule.beta_schedule,
-        prediction_type=schedule.prediction_type,
-        timestep_spacing="leading",
-        steps_offset=1,
-        set_alpha_to_one=True,
-        clip_sample=False,
-    )
 
 
 class FlowToVideoPipeline(DiffusionPipeline):
@@ -244,125 +212,77 @@ class FlowToVideoPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of its range.
         """
-        sampling = self._sampling(sampling)
-        check_arguments(prompt, output_type, chunk_size, noise_sharing)
-        if reference is not None and not sampling.anchor_end:
+        request = Request(
+            prompt,
+            negative_prompt,
+            (height or flow.height, width or flow.width),
+            self._sampling(sampling),
+            torch.Generator().seed() if seed is None else seed,
+            noise_sharing,
+            chunk_size,
+            output_type,
+            callback_on_step_end,
+        )
+        size, anchor_end = request.size, request.sampling.anchor_end
+        if reference is not None and not anchor_end:
             raise ValueError(
                 "Expected no reference, because the sampling isn't anchored and nothing would see "
                 f'it, got one. Leave it out, or set sampling={{"anchor_end": {ANCHOR_END}}}.'
             )
-        size = (height or flow.height, width or flow.width)
-        seed = torch.Generator().seed() if seed is None else seed
-        denoise = partial(
-            self._denoise,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            size=size,
-            sampling=sampling,
-            seed=seed,
-            noise_sharing=noise_sharing,
-            chunk_size=chunk_size,
-            on_step=counted(callback_on_step_end),
-        )
         anchor = None
-        if sampling.anchor_end and len(flow) > 1:
+        if anchor_end and len(flow) > 1:
             if reference is None:
-                frame = self.decode_latents(denoise(FlowField.zeros(1, *size)))
+                frame = self.decode_latents(self._denoise(request, FlowField.zeros(1, *size)))
             else:
                 frame = on_canvas(picture_of(reference, *size), self.vae_factor)
-            anchor = self._anchor(frame, flow.resize(*size), chunk_size)
-        result = self._output(denoise(flow, anchor=anchor), size, output_type, chunk_size)
+            anchor = self._anchor(request, frame, flow.resize(*size))
+        frames = self._output(request, self._denoise(request, flow, anchor))
         self.maybe_free_model_hooks()
-        return FlowToVideoOutput(frames=result)
+        return FlowToVideoOutput(frames=frames)
 
-    def _denoise(
-        self,
-        flow: FlowField,
-        *,
-        prompt: str,
-        negative_prompt: str | None,
-        size: tuple[int, int],
-        sampling: SamplingConfig,
-        seed: int,
-        noise_sharing: NoiseSharing,
-        chunk_size: int,
-        on_step: Callable[[Tensor], None],
-        anchor: Anchor | None = None,
-    ) -> Tensor:
-        """Latents (N, C, h, w) of a clip that follows `flow`, on the canvas of `size`."""
-        guidance_scale, flow_guidance_scale = sampling.guidance_scale, sampling.flow_guidance_scale
-        if flow_guidance_scale == guidance_scale:
-            flow_guidance_scale = None  # the same from two predictions in place of three
-        self._tell_unknown_words(prompt, negative_prompt)
+    def _denoise(self, request: Request, flow: FlowField, anchor: Anchor | None = None) -> Tensor:
+        """Latents (N, C, h, w) of a clip that follows `flow`, on the canvas."""
+        sampling = request.sampling
+        self._tell_unknown_words(request.prompt, request.negative_prompt)
         if not is_attached(self.unet, self.flow_adapter.adapter):
             # Attention slicing, xFormers and fused projections put their own attention there.
             attach_adapter(self.unet, self.flow_adapter.adapter)
-        canvas = self._canvas(*size)
-        if canvas != size:
-            flow = flow.resize(*size).pad(*canvas)
-        shape = (self.vae.config.latent_channels, *(side // self.vae_factor for side in canvas))
-        latent_size = shape[1], shape[2]
-        labels = self._labels(
-            prompt, negative_prompt, flow, latent_size, guidance_scale, flow_guidance_scale
+        canvas = self._canvas(*request.size)
+        if canvas != request.size:
+            flow = flow.resize(*request.size).pad(*canvas)
+        latent_size = canvas[0] // self.vae_factor, canvas[1] // self.vae_factor
+        shape = (self.vae.config.latent_channels, *latent_size)
+        generator = torch.Generator().manual_seed(request.seed)
+        noise = request.noise_sharing.draw(len(flow), shape, generator).to(self._execution_device)
+        denoiser = Denoiser(
+            self.unet,
+            self.scheduler,
+            self._labels(request, flow, latent_size),
+            self._null_tokens(len(flow), latent_size),
+            sampling,
+            request.chunk_size,
+            anchor,
         )
-        without_flow = [(text, self._null_tokens(len(flow), latent_size)) for text, _ in labels]
-        generator = torch.Generator().manual_seed(seed)
-        noise = noise_sharing.draw(len(flow), shape, generator).to(self._execution_device)
-        levels = NoiseLevels(self.scheduler.alphas_cumprod)
-        flow_from = levels.timestep(sampling.flow_start)
-        released = release_levels(sampling.anchor_end, levels.sigma)
-        states = ReferenceStates()
-
-        def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
-            acts = bool(sampling.flow_start < 1 and timestep <= flow_from)
-            current = labels if acts else without_flow
-            # Equal frames stay equal until something tells them apart: one is enough.
-            several = not _all_equal(latents, *(tokens for _, tokens in current))
-            prediction = torch.empty_like(latents if several else latents[:1])
-            for frames in torch.arange(len(prediction)).split(chunk_size):
-                reference = None
-                if sampling.reference_attention and several:
-                    first = frames[0] == 0
-                    reference = partial(states.beside, groups=len(current), first=first)
-                parts = self._predict(latents[frames], timestep, current, frames, reference)
-                if len(parts) == 1:
-                    prediction[frames] = parts[0]
-                elif len(parts) == 2:
-                    prediction[frames] = guide(*parts, guidance_scale)
-                else:
-                    prediction[frames] = guide(
-                        parts[0], parts[2], guidance_scale, parts[1], flow_guidance_scale
-                    )
-            prediction = prediction.expand_as(latents)
-            if anchor is None or not acts:
-                return prediction
-            # Here, and not in the prediction of each label, because guidance overshoots.
-            sigma = levels.sigma_at(timestep)
-            kind = self.scheduler.config.prediction_type
-            known = (latents, torch.tensor(1 / (sigma**2 + 1)), kind)
-            guess = anchor.pull(predicted_x0(prediction, *known), release(sigma, *released))
-            return implied_prediction(guess, *known)
-
         with self.progress_bar(total=sampling.steps) as progress:
 
             def after_step(_: int, latents: Tensor) -> None:
                 progress.update()
-                on_step(latents)
+                request.step_done(latents)
 
             return sample(
-                denoise,
+                denoiser,
                 self.scheduler,
                 noise,
                 sampling.steps,
                 generator,
-                noise_sharing,
+                request.noise_sharing,
                 after_step,
             )
 
-    def _anchor(self, picture: Tensor, flow: FlowField, chunk_size: int) -> Anchor:
+    def _anchor(self, request: Request, picture: Tensor, flow: FlowField) -> Anchor:
         """The anchor of a clip to frame 1, (1, 3, H, W) in [0, 1] on the canvas."""
         flow = flow.pad(*picture.shape[-2:])
-        return Anchor.of(picture, flow, self._encode, chunk_size=chunk_size)
+        return Anchor.of(picture, flow, self._encode, chunk_size=request.chunk_size)
 
     def _encode(self, frames: Tensor) -> Tensor:
         """Frames (N, 3, H, W) in [0, 1] on the canvas as latents, as the U-Net sees them."""
@@ -438,29 +358,21 @@ class FlowToVideoPipeline(DiffusionPipeline):
         ]
         return torch.cat(frames).clamp_(0, 1)
 
-    def _output(
-        self, latents: Tensor, size: tuple[int, int], output_type: str, chunk_size: int
-    ) -> Tensor | list[Any]:
-        """Latents (N, C, h, w) as frames of `size` (height, width) in the form asked for."""
-        if output_type == "latent":
+    def _output(self, request: Request, latents: Tensor) -> Tensor | list[Any]:
+        """Latents (N, C, h, w) as frames of the size and in the form asked for."""
+        if request.output_type == "latent":
             return latents
-        frames = self.decode_latents(latents, chunk_size)[..., : size[0], : size[1]]
-        return _to_pil(frames) if output_type == "pil" else frames
+        height, width = request.size
+        frames = self.decode_latents(latents, request.chunk_size)[..., :height, :width]
+        return to_pil(frames) if request.output_type == "pil" else frames
 
-    def _labels(
-        self,
-        prompt: str,
-        negative_prompt: str,
-        flow: FlowField,
-        size: tuple[int, int],
-        guidance_scale: float,
-        flow_guidance_scale: float | None,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Text (1, L, d) and flow tokens (N, tokens, width) of each prediction that is needed."""
-        conditional = (self.encode_prompt(prompt), self.encode_flow(flow, size))
+    def _labels(self, request: Request, flow: FlowField, size: tuple[int, int]) -> list[Label]:
+        """Those of each prediction that is needed, for latents of this size."""
+        guidance_scale, flow_guidance_scale = guidance_scales(request.sampling)
+        conditional = (self.encode_prompt(request.prompt), self.encode_flow(flow, size))
         if guidance_scale == 1 and flow_guidance_scale in (None, 1):
             return [conditional]
-        negative = self.encode_prompt(negative_prompt or "")
+        negative = self.encode_prompt(request.negative_prompt or "")
         texts = _same_length([conditional[0], negative])
         conditional, negative = (texts[0], conditional[1]), texts[1]
         unconditional = (negative, self._null_tokens(len(flow), size))
@@ -473,74 +385,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
     def _null_tokens(self, frames: int, size: tuple[int, int]) -> Tensor:
         return self.flow_adapter.adapter.null_tokens(frames, size).detach()
 
-    def _predict(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        labels: list[tuple[Tensor, Tensor]],
-        frames: Tensor,
-        reference: Beside | None = None,
-    ) -> list[Tensor]:
-        """ε_θ of the same frames under each of the labels, as one batch, in float32."""
-        text = torch.cat([text.expand(len(frames), -1, -1) for text, _ in labels])
-        tokens = torch.cat([tokens[frames] for _, tokens in labels])
-        flow = {"flow_tokens": tokens, "flow_size": tuple(latents.shape[-2:])}
-        prediction = self.unet(
-            latents.to(self.unet.dtype).repeat(len(labels), 1, 1, 1),
-            timestep,
-            encoder_hidden_states=text,
-            cross_attention_kwargs={**flow, "reference": reference},
-        ).sample
-        return list(prediction.to(latents.dtype).chunk(len(labels)))
-
-
-def check_arguments(
-    prompt: str, output_type: str, chunk_size: int, noise_sharing: NoiseSharing
-) -> None:
-    """Check the arguments that both pipelines take.
-
-    Raises:
-        ValueError: one of them is out of its range, or not what it should be.
-    """
-    if not isinstance(prompt, str):
-        raise ValueError(f"Expected one prompt as text, got {type(prompt).__name__}.")
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, not {output_type!r}.")
-    if chunk_size < 1:
-        raise ValueError(f"Expected chunk_size of at least 1, got {chunk_size}.")
-    if not isinstance(noise_sharing, NoiseSharing):
-        raise ValueError(
-            f'Expected a NoiseSharing, such as NoiseSharing("shared"), got {noise_sharing!r}.'
-        )
-
-
-def counted(
-    callback: Callable[[int, Tensor], None] | None,
-) -> Callable[[Tensor], None]:
-    """A user's callback with a number that goes on from one sampling to the next."""
-    steps = itertools.count()
-
-    def on_step(latents: Tensor) -> None:
-        if callback is not None:
-            callback(next(steps), latents)
-
-    return on_step
-
-
-def _all_equal(*parts: Tensor) -> bool:
-    """Whether the rows of each of the tensors equal its first one."""
-    return all(bool((part == part[:1]).all()) for part in parts)
-
 
 def _same_length(texts: list[Tensor]) -> list[Tensor]:
     """Repeat shorter prompts whole; attention over repeated tokens is what it was before."""
     length = math.lcm(*(text.shape[1] for text in texts))
     return [text.repeat(1, length // text.shape[1], 1) for text in texts]
-
-
-def _to_pil(frames: Tensor) -> list[Any]:
-    from PIL import Image
-
-    from ..video import to_uint8
-
-    return [Image.fromarray(to_uint8(frame)) for frame in frames]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -20,10 +21,8 @@ from ..models.adapter import FlowAdapter
 from ..models.bert import build_bert
 from ..models.checkpoint import Checkpoint
 from ..models.config import (
-    FlowAdapterConfig,
-    FlowGeneratorConfig,
-    RegionMotionConfig,
     S2DMConfig,
+    ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
@@ -34,6 +33,7 @@ from ..models.region_motion import RegionMotion
 from ..models.tokenizer import write_tokenizer
 
 State = Mapping[str, Tensor]
+M = TypeVar("M", bound=nn.Module)
 
 
 def build_unet(config: UNetConfig, state: State | None = None) -> UNet2DConditionModel:
@@ -126,28 +126,32 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     ).input_ids
 
 
-def build_flow_adapter(config: FlowAdapterConfig, state: State | None = None) -> FlowAdapter:
-    """Build the flow adapter, untrained (and without effect) if there is no state."""
-    adapter = FlowAdapter(config)
-    if state is not None:
-        adapter.load_state_dict(dict(state))
-    return adapter
+def ddim_scheduler(schedule: ScheduleConfig) -> DDIMScheduler:
+    """The paper's sampler, with the timesteps that ComfyUI's "ddim" and "ddim_uniform" take."""
+    return DDIMScheduler(
+        num_train_timesteps=schedule.steps,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        beta_schedule=schedule.beta_schedule,
+        prediction_type=schedule.prediction_type,
+        timestep_spacing="leading",
+        steps_offset=1,
+        set_alpha_to_one=True,
+        clip_sample=False,
+    )
 
 
-def build_flow_generator(config: FlowGeneratorConfig, state: State | None = None) -> FlowGenerator:
-    """Build the flow generator, with random weights if there is no state."""
-    generator = FlowGenerator(config)
-    if state is not None:
-        generator.load_state_dict(dict(state))
-    return generator
-
-
-def build_region_motion(config: RegionMotionConfig, state: State | None = None) -> RegionMotion:
-    """Build the region-motion model, with random weights if there is no state."""
-    network = RegionMotion(config)
+def _build_own(kind: type[M], config: Any, state: State | None = None) -> M:
+    """Build a network of this project, untrained if there is no state."""
+    network = kind(config)
     if state is not None:
         network.load_state_dict(dict(state))
     return network
+
+
+build_flow_adapter = partial(_build_own, FlowAdapter)
+build_flow_generator = partial(_build_own, FlowGenerator)
+build_region_motion = partial(_build_own, RegionMotion)
 
 
 def unet_state(unet: UNet2DConditionModel, config: UNetConfig) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A user's picture as the first frame of a clip."""
+"""Pictures in, as the first frame of a clip, and out, as PIL images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..models import whole_cells
 from ..video import cover
-from ..video.frames import from_uint8
+from ..video.frames import from_uint8, to_uint8
 from ..video.pictures import image_pixels
 
 
@@ -45,3 +45,10 @@ def on_canvas(picture: Tensor, cell: int) -> Tensor:
     height, width = picture.shape[-2:]
     margin = (0, whole_cells(width, cell) - width, 0, whole_cells(height, cell) - height)
     return F.pad(picture, margin, mode="replicate")
+
+
+def to_pil(frames: Tensor) -> list[Any]:
+    """Frames (N, 3, H, W) in [0, 1] as PIL images."""
+    from PIL import Image
+
+    return [Image.fromarray(to_uint8(frame)) for frame in frames]

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,10 @@ from ..models import (
 )
 from ..sector import SHARED, NoiseSharing, seed_of_flow
 from .flow_generation import embed_prompts, flow_scheduler, generate_flow
-from .flow_to_video import FlowToVideoPipeline, check_arguments, counted
+from .flow_to_video import FlowToVideoPipeline
 from .modules import build
 from .pictures import on_canvas, picture_of
+from .request import Request
 from .wrapped import FlowAdapterModel, FlowGeneratorModel, LFDMConditionsModel
 
 _WITHOUT_STAGE_1 = (
@@ -201,48 +201,42 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         """
         config = self.flow_generator.network.config
         num_frames = config.frames if num_frames is None else num_frames
-        sampling = self._sampling(sampling)
-        check_arguments(prompt, output_type, chunk_size, noise_sharing)
+        request = Request(
+            prompt,
+            negative_prompt,
+            self._size(height, width),
+            self._sampling(sampling),
+            torch.Generator().seed() if seed is None else seed,
+            noise_sharing,
+            chunk_size,
+            output_type,
+            callback_on_step_end,
+        )
         flow_sampling.check(config, num_frames)
-        size = self._size(height, width)
+        size = request.size
         picture = None
         if reference is not None:
             picture = on_canvas(picture_of(reference, *size), self.vae_factor)
-        seed = torch.Generator().seed() if seed is None else seed
-        on_step = counted(callback_on_step_end)
-        # With one seed the reference frame and the clip draw the same ν, see `NoiseSharing`.
-        denoise = partial(
-            self._denoise,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            size=size,
-            sampling=sampling,
-            seed=seed,
-            noise_sharing=noise_sharing,
-            chunk_size=chunk_size,
-            on_step=on_step,
-        )
+        # The reference frame and the clip have one seed, so they draw the same ν: `NoiseSharing`.
         still = FlowField.zeros(1, *size)
-        latents = denoise(still) if picture is None else self._encode(picture)
-        flow = self._generate_flow(prompt, latents, picture, flow_sampling, seed, on_step)
+        latents = self._denoise(request, still) if picture is None else self._encode(picture)
+        flow = self._generate_flow(request, latents, picture, flow_sampling)
         flow = flow.crop(*size).retime(num_frames)
         anchor = None
-        if sampling.anchor_end and num_frames > 1:
+        if request.sampling.anchor_end and num_frames > 1:
             picture = self.decode_latents(latents) if picture is None else picture
-            anchor = self._anchor(picture, flow, chunk_size)
-        clip = self._output(denoise(flow, anchor=anchor), size, output_type, chunk_size)
-        start = self._output(latents, size, output_type, chunk_size)[0]
+            anchor = self._anchor(request, picture, flow)
+        clip = self._output(request, self._denoise(request, flow, anchor))
+        start = self._output(request, latents)[0]
         self.maybe_free_model_hooks()
         return TextToVideoOutput(frames=clip, flow=flow, reference=start)
 
     def _generate_flow(
         self,
-        prompt: str,
+        request: Request,
         latents: Tensor,
         picture: Tensor | None,
         sampling: FlowSampling,
-        seed: int,
-        on_step: Callable[[Tensor], None],
     ) -> FlowField:
         """Stage 1: from latents (1, C, h, w) to as many flows as it was trained with, 8 h x 8 w.
 
@@ -253,17 +247,17 @@ class TextToVideoPipeline(FlowToVideoPipeline):
         if self.flow_conditions is not None:
             conditions = self.flow_conditions.module.to(device)
             picture = self.decode_latents(latents) if picture is None else picture
-            text, reference = conditions.text(prompt), conditions.reference(picture)
+            text, reference = conditions.text(request.prompt), conditions.reference(picture)
             still = conditions.still(picture)
         else:
             reference = latents
-            if prompt.strip():
-                text = embed_prompts(self.text_encoder, self.tokenizer, [prompt], device)
+            if request.prompt.strip():
+                text = embed_prompts(self.text_encoder, self.tokenizer, [request.prompt], device)
         with self.progress_bar(total=sampling.steps) as progress:
 
             def on_flow_step(_: int, state: Tensor) -> None:
                 progress.update()
-                on_step(state)
+                request.step_done(state)
 
             sample = generate_flow(
                 network,
@@ -272,7 +266,7 @@ class TextToVideoPipeline(FlowToVideoPipeline):
                 reference,
                 sampling.steps,
                 sampling.guidance_scale,
-                torch.Generator().manual_seed(seed_of_flow(seed)),
+                torch.Generator().manual_seed(seed_of_flow(request.seed)),
                 sampling.motion(network.config),
                 on_flow_step,
             )

@@ -26,14 +26,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..data import Clip, ClipDataset, DataConfig, build_dataset
 from ..files import read_json_lines, write_text
 from ..flow import estimate_flow
+from ..models import FlowAdapterConfig
 from ..settings import to_dict
 from .config import TrainingConfig
 from .schedule import draw_frames
 
 logger = logging.getLogger(__name__)
 
-CONDITION_SIZE = (88, 56)
-"""Height and width that the tokens of a flow adapter's grid are made of."""
+CONDITION_SIZE = FlowAdapterConfig(fusion="channel").condition_size(0, 0)
+"""Height and width that the tokens of a flow adapter's grid are made of, for any latents."""
 
 Arrays = tuple[int, np.ndarray, np.ndarray, str, bool]
 """Number of a clip, its frames, its flow condition, its caption, and whether it is elsewhere."""

@@ -1,4 +1,4 @@
-"""The training loop that all trainers share: run folder, resuming, EMA, logs, sheets, export.
+"""The training loop that all trainers share: steps, resuming, logs, sheets, export.
 
 A trainer supplies a `Task` (a model, a loss, a sample sheet, an export); the loop does
 the rest. The randomness of a step comes from a generator seeded by (seed, step, process), never
@@ -8,10 +8,8 @@ from what ran before it, so a resumed run repeats the uninterrupted one exactly.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..files import read_json_lines, write_json, write_text
+from ..files import write_json
 from ..settings import SettingsError, to_dict
 from .config import TrainingConfig
 from .cpu import plain_attention, speed_up
 from .curves import save_curves
+from .ema import EMA
+from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -51,58 +51,6 @@ class Task(Protocol):
 
     def export(self, model: nn.Module, path: Path) -> None:
         """Write the trained weights to `path` (`.safetensors`) in their final format."""
-
-
-class EMA:
-    """Exponential moving average of a model's trainable parameters, in float32.
-
-    The decay starts low and grows with the number of updates, (1 + n) / (10 + n), up to
-    `decay`, so that the average is of use after a few steps. With a decay of 0 the average is
-    the parameters themselves, and takes no memory.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.updates = 0
-        self._live = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        self.average = {
-            k: p.detach().float().clone() if decay else p.detach() for k, p in self._live.items()
-        }
-
-    @torch.no_grad()
-    def update(self) -> None:
-        if not self.decay:
-            return
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        live = [p.detach().float() for p in self._live.values()]
-        torch._foreach_lerp_(list(self.average.values()), live, 1 - decay)
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within this context the model holds the averaged weights."""
-        if not self.decay:
-            yield
-            return
-        kept = {k: p.detach().clone() for k, p in self._live.items()}
-        try:
-            self._copy(self.average)
-            yield
-        finally:
-            self._copy(kept)
-
-    @torch.no_grad()
-    def _copy(self, values: dict[str, Tensor]) -> None:
-        for key, parameter in self._live.items():
-            parameter.copy_(values[key])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "average": self.average if self.decay else {}}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = int(state["updates"])
-        for key, value in state["average"].items():
-            self.average[key].copy_(value)
 
 
 @dataclass
@@ -145,66 +93,6 @@ def step_generator(seed: int, *where: int) -> torch.Generator:
 def sheet_seed(number: int) -> int:
     """The seed of the noise of a sheet's picture `number`, the same at every sheet."""
     return 1000 + number
-
-
-class RunFolder:
-    """The files of one run: `config.json`, what was `measured_once`, `log.jsonl`,
-    `curves.png`, `state/`, `samples/` and `export.safetensors`. All but the log, which
-    grows, are written under a temporary name and renamed."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.samples = self.path / "samples"
-        self.state = self.path / "state"
-        self.log = self.path / "log.jsonl"
-        self.export = self.path / "export.safetensors"
-        self.samples.mkdir(parents=True, exist_ok=True)
-
-    def records(self) -> list[dict[str, float]]:
-        if not self.log.exists():
-            return []
-        return read_json_lines(self.log)
-
-    def append(self, record: dict[str, float]) -> None:
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def forget_after(self, step: int) -> None:
-        """Drop the log entries past `step`, which a resumed run is about to make again."""
-        kept = [r for r in self.records() if r["step"] <= step]
-        write_text(self.log, "".join(json.dumps(r) + "\n" for r in kept))
-
-    def newest_state(self) -> Path | None:
-        """The state to resume from. A crash while renaming leaves the one before it."""
-        for candidate in (self.state, self.path / "state.old"):
-            if candidate.exists():
-                return candidate
-        return None
-
-
-def measured_once(config: TrainingConfig, name: str, measure: Callable[[], Any]) -> Any:
-    """What a run measured on its clips when it began, as plain JSON values.
-
-    A run that goes on keeps it, whatever clips were added since: its weights are made for it.
-    """
-    folder = RunFolder(config.output)
-    path = folder.path / f"{name}.json"
-    if folder.newest_state() is None or not path.exists():
-        write_json(path, measure())
-    return json.loads(path.read_text("utf-8"))
-
-
-def training_of(export: Path) -> tuple[dict[str, Any], int] | None:
-    """Settings of the run that wrote `export.safetensors`, and the steps it had made then.
-
-    None where the files of the run don't lie beside it.
-    """
-    config, log = (export.with_name(name) for name in ("config.json", "log.jsonl"))
-    if not (config.exists() and log.exists()):
-        return None
-    # The weights are exported with every sheet, whose figures have a record of their own.
-    steps = [record["step"] for record in read_json_lines(log) if "loss" not in record]
-    return json.loads(config.read_text(encoding="utf-8")), max(steps, default=0)
 
 
 def make_accelerator(config: TrainingConfig) -> Any:
@@ -425,20 +313,13 @@ class TrainingLoop:
             FloatingPointError: weights that are not finite.
         """
         self._check_weights()
-        temporary, old = self.folder.path / "state.new", self.folder.path / "state.old"
-        if self.accelerator.is_main_process and temporary.exists():
-            shutil.rmtree(temporary)
+        if self.accelerator.is_main_process:
+            self.folder.discard_new_state()
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
+        self.accelerator.save_state(str(self.folder.new_state))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            if self.folder.state.exists():
-                if old.exists():
-                    shutil.rmtree(old)
-                self.folder.state.rename(old)
-            temporary.rename(self.folder.state)
-            if old.exists():
-                shutil.rmtree(old)
+            self.folder.keep_new_state()
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> bool:

@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from ..models.config import ScheduleConfig
-from ..sector import alphas_cumprod
 
 
 def alpha_bars(schedule: ScheduleConfig) -> Tensor:
     """ᾱ_t of every timestep, (steps,) float32."""
-    return alphas_cumprod(
-        schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
-    )
+    return schedule.alphas_cumprod()
 
 
 def draw_timesteps(count: int, schedule: ScheduleConfig, generator: torch.Generator) -> Tensor:

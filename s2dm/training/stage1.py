@@ -38,8 +38,9 @@ from .flow_generator import (
     preset_size,
     read_flow_clips,
 )
-from .loop import Progress, measured_once, run_training, sheet_seed
+from .loop import Progress, run_training, sheet_seed
 from .models import frozen_vae, load_model, save_model
+from .run_folder import measured_once
 from .schedule import alpha_bars
 
 _TEXTS = 64  # captions encoded at a time

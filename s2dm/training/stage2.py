@@ -23,12 +23,12 @@ from ..models.config import LATENT_CELL, FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
 from ..pipelines.attention import attach_adapter
-from ..pipelines.flow_to_video import ddim_scheduler
 from ..pipelines.modules import (
     build_flow_adapter,
     build_text_encoder,
     build_tokenizer,
     build_unet,
+    ddim_scheduler,
     tokenize,
 )
 from ..sector import NoiseSharing, ReferenceStates, sector_loss
@@ -37,13 +37,14 @@ from ..video import write_contact_sheet
 from ..video.frames import spread
 from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig
-from .loop import Progress, measured_once, run_training, sheet_seed
+from .loop import Progress, run_training, sheet_seed
 from .models import (
     frozen_vae,
     load_model,
     preset,
     save_model,
 )
+from .run_folder import measured_once
 from .schedule import alpha_bars, draw_timesteps
 
 PARTS = ("unet", "flow_adapter", "text_encoder")

@@ -25,8 +25,9 @@ from ..pipelines.modules import build_text_encoder, build_tokenizer, tokenize
 from ..settings import SettingsError
 from .cache import training_clips
 from .config import TrainingConfig
-from .loop import Progress, measured_once, run_training
+from .loop import Progress, run_training
 from .models import load_model, preset, save_model
+from .run_folder import measured_once
 
 logger = logging.getLogger(__name__)
 

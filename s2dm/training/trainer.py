@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ..data.prepared import PreparedClips
 from ..files import save_tensors, write_json
 from ..settings import SettingsError, to_dict
-from .loop import EMA, RunFolder
+from .ema import EMA
+from .run_folder import RunFolder
 
 _MAY_CHANGE = {"steps", "chunk", "save_every"}
 """Settings that a run may go on with others of: they change nothing that was done."""

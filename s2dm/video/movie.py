@@ -56,7 +56,8 @@ class Movie:
             yield from container.decode(stream)
         except av.FFmpegError as error:
             raise VideoError(
-                f"{self._path} can't be decoded: {error}. The file may be cut short; make it anew."
+                f"{self._path} can't be decoded: {error}. The file may be cut short: export it "
+                "again."
             ) from error
 
     def _pixels(
@@ -130,7 +131,7 @@ def _refuse_photos(path: Path) -> None:
         head = file.read(12)
     if head[4:8] == b"ftyp" and head[8:12] in _PHOTOS:
         raise VideoError(
-            f"{path} is a photo in HEIC or AVIF that can't be read here (AVIF wants Pillow 11.3 "
+            f"{path} is a photo in HEIC or AVIF that can't be read here (AVIF needs Pillow 11.3 "
             "or newer). Save it as PNG or JPEG."
         )
 

@@ -23,7 +23,8 @@ from s2dm.evaluation.modes import MODES, ClipSampler, Variant
 from s2dm.flow import FlowField
 from s2dm.models import FlowSampling, S2DMConfig, SamplingConfig
 from s2dm.settings import from_dict, read_settings
-from s2dm.training.loop import RunFolder, step_generator
+from s2dm.training.loop import step_generator
+from s2dm.training.run_folder import RunFolder
 
 # As for a script, the folder of the command; here at the end.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks" / "baselines"))

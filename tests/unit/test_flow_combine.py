@@ -61,7 +61,7 @@ def test_two_motions_side_by_side():
 
 def test_flows_that_do_not_fit():
     flow = square((20, 20), (28, 20))
-    with pytest.raises(FlowError, match="as many frames, got 5 and 4"):
+    with pytest.raises(FlowError, match="same number of frames, got 5 and 4"):
         combine_over(flow, flow.retime(4))
     with pytest.raises(FlowError, match="one size, got 64x48 and 8x8"):
         combine_after(flow, flow.resize(8, 8))

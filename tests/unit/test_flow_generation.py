@@ -10,7 +10,7 @@ from torch import nn
 from s2dm.models import FLOW_SAMPLERS, ScheduleConfig, constrain, encode_flow
 from s2dm.pipelines import flow_scheduler, generate_flow
 from s2dm.pipelines.modules import build_flow_generator
-from s2dm.sector import alphas_cumprod, implied_prediction
+from s2dm.sector import implied_prediction
 
 CONFIG = TINY.flow_generator
 TEXT = torch.zeros(2, CONFIG.text_dim)
@@ -28,9 +28,7 @@ class Oracle(nn.Module):
 
     def forward(self, sample, timesteps, reference, text, motion):
         schedule = self.config.schedule
-        alphas = alphas_cumprod(
-            schedule.steps, schedule.beta_start, schedule.beta_end, schedule.beta_schedule
-        )
+        alphas = schedule.alphas_cumprod()
         self.calls.append((timesteps.tolist(), text is None, reference, motion))
         alpha_bar = alphas[timesteps.long()]
         return implied_prediction(self.clean, sample, alpha_bar, schedule.prediction_type)

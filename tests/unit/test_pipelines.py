@@ -15,6 +15,7 @@ from s2dm.flow import FlowField
 from s2dm.models import FUSIONS, SamplingConfig
 from s2dm.models.checkpoint import read_config
 from s2dm.pipelines import FlowToVideoPipeline
+from s2dm.pipelines.denoiser import predict
 from s2dm.sector import SHARED, NoiseSharing
 
 PROMPT = "A man wearing a red coat and blue jeans is squat"
@@ -172,8 +173,8 @@ def test_a_prompt_that_is_repeated_whole_means_the_same(pipeline):
     text = pipeline.encode_prompt(PROMPT)
     noise = SHARED.draw(2, (4, 4, 4), torch.Generator().manual_seed(0)).contiguous()
     frames, step = torch.arange(2), torch.tensor(500)
-    once = pipeline._predict(noise, step, [(text, tokens)], frames)[0]
-    twice = pipeline._predict(noise, step, [(text.repeat(1, 2, 1), tokens)], frames)[0]
+    once = predict(pipeline.unet, noise, step, [(text, tokens)], frames)[0]
+    twice = predict(pipeline.unet, noise, step, [(text.repeat(1, 2, 1), tokens)], frames)[0]
     assert relative(twice, once) < 1e-5
 
 
@@ -192,7 +193,13 @@ def test_flow_guidance_of_its_own_reduces_to_the_common_one(pipeline):
 @pytest.mark.parametrize("flow_scale", [None, 1.0])
 def test_without_guidance_there_is_one_prediction(pipeline, flow_scale):
     flow = sliding_flow(2, 32, 32)
-    assert len(pipeline._labels(PROMPT, "", flow, (4, 4), 1.0, flow_scale)) == 1
+    batches = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    try:
+        pipeline(PROMPT, flow, **short(guidance_scale=1.0, flow_guidance_scale=flow_scale))
+    finally:
+        hook.remove()
+    assert max(batches) == len(flow)
 
 
 def test_what_is_not_given_is_as_the_checkpoint_recommends(pipeline, tmp_path):

@@ -19,7 +19,7 @@ from s2dm.settings import SettingsError, from_dict
 from s2dm.training import adapter_run
 from s2dm.training.adapter_run import AdapterRunConfig, train_adapter
 from s2dm.training.flow_adapter import AdapterTrainer, Batch, new_adapter
-from s2dm.training.loop import RunFolder
+from s2dm.training.run_folder import RunFolder
 from s2dm.training.trainer import TrainingError
 
 

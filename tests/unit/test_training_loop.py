@@ -24,16 +24,9 @@ from tiny_training import stage2_config
 from s2dm.models import load_checkpoint
 from s2dm.settings import SettingsError
 from s2dm.training.config import TrainingConfig
-from s2dm.training.loop import (
-    EMA,
-    Progress,
-    RunFolder,
-    TrainingLoop,
-    learning_rate,
-    measured_once,
-    step_generator,
-    training_of,
-)
+from s2dm.training.ema import EMA
+from s2dm.training.loop import Progress, TrainingLoop, learning_rate, step_generator
+from s2dm.training.run_folder import RunFolder, measured_once, training_of
 from s2dm.training.stage2 import Stage2Task, build_stage2_task, train_stage2
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
@@ -93,6 +86,33 @@ def test_log_forgets_what_is_made_again(tmp_path):
         folder.append({"step": step, "loss": 1.0 / step})
     folder.forget_after(2)
     assert [r["step"] for r in folder.records()] == [1, 2]
+
+
+def test_a_crash_between_two_states_leaves_one(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    for step in ("first", "second"):
+        folder.discard_new_state()
+        folder.new_state.mkdir()
+        (folder.new_state / "step").write_text(step)
+        if step == "second":
+            rename = Path.rename
+            monkeypatch.setattr(Path, "rename", _failing_on(folder.new_state, rename))
+            with pytest.raises(OSError):
+                folder.keep_new_state()
+            assert (folder.newest_state() / "step").read_text() == "first"
+            monkeypatch.setattr(Path, "rename", rename)
+        folder.keep_new_state()
+        assert (folder.newest_state() / "step").read_text() == step
+    assert {path.name for path in tmp_path.iterdir()} == {"samples", "state"}
+
+
+def _failing_on(path, rename):
+    def renamed(self, target):
+        if self == path:
+            raise OSError("the power is gone")
+        return rename(self, target)
+
+    return renamed
 
 
 def _stop_after(monkeypatch, steps: int, stop) -> None:

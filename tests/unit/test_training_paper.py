@@ -17,8 +17,9 @@ from s2dm.settings import SettingsError, read_settings, to_dict
 from s2dm.training.cache import build_clip_cache, clip_latents
 from s2dm.training.config import TrainingConfig
 from s2dm.training.cpu import plain_attention, speed_up
-from s2dm.training.loop import RunFolder, step_generator
+from s2dm.training.loop import step_generator
 from s2dm.training.models import frozen_vae
+from s2dm.training.run_folder import RunFolder
 from s2dm.training.stage2 import Stage2TrainingConfig, build_stage2_task, train_stage2
 from s2dm.training.vae import VAETrainingConfig, build_vae_task, train_vae
 

@@ -19,7 +19,7 @@ from s2dm.pipelines.modules import build
 from s2dm.settings import SettingsError, from_dict
 from s2dm.training import perceptual, region_motion
 from s2dm.training.deformation import Deformation
-from s2dm.training.loop import RunFolder, step_generator
+from s2dm.training.loop import step_generator
 from s2dm.training.perceptual import PerceptualLoss
 from s2dm.training.region_motion import (
     RegionMotionTrainingConfig,
@@ -27,6 +27,7 @@ from s2dm.training.region_motion import (
     equivariance,
     train_region_motion,
 )
+from s2dm.training.run_folder import RunFolder
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,8 @@ from s2dm.pipelines.modules import build, build_tokenizer
 from s2dm.sector import implied_prediction
 from s2dm.settings import SettingsError, from_dict
 from s2dm.training import stage1
-from s2dm.training.loop import RunFolder, step_generator
+from s2dm.training.loop import step_generator
+from s2dm.training.run_folder import RunFolder
 from s2dm.training.stage1 import (
     Stage1Model,
     Stage1TrainingConfig,

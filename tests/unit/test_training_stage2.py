@@ -18,7 +18,8 @@ from tiny_training import FRAMES, SIZE, stage2_config
 from s2dm.models import Checkpoint, SamplingConfig, load_checkpoint, save_checkpoint
 from s2dm.sector import ReferenceStates
 from s2dm.settings import SettingsError
-from s2dm.training.loop import RunFolder, step_generator
+from s2dm.training.loop import step_generator
+from s2dm.training.run_folder import RunFolder
 from s2dm.training.stage2 import build_stage2_task, train_stage2
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")

@@ -19,8 +19,9 @@ from s2dm.models import load_checkpoint, read_config
 from s2dm.pipelines.modules import build, build_tokenizer, tokenize
 from s2dm.settings import SettingsError, from_dict
 from s2dm.training import text
-from s2dm.training.loop import RunFolder, step_generator
+from s2dm.training.loop import step_generator
 from s2dm.training.models import load_model
+from s2dm.training.run_folder import RunFolder
 from s2dm.training.stage2 import build_stage2_task
 from s2dm.training.text import TextTrainingConfig, build_text_task, train_text
 

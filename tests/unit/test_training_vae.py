@@ -16,7 +16,8 @@ from tiny_training import DATA, SIZE, vae_config
 from s2dm.models import load_checkpoint
 from s2dm.pipelines.modules import build, build_vae, reconstruct
 from s2dm.settings import SettingsError
-from s2dm.training.loop import RunFolder, step_generator
+from s2dm.training.loop import step_generator
+from s2dm.training.run_folder import RunFolder
 from s2dm.training.vae import PyramidLoss, build_vae_task, normalise_latents, train_vae
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")

@@ -40,7 +40,10 @@ class Mesh:
             [np.stack([first, right, down], axis=1), np.stack([last, down, right], axis=1)]
         )
         self._cell = np.tile(np.arange(columns * rows), 2)
-        self._area = self._doubled_area(self.vertices)
+        # A corner of each triangle in frame 1, and the two sides that begin there.
+        a, b, c = self.vertices[self._triangles.T]
+        self._source = np.stack([a, b - a, c - a])
+        self._area = (self._source[1].conj() * self._source[2]).imag  # doubled
 
     def _snap(self, grid: Array, on: Array) -> None:
         taken = np.zeros((self.rows + 3, self.columns + 3), bool)
@@ -53,10 +56,6 @@ class Mesh:
                     grid[row, column] = point
                     taken[row + 1, column + 1] = True
 
-    def _doubled_area(self, vertices: Array) -> Array:
-        a, b, c = (vertices[self._triangles[:, k]] for k in range(3))
-        return ((b - a).conj() * (c - a)).imag
-
     def keep(self, cells: Array) -> None:
         """Drop the triangles of all other cells: (rows,columns) bool."""
         self._select(np.flatnonzero(cells.ravel()[self._cell]))
@@ -67,7 +66,7 @@ class Mesh:
 
     def _select(self, which: Array) -> None:
         self._triangles, self._cell = self._triangles[which], self._cell[which]
-        self._area = self._area[which]
+        self._source, self._area = self._source[:, which], self._area[which]
 
     def drawn(
         self, moved: Array, width: int, height: int, tear: float, cells: Array | None = None
@@ -97,21 +96,17 @@ class Mesh:
         top, rows = top[which].astype(np.int32), (bottom - top)[which].astype(np.int32)
         e, f, area, origin = e[which], f[which], area[which], origin[which]
 
-        # In a triangle all is linear: a pixel q is origin + u e + v f. The table has u and v of
-        # the pixel (0, top), and their steps to the right and down.
+        # In a triangle all is linear: a pixel q is origin + u e + v f. These are u and v of the
+        # pixel (0, top), and their steps to the right and down.
         begin = 1j * top - origin
-        table = np.stack(
-            [
-                (begin.conj() * f).imag / area,
-                f.imag / area,
-                -f.real / area,
-                -(begin.conj() * e).imag / area,
-                -e.imag / area,
-                e.real / area,
-            ]
-        )
-        corners = self.vertices[self._triangles[which].T]
-        source = np.stack([corners[0], corners[1] - corners[0], corners[2] - corners[0]])
+        u = np.stack([(begin.conj() * f).imag, f.imag, -f.real]) / area
+        v = np.stack([(begin.conj() * e).imag, e.imag, -e.real]) / -area
+        corner, first, second = self._source[:, which]
+        place = u * first + v * second
+        place[0] += corner
+        edges = np.stack([u, v, -u - v])
+        edges[2, 0] += 1
+        bounds, left = _bounds(edges)
 
         ends = np.cumsum(rows, dtype=np.int64)
         indices, points = [np.zeros(0, np.int64)], [np.zeros((2, 0), np.float32)]
@@ -120,45 +115,55 @@ class Mesh:
             done = int(ends[start - 1]) if start else 0
             end = max(int(np.searchsorted(ends, done + _AT_ONCE, side="right")), start + 1)
             part = slice(start, end)
-            hit, where = _covered(rows[part], top[part], table[:, part], source[:, part], width)
+            hit, where = _covered(
+                rows[part], top[part], bounds[..., part], left[:, part], place[:, part], width
+            )
             indices.append(hit)
             points.append(where)
             start = end
         return np.concatenate(indices), np.concatenate(points, axis=1)
 
 
+def _bounds(edges: Array) -> tuple[Array, Array]:
+    """Where the rows of triangles end at their edges.
+
+    edges: (3,3,T), of each edge what is at least 0 inside: its value at the pixel (0, top), and
+    its steps to the right and down. Returns (2,3,T), the column where an edge cuts the row at the
+    top, and its step down; and (3,T) bool, whether the triangle is to the right of it.
+    """
+    value, right, down = edges.swapaxes(0, 1)
+    left = right >= 0
+    # An edge along the row bounds nothing, or leaves nothing.
+    inverse = -1 / np.where(np.abs(right) < _LEVEL, np.where(left, _LEVEL, -_LEVEL), right)
+    return np.stack([(value + _SLACK) * inverse, down * inverse]), left
+
+
 def _covered(
-    rows: Array, top: Array, table: Array, source: Array, width: int
+    rows: Array, top: Array, bounds: Array, left: Array, place: Array, width: int
 ) -> tuple[Array, Array]:
-    """The pixels in each triangle, row by row, and their points."""
+    """The pixels in each triangle, row by row, and their points.
+
+    place: (3,T) complex, the point at the pixel (0, top), and its steps to the right and down.
+    """
     triangle, row = _counted(rows)
-    u0, ux, uy, v0, vx, vy = table
-    u, v = u0[triangle] + uy[triangle] * row, v0[triangle] + vy[triangle] * row
     low, high = np.zeros(len(row)), np.full(len(row), width - 1.0)
-    # Each of the three edges bounds the row on one side: u >= 0, v >= 0 and u + v <= 1.
-    for value, step in ((u, ux), (v, vx), (1 - u - v, -ux - vx)):
-        rising = step >= 0
-        # An edge along the row bounds nothing, or leaves nothing.
-        inverse = 1 / np.where(np.abs(step) < _LEVEL, np.where(rising, _LEVEL, -_LEVEL), step)
-        bound = -(value + _SLACK) * inverse[triangle]
-        left = rising[triangle]
-        np.maximum(low, bound, out=low, where=left)
-        np.minimum(high, bound, out=high, where=~left)
+    for column, step, is_left in zip(*bounds, left, strict=True):
+        bound = column[triangle] + step[triangle] * row
+        where = is_left[triangle]
+        np.maximum(low, bound, out=low, where=where)
+        np.minimum(high, bound, out=high, where=~where)
     low = np.ceil(low)
     counts = np.maximum(np.floor(high) - low + 1, 0).astype(np.int32)
+    corner, right, down = place
     span, column = _counted(counts)
-    column = column + low.astype(np.int32)[span]
-    triangle = triangle[span]
-    u = u[span] + ux[triangle] * column
-    v = v[span] + vx[triangle] * column
-    corner, first, second = source[:, triangle]
-    place = corner + u * first + v * second
-    pixel = ((top[triangle] + row[span]) * np.int64(width)) + column
-    return pixel, np.stack([place.real, place.imag]).astype(np.float32)
+    point = (corner[triangle] + right[triangle] * low + down[triangle] * row)[span]
+    point += right[triangle[span]] * column
+    pixel = ((top[triangle] + row) * width + low.astype(np.int64))[span] + column
+    return pixel, np.stack([point.real, point.imag]).astype(np.float32)
 
 
 def _counted(counts: Array) -> tuple[Array, Array]:
     """0 counts[0] times, 1 counts[1] times and so on, and the number of each among its own."""
-    which = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    which = np.repeat(np.arange(len(counts)), counts)
     before = np.cumsum(counts, dtype=np.int64) - counts
-    return which, (np.arange(len(which)) - before[which]).astype(np.int32)
+    return which, np.arange(len(which)) - before[which]

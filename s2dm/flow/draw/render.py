@@ -190,11 +190,16 @@ class _Canvas:
 
     def _shows(self, x: Array, y: Array, layer: Array, owners: Array) -> Array:
         """Whether these layers are the topmost ones at these points (the nearest, if outside)."""
-        fine, half = np.float32(self.scene.fine), np.float32(0.5)
         rows, columns = owners.shape
-        index = ((y + half) * fine).clip(0, rows - 1).astype(np.int32) * np.int32(columns)
-        index += ((x + half) * fine).clip(0, columns - 1).astype(np.int32)
+        index = self._cells(y, rows) * np.int32(columns)
+        index += self._cells(x, columns)
         return owners.reshape(-1)[index] == layer
+
+    def _cells(self, places: Array, count: int) -> Array:
+        """Rows or columns of the fine grid, which has so many, at these places."""
+        cells = places + np.float32(0.5)
+        cells *= np.float32(self.scene.fine)
+        return np.clip(cells, 0, count - 1, out=cells).astype(np.int32)
 
 
 class _Piece:

@@ -214,7 +214,7 @@ def test_cancelled_it_keeps_what_was_learned_and_goes_on(
 ) -> None:
     import comfy.model_management as management
 
-    losses = rig.module("s2dm.training.loop").RunFolder
+    losses = rig.module("s2dm.training.run_folder").RunFolder
     import folder_paths
 
     def logged(name: str) -> list[float]:

@@ -157,7 +157,7 @@ def test_the_command_line_trains_the_same_weights_from_the_same_seed(
     from comfy.cli_args import args
 
     from s2dm.models import load_checkpoint, presets
-    from s2dm.training.loop import RunFolder
+    from s2dm.training.run_folder import RunFolder
     from s2dm.training.stage1 import Stage1TrainingConfig, train_stage1
 
     shared = {"steps": 5, "seed": 3, "learning_rate": 1e-2}
