@@ -13,6 +13,7 @@ from ..s2dm.flow import FlowField
 from ..s2dm.models import LATENT_CELL, whole_cells
 from .native.labels import LABEL, FlowLabel
 from .native.recommended import AUTO
+from .pictures import library_masks
 from .schema import advanced, flow_strength, named_errors, schema
 from .types import Flow
 
@@ -180,7 +181,7 @@ def _check(flow: FlowField, start: float, end: float, mask: torch.Tensor | None)
         )
     if mask is None:
         return
-    if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] not in (1, flow.num_frames)):
+    if len(library_masks(mask)) not in (1, flow.num_frames):
         raise ValueError(
             f"expected one mask, or one for each of the {flow.num_frames} frames, got "
             f"{tuple(mask.shape)}. Repeat or pick masks to match the flow."

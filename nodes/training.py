@@ -28,7 +28,7 @@ from ..s2dm.models import FUSIONS, LATENT_CELL, load_checkpoint
 from ..s2dm.training.curves import loss_picture
 from ..s2dm.training.flow_adapter import AdapterSettings, AdapterTrainer, new_adapter
 from ..s2dm.video import to_uint8
-from .flow import flow_model, library_frames, progress_bar
+from .flow import flow_model, progress_bar
 from .native.adapter import apply_adapter
 from .native.chunks import is_out_of_memory
 from .native.files import adapter_path
@@ -41,6 +41,7 @@ from .native.training import (
     trainable_config,
     training_mode,
 )
+from .pictures import library_frames
 from .schema import advanced, named_errors, schema, seed_input
 from .types import Clips, OpticalFlowModel
 
