@@ -14,7 +14,7 @@ from ..s2dm.models import LATENT_CELL, whole_cells
 from .native.labels import LABEL, FlowLabel
 from .native.recommended import AUTO
 from .pictures import library_masks
-from .schema import advanced, flow_strength, named_errors, schema
+from .schema import advanced, check_finite, flow_strength, named_errors, schema
 from .types import Flow
 
 _GUIDE_FLOW = ("auto", "on", "off")
@@ -142,6 +142,7 @@ class EncodeFlow(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(strength=strength, start_percent=start_percent, end_percent=end_percent)
             flow = _still_frame(width, height) if flow is None else flow
             _check(flow, start_percent, end_percent, mask)
         start = None if start_percent < 0 else start_percent

@@ -205,6 +205,7 @@ class GenerateFlow(io.ComfyNode):
         sampler_name: str = FLOW_SAMPLERS[0],
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(cfg=cfg, motion_strength=motion_strength)
             if not isinstance(flow_generator, Stage1):
                 raise ValueError(
                     f"expected a flow generator (stage 1), got {flow_generator!r}. Load a "

@@ -132,6 +132,7 @@ class EditFlow(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(amount=amount)
             changes = {
                 "scale": lambda: flow.scale(amount),
                 "reverse": lambda: reverse(flow),
@@ -148,7 +149,6 @@ class EditFlow(io.ComfyNode):
             }
             if operation not in changes:
                 raise ValueError(f"expected one of {', '.join(changes)}, got {operation!r}.")
-            check_finite(amount=amount)
             if operation == "retime":
                 check_memory(frames, flow.width, flow.height)
             elif operation == "resize":

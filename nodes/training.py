@@ -42,7 +42,7 @@ from .native.training import (
     training_mode,
 )
 from .pictures import library_frames
-from .schema import advanced, named_errors, schema, seed_input
+from .schema import advanced, check_finite, named_errors, schema, seed_input
 from .types import Clips, OpticalFlowModel
 
 _MODEL = "model"
@@ -388,6 +388,7 @@ class TrainFlowAdapter(io.ComfyNode):
         resume: bool = True,
     ) -> io.NodeOutput:
         with named_errors(cls), training_mode():
+            check_finite(learning_rate=learning_rate)
             folder = _folder("s2dm_training", name)
             path = adapter_path(folder.name, ours=folder.is_dir())
             config = trainable_config(model, joining)
