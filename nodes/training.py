@@ -176,7 +176,9 @@ class PrepareClips(io.ComfyNode):
             estimator = method[0]
             if estimator == _MODEL:
                 estimator = flow_model((optical_flow or [None])[0])
-            shape = (frames[0], (height[0], width[0]), estimator)
+            # A clip may be long: it can be stopped at each of its frames.
+            check = comfy.model_management.throw_exception_if_processing_interrupted
+            shape = (frames[0], (height[0], width[0]), estimator, lambda *_: check())
             found = folder_sources(_input_folder(folder[0]), *shape) if folder[0].strip() else []
             given = videos or []
             total = len(found) + len(given)
