@@ -11,7 +11,7 @@ from ..s2dm.flow import FlowField
 from ..s2dm.sector import ANCHOR_END
 from .native.anchor import anchor_model, sees_reference
 from .native.notices import Notice
-from .schema import advanced, named_errors, schema
+from .schema import advanced, check_finite, named_errors, schema
 from .types import Flow
 
 _ATTENTION = {"auto": None, "on": True, "off": False}
@@ -114,6 +114,8 @@ class AnchorToReference(io.ComfyNode):
         end_percent: float = -1.0,
         reference_attention: str = "auto",
     ) -> io.NodeOutput:
+        with named_errors(cls):
+            check_finite(strength=strength, end_percent=end_percent)
         sees = _ATTENTION[reference_attention]
         blind = sees and not sees_reference(model)
         _NOTICE.tell(

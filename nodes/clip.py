@@ -7,6 +7,7 @@ from typing import Any
 import comfy.utils
 from comfy_api.latest import io
 
+from .flow import check_memory
 from .schema import MOST_FRAMES, named_errors, schema, side_inputs
 
 
@@ -79,6 +80,7 @@ class FitClip(io.ComfyNode):
                     f"expected a first_frame of at most {len(clip.images)}, the last frame of "
                     f"the video, got {first_frame}. Begin earlier."
                 )
+            check_memory(len(images), width, height)
         fitted = comfy.utils.common_upscale(
             images[..., :3].movedim(-1, 1), width, height, "lanczos", "center"
         )

@@ -13,7 +13,8 @@ from ..s2dm.flow import FlowField
 from ..s2dm.models import LATENT_CELL, whole_cells
 from .native.labels import LABEL, FlowLabel
 from .native.recommended import AUTO
-from .schema import advanced, flow_strength, named_errors, schema, side_inputs
+from .pictures import library_masks
+from .schema import advanced, check_finite, flow_strength, named_errors, schema, side_inputs
 from .types import Flow
 
 _GUIDE_FLOW = ("auto", "on", "off")
@@ -131,6 +132,7 @@ class EncodeFlow(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(strength=strength, start_percent=start_percent, end_percent=end_percent)
             flow = _still_frame(width, height) if flow is None else flow
             _check(flow, start_percent, end_percent, mask)
         start = None if start_percent < 0 else start_percent
@@ -170,7 +172,7 @@ def _check(flow: FlowField, start: float, end: float, mask: torch.Tensor | None)
         )
     if mask is None:
         return
-    if mask.ndim not in (2, 3) or (mask.ndim == 3 and mask.shape[0] not in (1, flow.num_frames)):
+    if len(library_masks(mask)) not in (1, flow.num_frames):
         raise ValueError(
             f"expected one mask, or one for each of the {flow.num_frames} frames, got "
             f"{tuple(mask.shape)}. Repeat or pick masks to match the flow."

@@ -15,6 +15,7 @@ from ..s2dm.flow import FlowField, estimate_flow, flow_to_image
 from ..s2dm.flow.estimate import METHODS, FlowModel, PairModel
 from ..s2dm.models import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling
 from .native.stage1 import MIN_FRAMES, Stage1, generate_flow
+from .pictures import first_picture, library_frames
 from .schema import (
     advanced,
     cfg_input,
@@ -101,8 +102,8 @@ class EstimateFlow(io.ComfyNode):
             if frames is None:
                 frames = video.get_components().images
             estimator = flow_model(optical_flow) if method == _MODEL else method
-            progress = progress_bar(len(frames))
-            return io.NodeOutput(estimate_flow(library_frames(frames), estimator, progress))
+            clip = library_frames(frames)
+            return io.NodeOutput(estimate_flow(clip, estimator, progress_bar(len(clip))))
 
 
 class GenerateFlow(io.ComfyNode):
@@ -205,12 +206,15 @@ class GenerateFlow(io.ComfyNode):
         sampler_name: str = FLOW_SAMPLERS[0],
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(cfg=cfg, motion_strength=motion_strength)
             if not isinstance(flow_generator, Stage1):
                 raise ValueError(
                     f"expected a flow generator (stage 1), got {flow_generator!r}. Load a "
                     "checkpoint that holds stage 1, or measure the motion of a clip with Estimate "
                     "Flow (S2DM)."
                 )
+            height, width = first_picture(reference, "reference").shape[2:]
+            check_memory(frames, width, height)
             progress = progress_bar(steps)
             return io.NodeOutput(
                 generate_flow(
@@ -288,22 +292,19 @@ def progress_bar(total: int) -> Callable[[int, int], None]:
     return progress
 
 
-def check_memory(frames: int, width: int, height: int) -> None:
-    """Refuse what the machine can't hold, instead of taking it down."""
-    needed = frames * width * height * _BYTES
+def check_memory(frames: int, width: int, height: int, more: int = 0) -> None:
+    """Refuse what the machine can't hold, instead of taking it down.
+
+    more: bytes a pixel and frame of what is made beside the flow.
+    """
+    needed = frames * width * height * (_BYTES + more)
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
     if needed > free:
         raise ValueError(
-            f"expected a flow that fits into {free / _GIB:.1f} GiB of free memory, got {frames} "
+            f"expected a clip that fits into {free / _GIB:.1f} GiB of free memory, got {frames} "
             f"frames of {width}x{height}, which take {needed / _GIB:.1f} GiB. Take fewer frames "
             "or a smaller picture."
         )
-
-
-def library_frames(images: torch.Tensor) -> torch.Tensor:
-    """IMAGE (N,H,W,C) as the library wants it: (N,3,H,W) in [0,1], alpha dropped."""
-    frames = images[..., :3].movedim(-1, 1).clamp(0, 1)
-    return frames.expand(-1, 3, -1, -1) if frames.shape[1] == 1 else frames
 
 
 def flow_model(connected: object) -> FlowModel | PairModel:

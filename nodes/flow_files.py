@@ -15,6 +15,7 @@ from .schema import named_errors, schema
 from .types import Flow, flow_output
 
 _NPZ = "npz"
+_PREFIX = "flow/s2dm"
 
 
 class SaveFlow(io.ComfyNode):
@@ -33,7 +34,7 @@ class SaveFlow(io.ComfyNode):
                 Flow.Input("flow", tooltip="The flow to keep."),
                 io.String.Input(
                     "filename_prefix",
-                    default="flow/s2dm",
+                    default=_PREFIX,
                     tooltip=(
                         "Name in the output folder; it may begin with a subfolder. A number is "
                         "added."
@@ -58,11 +59,13 @@ class SaveFlow(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, flow: FlowField, filename_prefix: str = "flow/s2dm", format: str = _NPZ
+        cls, flow: FlowField, filename_prefix: str = _PREFIX, format: str = _NPZ
     ) -> io.NodeOutput:
         with named_errors(cls):
+            # Of a name without letters core would make a hidden file, each time the same.
+            prefix = filename_prefix if filename_prefix.strip(" ./\\") else _PREFIX
             folder, name, counter, _, _ = folder_paths.get_save_image_path(
-                filename_prefix, folder_paths.get_output_directory()
+                prefix, folder_paths.get_output_directory()
             )
             path = Path(folder) / f"{name}_{counter:05}_"
             if format == _NPZ:

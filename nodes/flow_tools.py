@@ -12,7 +12,8 @@ from ..s2dm.flow.combine import combine_after, combine_in, combine_over
 from ..s2dm.flow.edit import flip, keep_in, loop, ping_pong, smooth_in_space, smooth_in_time
 from ..s2dm.flow.inverse import rebase, reverse
 from ..s2dm.flow.warp import visibility, warp_picture
-from .flow import check_memory, library_frames, progress_bar
+from .flow import check_memory, progress_bar
+from .pictures import first_picture, library_masks
 from .schema import MOST_FRAMES, advanced, check_finite, named_errors, schema
 from .types import Flow, flow_output
 
@@ -33,6 +34,7 @@ _OPERATIONS = (
 _CAMERA, _AFTER, _IN_MASK = "second is the camera", "one after the other", "first in the mask"
 _FRAME_1, _FIRST_PICKED = "frame 1", "the first picked"
 _FILL, _STRETCH, _BLACK = "fill", "stretch", "black"
+_MOVED = 24  # bytes a pixel and frame of what a moved picture and its masks take
 _OF_ONE_LATENT = ("noise_mask", "batch_index")
 
 
@@ -130,6 +132,7 @@ class EditFlow(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(amount=amount)
             changes = {
                 "scale": lambda: flow.scale(amount),
                 "reverse": lambda: reverse(flow),
@@ -142,11 +145,10 @@ class EditFlow(io.ComfyNode):
                 "resize": lambda: flow.resize(height, width),
                 "flip horizontally": lambda: flip(flow, "horizontal"),
                 "flip vertically": lambda: flip(flow, "vertical"),
-                "keep in mask": lambda: keep_in(flow, _mask(mask), amount),
+                "keep in mask": lambda: keep_in(flow, library_masks(mask), amount),
             }
             if operation not in changes:
                 raise ValueError(f"expected one of {', '.join(changes)}, got {operation!r}.")
-            check_finite(amount=amount)
             if operation == "retime":
                 check_memory(frames, flow.width, flow.height)
             elif operation == "resize":
@@ -218,7 +220,7 @@ class CombineFlow(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             if how == _IN_MASK:
-                return io.NodeOutput(combine_in(first, second, _mask(mask)))
+                return io.NodeOutput(combine_in(first, second, library_masks(mask)))
             return io.NodeOutput((combine_over if how == _CAMERA else combine_after)(first, second))
 
 
@@ -385,17 +387,18 @@ class WarpImage(io.ComfyNode):
                 raise ValueError(
                     "expected an image, a mask or a latent to move, got none. Connect one."
                 )
+            picture = None if image is None else first_picture(image, "image")
+            small = None if mask is None else library_masks(mask)[:1]
             latents = None if latent is None else _moved_latent(latent, flow, holes)
-            if image is not None:
-                flow = flow.resize(*image.shape[1:3])
-            elif mask is not None:
-                flow = flow.resize(*mask.shape[-2:])
+            given = small if picture is None else picture
+            height, width = (flow.height, flow.width) if given is None else given.shape[2:]
+            check_memory(len(flow), width, height, _MOVED)
+            flow = flow.resize(height, width)
             shown = visibility(flow)
             open_ = (shown < 0.5)[:, 0].float()
-            if mask is None:
+            if small is None:
                 masks = torch.zeros_like(open_)
             else:
-                small = _mask(mask)[:1]
                 if small.shape[2:] != (flow.height, flow.width):
                     raise ValueError(
                         f"expected a mask as large as the image, {flow.width}x{flow.height}, got "
@@ -403,10 +406,10 @@ class WarpImage(io.ComfyNode):
                     )
                 # Nothing is known to be masked in a hole.
                 masks = (warp_picture(small, flow)[:, 0] * (1 - open_)).contiguous()
-            if image is None:
+            if picture is None:
                 images = masks[..., None].repeat(1, 1, 1, 3)
             else:
-                images = _moved(library_frames(image[:1]), flow, shown, holes)
+                images = _moved(picture, flow, shown, holes)
             return io.NodeOutput(images, open_, masks, latents)
 
 
@@ -441,13 +444,6 @@ def _moved(picture: torch.Tensor, flow: FlowField, shown: torch.Tensor, holes: s
         images[number] = moved[0].permute(1, 2, 0)
         progress(number + 1, len(flow))
     return images
-
-
-def _mask(mask: torch.Tensor | None) -> torch.Tensor:
-    """MASK to (1 or N,1,h,w) in [0,1]."""
-    if mask is None:
-        raise ValueError("expected a mask, got none. Connect one.")
-    return mask.reshape(-1, 1, *mask.shape[-2:]).float().cpu().clamp(0, 1)
 
 
 def _crop(flow: FlowField, width: int, height: int, left: int, top: int) -> FlowField:

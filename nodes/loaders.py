@@ -11,7 +11,7 @@ from .native.adapter import apply_adapter, tell_other_prediction
 from .native.files import find_file, list_files
 from .native.loading import load_all, load_flow_generator, load_flow_models
 from .native.saving import keep_when_saving
-from .schema import advanced, flow_strength, named_errors, schema
+from .schema import advanced, check_finite, flow_strength, named_errors, schema
 from .types import FlowGenerator, OpticalFlowModel
 
 _FILES = "from models/s2dm or output/s2dm, or bundled with the pack"
@@ -141,6 +141,7 @@ class ApplyFlowAdapter(io.ComfyNode):
         cls, model: Any, adapter: str, strength: float = 1.0, frames_at_once: int = 0
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(strength=strength)
             found = load_checkpoint(find_file(adapter), parts=("flow_adapter",))
             sampling = found.config.sampling
             patched = apply_adapter(

@@ -21,7 +21,8 @@ from ..s2dm.flow.draw import (
 from ..s2dm.flow.draw.state import SPEEDS
 from ..s2dm.flow.geometry import resample
 from ..s2dm.flow.tracks import flow_to_tracks, grid_points, tracks_from_paths, tracks_to_json
-from .flow import check_memory, library_frames
+from .flow import check_memory
+from .pictures import first_picture, library_masks
 from .schema import MOST_FRAMES, check_finite, named_errors, schema, side_inputs
 from .types import Flow, Tracks, flow_output
 
@@ -110,14 +111,17 @@ class DrawFlow(io.ComfyNode):
         depth: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
-            if image is not None:
-                height, width = image.shape[1:3]
+            picture = None if image is None else first_picture(image, "image")
+            if picture is not None:
+                height, width = picture.shape[2:]
             drawn = read_motion(motion, width, height)
             check_memory(frames, width, height)
             drawing = render(drawn, frames, _depth(depth, width, height))
             # The editor shows it where it couldn't know the picture before.
-            picture = {} if image is None else {_PICTURE: ui.PreviewImage(image[:1]).values}
-            return io.NodeOutput(drawing.flow, drawing.cover[:, 0].float(), ui=picture)
+            shown = {}
+            if picture is not None:
+                shown = {_PICTURE: ui.PreviewImage(picture.movedim(1, -1).float()).values}
+            return io.NodeOutput(drawing.flow, drawing.cover[:, 0].float(), ui=shown)
 
 
 class CameraFlow(io.ComfyNode):
@@ -282,16 +286,12 @@ class TracksToFlow(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(radius=radius)
-            paths = read_tracks(coordinates) + _core_tracks(tracks)
+            paths = read_tracks(coordinates, (width, height)) + _core_tracks(tracks)
             if not paths:
                 raise ValueError(
                     "expected at least one path, got none. Paste coordinates, or connect tracks."
                 )
-            region = (
-                None
-                if mask is None
-                else Mask(mask.reshape(-1, *mask.shape[-2:])[0].cpu().numpy() > 0.5)
-            )
+            region = None if mask is None else Mask(library_masks(mask)[0, 0].numpy() > 0.5)
             layer = Layer(region=region, tracks=paths, radius=radius)
             frames = frames or min(max(map(len, paths)), MOST_FRAMES)
             check_memory(frames, width, height)
@@ -376,12 +376,13 @@ def _core_tracks(tracks: Any) -> tuple[Any, ...]:
             f"expected tracks of core's WanMove nodes, got {type(tracks).__name__}. Connect Wan "
             "Move Tracks From Coords or the like, or paste coordinates."
         )
-    return tracks_from_paths(tracks["track_path"], tracks.get("track_visibility"))
+    seen = tracks.get("track_visibility")
+    return tracks_from_paths(tracks["track_path"], None if seen is None else torch.as_tensor(seen))
 
 
 def _depth(depth: torch.Tensor | None, width: int, height: int) -> torch.Tensor | None:
     """IMAGE to (1,1,H,W) in [0,1], the mean of its colours."""
     if depth is None:
         return None
-    grey = library_frames(depth[:1]).mean(dim=1, keepdim=True)
+    grey = first_picture(depth, "depth").mean(dim=1, keepdim=True)
     return resample(grey.float().cpu(), height, width).clamp(0, 1)

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ..s2dm.sector import NOISE_SHARING, NoiseSharing
 from .native import noise as native
 from .native.recommended import recommended
-from .schema import advanced, cfg_input, named_errors, schema, seed_input
+from .schema import advanced, cfg_input, check_finite, named_errors, schema, seed_input
 
 _SEED = (
     "Seed of all noise. A single frame with the same seed and size starts from the same noise as "
@@ -133,6 +133,8 @@ class SharedNoiseKSampler(io.ComfyNode):
         noise_sharing: str = "shared",
         share: float = 0.5,
     ) -> io.NodeOutput:
+        with named_errors(cls):
+            check_finite(cfg=cfg, denoise=denoise, share=share)
         recommendation = recommended(model)
         steps = steps or recommendation.steps
         cfg = cfg or recommendation.guidance_scale
@@ -188,6 +190,7 @@ class SharedNoise(io.ComfyNode):
     @classmethod
     def execute(cls, seed: int, noise_sharing: str = "shared", share: float = 0.5) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(share=share)
             return io.NodeOutput(native.SharedNoise(seed, NoiseSharing(noise_sharing, share)))
 
 
@@ -225,5 +228,6 @@ class SharedNoiseSampler(io.ComfyNode):
         cls, sampler: Any, noise_sharing: str = "shared", share: float = 0.5
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_finite(share=share)
             sharing = NoiseSharing(noise_sharing, share)
             return io.NodeOutput(native.SharedNoiseSampler(sampler, sharing))

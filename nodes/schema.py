@@ -101,9 +101,24 @@ def check_finite(**values: float) -> None:
 
 @contextmanager
 def named_errors(node: type[io.ComfyNode]) -> Iterator[None]:
-    """Put the node's display name before what the library says is wrong (a ValueError)."""
+    """Put the node's display name before what the library or a disk says is wrong.
+
+    Raises:
+        ValueError: in place of one of the library, or of an OSError.
+    """
+    # While it runs a node is a locked copy, on which GET_SCHEMA can't store what it makes.
     try:
         yield
     except ValueError as error:
-        # While it runs a node is a locked copy, on which GET_SCHEMA can't store what it makes.
         raise ValueError(f"{node.define_schema().display_name}: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{node.define_schema().display_name}: {_told(error)}") from error
+
+
+def _told(error: OSError) -> str:
+    """What a disk says, with the file: a full one, a folder that isn't ours, too long a name."""
+    file = "" if error.filename is None else f" ({error.filename})"
+    return (
+        f"expected a file that can be read or written, got: {error.strerror or error}{file}. Look "
+        "at the disk's free space, at the rights on the folder, and at the name."
+    )

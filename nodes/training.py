@@ -23,7 +23,7 @@ from ..s2dm.data.prepared import (
 from ..s2dm.flow.estimate import METHODS
 from ..s2dm.models import FUSIONS, LATENT_CELL, load_checkpoint
 from ..s2dm.training.flow_adapter import AdapterSettings, AdapterTrainer, new_adapter
-from .flow import flow_model, library_frames, progress_bar
+from .flow import flow_model, progress_bar
 from .native.adapter import apply_adapter
 from .native.files import lora_path, trained_path
 from .native.saving import keep_when_saving
@@ -37,6 +37,7 @@ from .native.training import (
     trainable_config,
     training_mode,
 )
+from .pictures import library_frames
 from .runs import (
     check_interrupt,
     keeping_inputs,
@@ -48,7 +49,7 @@ from .runs import (
     steps_input,
     train,
 )
-from .schema import advanced, named_errors, schema, seed_input
+from .schema import advanced, check_finite, named_errors, schema, seed_input
 from .types import Clips, OpticalFlowModel
 
 _MODEL = "model"
@@ -167,7 +168,9 @@ class PrepareClips(io.ComfyNode):
             estimator = method[0]
             if estimator == _MODEL:
                 estimator = flow_model((optical_flow or [None])[0])
-            shape = (frames[0], (height[0], width[0]), estimator)
+            # A clip may be long: it can be stopped at each of its frames.
+            check = comfy.model_management.throw_exception_if_processing_interrupted
+            shape = (frames[0], (height[0], width[0]), estimator, lambda *_: check())
             found = folder_sources(_input_folder(folder[0]), *shape) if folder[0].strip() else []
             given = videos or []
             total = len(found) + len(given)
@@ -355,6 +358,7 @@ class TrainFlowAdapter(io.ComfyNode):
         lora_rank: int = 0,
     ) -> io.NodeOutput:
         with named_errors(cls), training_mode():
+            check_finite(learning_rate=learning_rate)
             folder = named_folder("s2dm_training", name)
             path = trained_path(folder.name, ours=folder.is_dir())
             told: dict[str, Any] = {"base": model_name(model)}

@@ -15,16 +15,16 @@ from PIL import Image
 
 from s2dm.video import read_clip, to_uint8  # demo has put the pack on the path
 
-# What stands at the left of each workflow's video: the given clip, the flow, or nothing, where
-# the video shows two clips itself.
+# What stands at the left of each workflow's video: the given clip, the flow, the picture that it
+# starts from, or nothing, where the video shows two clips itself.
 BESIDE = {
     "flow_to_video": "clip",
     "shared_vs_independent_noise": None,
     "text_to_video": "flow",
     "animate_picture": "flow",
     "video_to_video": "clip",
-    "draw_motion": "flow",
-    "camera_move": "flow",
+    "draw_motion": "picture",
+    "camera_move": "picture",
     "motion_transfer": "clip",
     "train_adapter": "clip",
     "use_adapter": "clip",
@@ -49,6 +49,9 @@ def clips(name: str, files: list[Path]) -> list[torch.Tensor]:
     video, _ = read_clip(pick(files, name))
     if BESIDE[name] is None:
         return list(video.chunk(2, dim=-1))
+    if BESIDE[name] == "picture":  # once, as large as all frames together
+        large = torch.nn.functional.interpolate(video[:1], scale_factor=COLUMNS, mode="bilinear")
+        return [large, video]
     given = shown(files) if BESIDE[name] == "flow" else read_clip(CLIP)[0][: len(video)]
     return [given, video]
 

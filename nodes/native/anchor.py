@@ -21,6 +21,7 @@ from ...s2dm.flow import FlowField
 from ...s2dm.flow.geometry import resample
 from ...s2dm.models import whole_cells
 from ...s2dm.sector import ANCHOR_END, Anchor, ReferenceStates, release, release_levels
+from ..pictures import first_picture
 from .frames import KEY as FRAMES
 from .frames import FramesOfCall, call_in_chunks
 from .labels import labels_of, of_frame_1
@@ -60,11 +61,12 @@ def anchor_model(
             checkpoint recommends. Only the U-Nets of Stable Diffusion can.
 
     Raises:
-        AnchorError: the reference is no picture, or its shape isn't that of the flow.
+        ValueError: the reference is no picture.
+        AnchorError: its shape isn't that of the flow.
     """
     picture = None
     if reference is not None:
-        picture = _picture(reference)
+        picture = first_picture(reference, "reference").float().cpu().contiguous()
         _check_aspect("the flow", flow.height, flow.width, "the reference", *picture.shape[-2:])
     recommended = recommendation_of(model)
     anchors = recommended is not None and recommended.anchor_end > 0
@@ -385,22 +387,6 @@ def _plane(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _cell(vae: comfy.sd.VAE) -> int:
     """Pixels along each side of a latent's cell."""
     return int(vae.spacial_compression_encode())
-
-
-def _picture(reference: Tensor) -> Tensor:
-    """The first picture of an IMAGE as (1, 3, H, W) in [0, 1]."""
-    if reference.ndim != 4 or reference.shape[-1] not in (1, 3, 4) or 0 in reference.shape:
-        raise AnchorError(
-            "reference: expected an image (frames, height, width, channels) in colour or grey, "
-            f"got {tuple(reference.shape)}. Connect the frame that the clip starts from."
-        )
-    picture = reference[:1, ..., :3].movedim(-1, 1).float().cpu()
-    if not picture.isfinite().all():
-        raise AnchorError(
-            "reference: expected a picture, got numbers that aren't finite. The node before this "
-            "one failed: look at its picture, and decode it with the VAE in float32."
-        )
-    return picture.clamp(0, 1).expand(-1, 3, -1, -1).contiguous()
 
 
 def _check_aspect(

@@ -35,6 +35,7 @@ from ...s2dm.models import (
 )
 from ...s2dm.models.flow_generator import FLOW_CHANNELS
 from ...s2dm.sector import seed_of_flow
+from ..pictures import first_picture
 
 MODEL_TYPES = {"epsilon": ModelType.EPS, "v_prediction": ModelType.V_PREDICTION}
 MIN_FRAMES = 2
@@ -183,12 +184,7 @@ def generate_flow(
 
 def _given(stage1: Stage1, image: Tensor, prompt: str) -> _Given:
     """The conditions from the first frame of an IMAGE and from the prompt."""
-    if image.ndim != 4 or image.shape[-1] not in (1, 3, 4) or 0 in image.shape:
-        raise ValueError(
-            "reference: expected an image (frames, height, width, channels) in colour or grey, "
-            f"got {tuple(image.shape)}. Connect the frame that the clip starts from."
-        )
-    frame = image[:1, ..., :3].movedim(-1, 1).clamp(0, 1).expand(-1, 3, -1, -1).contiguous()
+    frame = first_picture(image, "reference").contiguous()
     if stage1.conditions is not None:
         comfy.model_management.load_models_gpu([stage1.conditions])
         encoders = stage1.conditions.model

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..files import save_tensors, write_json
 from ..flow import FlowField, estimate_flow
-from ..flow.estimate import FlowModel
+from ..flow.estimate import FlowModel, Progress
 from ..flow.texture import clouds
 from ..video import cover, read_clip, to_uint8
 from ..video.frames import spread
@@ -74,7 +74,11 @@ class Encoders:
 
 
 def folder_sources(
-    folder: str | Path, frames: int, size: tuple[int, int], method: str | FlowModel = "dis"
+    folder: str | Path,
+    frames: int,
+    size: tuple[int, int],
+    method: str | FlowModel = "dis",
+    progress: Progress | None = None,
 ) -> list[Source]:
     """The clips of a folder: `wave.mp4`, or a folder `wave` of its frames, with `wave.txt` beside.
 
@@ -82,14 +86,15 @@ def folder_sources(
         folder: of the clips; subfolders are looked through too.
         frames: of each clip, spread evenly from its first to its last.
         size: (height, width) that frames are scaled to cover, and cropped to at the centre.
-        method: see `estimate_flow`.
+        method, progress: see `estimate_flow`.
 
     Raises:
         ClipsError: no such folder, or no clip in it. ValueError: a clip without a caption.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ClipsError(f"expected a folder of clips, got {folder}, which isn't there.")
+        what = "is a file" if folder.exists() else "isn't there"
+        raise ClipsError(f"expected a folder of clips, got {folder}, which {what}.")
     paths = find_clips(folder)
     if not paths:
         raise ClipsError(
@@ -97,17 +102,22 @@ def folder_sources(
             "says in a line what it shows (wave.mp4, wave.txt); got no video."
         )
     return [
-        _file_source(path, caption, frames, size, method)
+        _file_source(path, caption, frames, size, method, progress)
         for path, caption in zip(paths, read_captions(paths), strict=True)
     ]
 
 
 def _file_source(
-    path: Path, caption: str, frames: int, size: tuple[int, int], method: str | FlowModel
+    path: Path,
+    caption: str,
+    frames: int,
+    size: tuple[int, int],
+    method: str | FlowModel,
+    progress: Progress | None,
 ) -> Source:
     def load() -> Clip:
         pixels, _ = read_clip(path, frames, size)
-        return Clip(pixels, estimate_flow(pixels, method), caption)
+        return _with_flow(pixels, caption, method, progress)
 
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     states = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
@@ -121,6 +131,7 @@ def frames_source(
     count: int,
     size: tuple[int, int],
     method: str | FlowModel = "dis",
+    progress: Progress | None = None,
 ) -> Source:
     """A clip whose frames (N,3,H,W) in [0,1] are at hand; arguments as in `folder_sources`."""
     frames = cover(frames[spread(len(frames), count)], *size)
@@ -128,7 +139,19 @@ def frames_source(
     for frame in frames:
         digest.update(to_uint8(frame).tobytes())
     key = _hash(digest.hexdigest(), tuple(frames.shape), caption, _method_name(method))
-    return Source(name, key, lambda: Clip(frames, estimate_flow(frames, method), caption))
+    return Source(name, key, lambda: _with_flow(frames, caption, method, progress))
+
+
+def _with_flow(
+    frames: Tensor, caption: str, method: str | FlowModel, progress: Progress | None
+) -> Clip:
+    """A clip with its flow. Raises ClipsError where there is none to learn from."""
+    if (frames == frames[:1]).all():
+        raise ClipsError(
+            "expected a clip in which something moves, got one whose frames are all the same, or a "
+            "single one. Take it out."
+        )
+    return Clip(frames, estimate_flow(frames, method, progress), caption)
 
 
 def dataset_sources(clips: ClipDataset, key: str) -> Iterator[Source]:

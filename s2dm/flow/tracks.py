@@ -23,9 +23,12 @@ def flow_to_tracks(flow: FlowField, points: Tensor) -> tuple[Tensor, Tensor]:
     (N,P) bool, whether the frame shows the point. Where it doesn't, its path goes straight on
     between the frames that do.
     """
-    if points.ndim != 2 or points.shape[1] != 2 or not 1 <= len(points) <= _MOST:
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise FlowError(f"points: expected (P,2), x and y of each, got {tuple(points.shape)}.")
+    if not 1 <= len(points) <= _MOST:
         raise FlowError(
-            f"points: expected (P,2) with 1 to {_MOST} points, got {tuple(points.shape)}."
+            f"points: expected 1 to {_MOST} points, got {len(points)}. Of a grid, change its "
+            "spacing."
         )
     points = points.float()
     last = points.new_tensor([flow.width, flow.height])

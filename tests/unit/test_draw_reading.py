@@ -115,6 +115,9 @@ def test_points_between_times_are_spread_evenly():
     assert track[:, 2] == pytest.approx([0, 0.5, 0.6, 0.7, 0.8, 1])
     assert read_tracks('[{"x": 1, "y": 2}]')[0].tolist() == [[1, 2, 0]]
     assert read_tracks("[[]]") == ()
+    # A byte-order mark, as some editors write it.
+    assert read_tracks('\ufeff [{"x": 1, "y": 2}]')[0].tolist() == [[1, 2, 0]]
+    assert read_tracks("\ufeff") == ()
 
 
 @pytest.mark.parametrize(

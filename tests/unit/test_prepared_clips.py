@@ -169,3 +169,39 @@ def test_frames_at_hand_are_known_by_what_they_show() -> None:
     assert one.key != frames_source("a", pixels.flip(0), "moves", *shape).key
     assert one.key != frames_source("a", pixels, "stands", *shape).key
     assert one.key != frames_source("a", pixels, "moves", 4, (24, 32)).key
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    with pytest.raises(ClipsError, match=r"clip\.mp4, which is a file"):
+        folder_sources(tmp_path / "clip.mp4", 4, (32, 32))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_clips_in_which_nothing_moves_are_refused(tmp_path: Path, count: int) -> None:
+    """A photo as a video, and a frame that was held: they teach that people don't move."""
+    still = moving_clip(0, size=64).pixels[:1].expand(count, -1, -1, -1)
+    write_clip(tmp_path / "still.mp4", still, 8)
+    (tmp_path / "still.txt").write_text("a square")
+    held = frames_source("video 1", still, "a square", 3, (32, 32))
+    for source in (*folder_sources(tmp_path, 3, (32, 32)), held):
+        with pytest.raises(ClipsError, match=rf"^{source.name}: .*something moves.*Take it out"):
+            prepare_clips(tmp_path / "prepared", [source], 1, encoders())
+
+
+def test_a_long_clip_can_be_stopped_within(tmp_path: Path) -> None:
+    class StopError(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        assert total == 4
+        if done == 2:
+            raise StopError
+
+    pixels = moving_clip(0).pixels
+    write_clip(tmp_path / "move.mp4", moving_clip(0, size=64).pixels, 8)
+    (tmp_path / "move.txt").write_text("a square moves")
+    shape = (4, (32, 32), "dis", stop)
+    for source in (*folder_sources(tmp_path, *shape), frames_source("a", pixels, "moves", *shape)):
+        with pytest.raises(StopError):
+            prepare_clips(tmp_path / "prepared", [source], 1, encoders())

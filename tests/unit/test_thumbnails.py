@@ -40,6 +40,18 @@ def test_every_frame_is_in_the_picture(thumbnails):
     assert np.abs(cells[:, 4:, 0] - expected).max() <= 2 and cells[:, 4:, 1].max() <= 2
 
 
+def test_a_picture_stands_beside_its_clip_as_large_as_all_frames(thumbnails, monkeypatch):
+    levels = torch.linspace(0.1, 0.9, 16)
+    video = levels[:, None, None, None].expand(16, 3, 128, 128)
+    monkeypatch.setattr(thumbnails, "read_clip", lambda path: (video, 8.0))
+    monkeypatch.setattr(thumbnails, "pick", lambda files, name: name)
+    name = next(name for name, beside in thumbnails.BESIDE.items() if beside == "picture")
+    picture = np.asarray(thumbnails.thumbnail(thumbnails.clips(name, []))).astype(int)
+    assert picture.shape[1] == 768 and abs(picture.shape[0] - 384) <= 8
+    assert np.abs(picture[10:-10, 10:370] - 0.1 * 255).max() <= 2
+    assert np.abs(picture[-40, -40] - 0.9 * 255).max() <= 2
+
+
 def test_each_template_has_such_a_picture(thumbnails):
     templates = {path.stem for path in (ROOT / "workflows").glob("*.json")}
     assert templates == {f"s2dm_{name}" for name in thumbnails.BESIDE}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import pairwise
-from math import isfinite
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -49,17 +48,20 @@ def read_motion(text: str, width: int, height: int) -> Motion:
     return _motion(content, width, height).resize(width, height)
 
 
-def read_tracks(text: str) -> tuple[Array, ...]:
+def read_tracks(text: str, size: tuple[int, int] | None = None) -> tuple[Array, ...]:
     """Paths alone: [[{"x": …, "y": …}, …], …] or one of them, in pixels.
 
+    Of the editor's state its tracks are taken, from the size that it was drawn at to `size`, width
+    and height; None: as they are.
     Returns (n,3) each, x, y and time in [0, 1]; points without "t" are spread evenly.
     """
     content = parse(text, "coordinates")
     if content is None:
         return ()
     if isinstance(content, dict) and "layers" in content:
-        found = [track for layer in _motion(content, 1, 1).layers for track in layer.tracks]
-        return tuple(found)
+        motion = _motion(content, *(size or (1, 1)))
+        layers = (motion.resize(*size) if size else motion).layers
+        return tuple(track for layer in layers for track in layer.tracks)
     if not isinstance(content, list):
         raise FlowError(
             f"coordinates: expected a list of paths, got {_shown(content)}. Paste paths as "
@@ -94,7 +96,8 @@ def parse(text: str, name: str) -> Any:
     """JSON, strictly; None for an empty text. Single quotes, as Python prints lists, do too."""
     if not isinstance(text, str):
         raise FlowError(f"{name}: expected a text, JSON, got {type(text).__name__}.")
-    if not text.strip():
+    text = text.strip().removeprefix("\ufeff")  # which some editors put before what they save
+    if not text:
         return None
     if len(text) > _TEXT:
         raise FlowError(
@@ -317,7 +320,7 @@ def _number(
 
 def _checked(value: Any, at: str, low: float, high: float) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high or not isfinite(value):
+    if not number or not low <= value <= high:
         raise FlowError(f"{at}: expected a number from {low:g} to {high:g}, got {_shown(value)}.")
     return float(value)
 

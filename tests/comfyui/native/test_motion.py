@@ -82,6 +82,29 @@ def test_a_clip_may_be_longer_than_stage_1_knows(rig, node_classes):
     assert len(flow) == 81
 
 
+def test_a_path_of_very_many_points_makes_no_longer_clip(rig, monkeypatch):
+    """Asked for as many frames as a path has points, the node makes at most what it could."""
+    monkeypatch.setattr(rig.module("nodes.motion"), "MOST_FRAMES", 4)
+    path = json.dumps([[{"x": 10 + number, "y": 64} for number in range(13)]])
+    (flow,) = rig.run("S2DMTracksToFlow", coordinates=path, frames=0)
+    assert flow.displacement[:, 0, 64, 22].tolist() == pytest.approx([0, -4, -8, -12], abs=0.01)
+
+
+def test_a_drawing_of_the_editor_as_paths(rig):
+    """Drawn at 128 x 128, used at 256 x 64."""
+    (flow,) = rig.run(
+        "S2DMTracksToFlow", coordinates=json.dumps(DRAWN), frames=2, width=256, height=64
+    )
+    assert flow.displacement[1].flatten(1).min(dim=1).values.tolist() == pytest.approx([-96, 0])
+
+
+def test_core_s_visibility_may_be_a_list(rig):
+    paths = torch.tensor([[[40.0, 64.0]], [[50, 64]]])
+    tracks = {"track_path": paths, "track_visibility": [[1], [1]]}
+    (flow,) = rig.run("S2DMTracksToFlow", coordinates="", frames=2, tracks=tracks)
+    assert flow.displacement[1, 0].min() == pytest.approx(-10)
+
+
 def test_paths_move_what_a_mask_shows(rig):
     mask = torch.zeros(1, 64, 64)
     mask[:, 10:20, 10:20] = 1  # of half the size

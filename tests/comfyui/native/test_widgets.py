@@ -119,3 +119,22 @@ def test_what_a_template_explains_is_not_folded_away(node_classes):
         ("S2DMSharedNoise", "share"),
         ("S2DMSharedNoiseSampler", "share"),
     }
+
+
+def test_a_number_that_is_none_is_refused_by_every_node(node_classes):
+    """ComfyUI lets NaN through, from a node that computes numbers or from a prompt's JSON.
+
+    It is the first thing that a node looks at, so nothing else need be connected.
+    """
+    seen = 0
+    for node in node_classes.values():
+        schema = node.GET_SCHEMA()
+        defaults = {socket.id: getattr(socket, "default", None) for socket in schema.inputs}
+        for name, socket in numbers(node).items():
+            if socket.get_io_type() == "FLOAT":
+                with pytest.raises(ValueError) as error:
+                    node.execute(**{**defaults, name: math.nan})
+                expected = f"{schema.display_name}: {name}: expected a finite number, got nan."
+                assert str(error.value) == expected
+                seen += 1
+    assert seen >= 20
