@@ -105,29 +105,26 @@ class _Scene:
         self.pixels = np.arange(height * width, dtype=np.int32).reshape(height, width)
         # Of the ground at rest, which is most of most pictures, the same is seen in all frames.
         still = View(np.eye(2), np.zeros(2), np.zeros(2))
-        self.bare = _Canvas(self, still).visible(self.owners)
+        self.bare = _Canvas(self, still, self.owners).visible()
 
     def drawing(self) -> Drawing:
         shape = (self.num_frames, self.height, self.width)
         displacement = np.empty((shape[0], 2, *shape[1:]), np.float32)
         occlusion = np.empty((shape[0], 1, *shape[1:]), np.float32)
         cover = np.empty(occlusion.shape, bool)
-        elastic = [layer for layer in self.layers if isinstance(layer, _Surroundings)]
+        elastic = any(isinstance(layer, _Surroundings) for layer in self.layers)
 
         def draw(frame: int) -> None:
             view = self.views[frame]
-            canvas = _Canvas(self, view)
+            canvas = _Canvas(self, view, self.owners.copy() if elastic else self.owners)
             if self.ground is not None:
                 self.ground.draw(canvas)
-            owners = self.owners.copy() if elastic else self.owners
             for layer in self.layers:
                 layer.draw(canvas, frame)
-            for layer in elastic:
-                layer.own(owners, frame)
             np.subtract(canvas.place[0], self.x[None, :], out=displacement[frame, 0])
             np.subtract(canvas.place[1], self.y[:, None], out=displacement[frame, 1])
             known = self.bare if view.still and not elastic else None
-            occlusion[frame, 0] = ~canvas.visible(owners, known)
+            occlusion[frame, 0] = ~canvas.visible(known)
             np.greater(canvas.layer, 0, out=cover[frame, 0])
 
         # Frames don't know of one another, and NumPy lets others run while it works.
@@ -140,10 +137,13 @@ class _Scene:
 
 
 class _Canvas:
-    """A frame that is drawn: for each pixel the point of frame 1 that lies there, and its layer."""
+    """A frame that is drawn: for each pixel the point of frame 1 that lies there, and its layer.
 
-    def __init__(self, scene: _Scene, view: View) -> None:
-        self.scene, self.view = scene, view
+    owners: the topmost layer of every cell of frame 1. Layers without a region enter themselves.
+    """
+
+    def __init__(self, scene: _Scene, view: View, owners: Array) -> None:
+        self.scene, self.view, self.owners = scene, view, owners
         shape = (scene.height, scene.width)
         self.layer = np.zeros(shape, np.int16)
         self.place = np.empty((2, *shape), np.float32)
@@ -164,8 +164,8 @@ class _Canvas:
         self.place[1].reshape(-1)[pixels] = points[1]
         self.layer.reshape(-1)[pixels] = number
 
-    def visible(self, owners: Array, ground: Array | None = None) -> Array:
-        """(H,W) bool, whether frame 1 shows the pixel: `owners` has the topmost layer there.
+    def visible(self, ground: Array | None = None) -> Array:
+        """(H,W) bool, whether frame 1 shows the pixel: its layer is the topmost one there.
 
         ground: what is visible of the ground, if it is at rest.
         """
@@ -176,24 +176,24 @@ class _Canvas:
             x, y, layer = x[asked], y[asked], layer[asked]
         width, height = self.scene.width, self.scene.height
         inside = (x >= -0.5) & (x < width - 0.5) & (y >= -0.5) & (y < height - 0.5)
-        seen = self._shows(x, y, layer, owners) & inside
+        seen = self._shows(x, y, layer) & inside
         # A pixel is a square: it is seen if its middle third is, or a third beside that.
         for beside in ((-1, 0), (1, 0), (0, -1), (0, 1)):
             left = np.flatnonzero(inside & ~seen)
             right, down = (np.float32(step * _BESIDE) for step in beside)
-            seen[left] = self._shows(x[left] + right, y[left] + down, layer[left], owners)
+            seen[left] = self._shows(x[left] + right, y[left] + down, layer[left])
         if ground is None or asked is None:
             return seen.reshape(self.layer.shape)
         visible = ground & (self.layer == 0)
         visible.reshape(-1)[asked] = seen
         return visible
 
-    def _shows(self, x: Array, y: Array, layer: Array, owners: Array) -> Array:
+    def _shows(self, x: Array, y: Array, layer: Array) -> Array:
         """Whether these layers are the topmost ones at these points (the nearest, if outside)."""
-        rows, columns = owners.shape
+        rows, columns = self.owners.shape
         index = self._cells(y, rows) * np.int32(columns)
         index += self._cells(x, columns)
-        return owners.reshape(-1)[index] == layer
+        return self.owners.reshape(-1)[index] == layer
 
     def _cells(self, places: Array, count: int) -> Array:
         """Rows or columns of the fine grid, which has so many, at these places."""
@@ -334,15 +334,12 @@ class _Surroundings:
             width, height = self.scene.width, self.scene.height
             tear = _TEAR * _size(canvas.view.linear)
             canvas.put(self.number, *self.mesh.drawn(moved, width, height, tear, moving))
+            self._own(canvas.owners, moving)
 
-    def own(self, owners: Array, frame: int) -> None:
+    def _own(self, owners: Array, moving: Array) -> None:
         """Enter the cells that move into `owners`, where no layer lies above."""
-        if self.mesh is None:
-            return
+        assert self.mesh is not None
         mesh, fine = self.mesh, self.scene.fine
-        moving = self._moving(self._offsets(frame))
-        if not moving.any():
-            return
         step = mesh.side * fine
         moving = moving.repeat(step, axis=0).repeat(step, axis=1)
         part = owners[mesh.top * fine :, mesh.left * fine :][: len(moving), : moving.shape[1]]
