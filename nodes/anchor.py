@@ -11,7 +11,7 @@ from ..s2dm.flow import FlowField
 from ..s2dm.sector import ANCHOR_END
 from .native.anchor import anchor_model, sees_reference
 from .native.notices import Notice
-from .schema import advanced, check_finite, named_errors, schema
+from .schema import advanced, check_finite, check_given, named_errors, schema
 from .types import Flow
 
 _ATTENTION = {"auto": None, "on": True, "off": False}
@@ -116,6 +116,7 @@ class AnchorToReference(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(strength=strength, end_percent=end_percent)
+            check_given(model=model, vae=vae, flow=flow)
         sees = _ATTENTION[reference_attention]
         blind = sees and not sees_reference(model)
         _NOTICE.tell(

@@ -8,7 +8,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from .flow import check_memory
-from .schema import MOST_FRAMES, named_errors, schema, side_inputs
+from .schema import MOST_FRAMES, check_given, named_errors, schema, side_inputs
 
 
 class FitClip(io.ComfyNode):
@@ -72,9 +72,10 @@ class FitClip(io.ComfyNode):
         width: int = 128,
         height: int = 128,
     ) -> io.NodeOutput:
-        clip = video.get_components()
-        images = clip.images[first_frame - 1 :][:frames]
         with named_errors(cls):
+            check_given(video=video)
+            clip = video.get_components()
+            images = clip.images[first_frame - 1 :][:frames]
             if not len(images):
                 raise ValueError(
                     f"expected a first_frame of at most {len(clip.images)}, the last frame of "

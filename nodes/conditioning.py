@@ -14,7 +14,15 @@ from ..s2dm.models import LATENT_CELL, whole_cells
 from .native.labels import LABEL, FlowLabel
 from .native.recommended import AUTO
 from .pictures import library_masks
-from .schema import advanced, check_finite, flow_strength, named_errors, schema, side_inputs
+from .schema import (
+    advanced,
+    check_finite,
+    check_given,
+    flow_strength,
+    named_errors,
+    schema,
+    side_inputs,
+)
 from .types import Flow
 
 _GUIDE_FLOW = ("auto", "on", "off")
@@ -133,7 +141,10 @@ class EncodeFlow(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(strength=strength, start_percent=start_percent, end_percent=end_percent)
-            flow = _still_frame(width, height) if flow is None else flow
+            check_given(positive=positive, negative=negative)
+            if flow is None:
+                flow = _still_frame(width, height)
+            check_given(flow=flow)
             _check(flow, start_percent, end_percent, mask)
         start = None if start_percent < 0 else start_percent
         size = (height or flow.height, width or flow.width)

@@ -20,6 +20,7 @@ from .schema import (
     advanced,
     cfg_input,
     check_finite,
+    check_given,
     named_errors,
     schema,
     seed_input,
@@ -207,6 +208,7 @@ class GenerateFlow(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(cfg=cfg, motion_strength=motion_strength)
+            check_given(reference=reference)
             if not isinstance(flow_generator, Stage1):
                 raise ValueError(
                     f"expected a flow generator (stage 1), got {flow_generator!r}. Load a "
@@ -277,6 +279,7 @@ class VisualizeFlow(io.ComfyNode):
     def execute(cls, flow: FlowField, full_colour_at: float = 0.0) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(full_colour_at=full_colour_at)
+            check_given(flow=flow)
             image = flow_to_image(flow, full_colour_at or None).movedim(1, -1).contiguous()
             return io.NodeOutput(image, flow.occlusion[:, 0].clone(), ui=ui.PreviewImage(image))
 

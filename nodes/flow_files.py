@@ -11,7 +11,7 @@ from ..s2dm.flow import FlowField, load_flow, save_flow
 from ..s2dm.flow.files import MEASURED_TO
 from ..s2dm.flow.frame_files import LAYOUTS
 from .native.flow_listing import find_flow, list_flows, mark_of
-from .schema import named_errors, schema
+from .schema import check_given, named_errors, schema
 from .types import Flow, flow_output
 
 _NPZ = "npz"
@@ -62,6 +62,7 @@ class SaveFlow(io.ComfyNode):
         cls, flow: FlowField, filename_prefix: str = _PREFIX, format: str = _NPZ
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_given(flow=flow)
             # Of a name without letters core would make a hidden file, each time the same.
             prefix = filename_prefix if filename_prefix.strip(" ./\\") else _PREFIX
             folder, name, counter, _, _ = folder_paths.get_save_image_path(

@@ -14,7 +14,7 @@ from ..s2dm.flow.inverse import rebase, reverse
 from ..s2dm.flow.warp import visibility, warp_picture
 from .flow import check_memory, progress_bar
 from .pictures import first_picture, library_masks
-from .schema import MOST_FRAMES, advanced, check_finite, named_errors, schema
+from .schema import MOST_FRAMES, advanced, check_finite, check_given, named_errors, schema
 from .types import Flow, flow_output
 
 _OPERATIONS = (
@@ -133,6 +133,7 @@ class EditFlow(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(amount=amount)
+            check_given(flow=flow)
             changes = {
                 "scale": lambda: flow.scale(amount),
                 "reverse": lambda: reverse(flow),
@@ -219,6 +220,7 @@ class CombineFlow(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_given(first=first, second=second)
             if how == _IN_MASK:
                 return io.NodeOutput(combine_in(first, second, library_masks(mask)))
             return io.NodeOutput((combine_over if how == _CAMERA else combine_after)(first, second))
@@ -282,6 +284,7 @@ class PickFlow(io.ComfyNode):
         measured_from: str = _FRAME_1,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_given(flow=flow)
             picked = list(range(first_frame - 1, len(flow), every))[:frames]
             if not picked:
                 raise ValueError(
@@ -383,6 +386,7 @@ class WarpImage(io.ComfyNode):
         latent: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_given(flow=flow)
             if image is None and mask is None and latent is None:
                 raise ValueError(
                     "expected an image, a mask or a latent to move, got none. Connect one."

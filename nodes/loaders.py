@@ -11,7 +11,7 @@ from .native.adapter import apply_adapter, tell_other_prediction
 from .native.files import find_file, list_files
 from .native.loading import load_all, load_flow_generator, load_flow_models
 from .native.saving import keep_when_saving
-from .schema import advanced, check_finite, flow_strength, named_errors, schema
+from .schema import advanced, check_finite, check_given, flow_strength, named_errors, schema
 from .types import FlowGenerator, OpticalFlowModel
 
 _FILES = "from models/s2dm or output/s2dm, or bundled with the pack"
@@ -142,6 +142,7 @@ class ApplyFlowAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(strength=strength)
+            check_given(model=model)
             found = load_checkpoint(find_file(adapter), parts=("flow_adapter",))
             sampling = found.config.sampling
             patched = apply_adapter(
@@ -232,4 +233,5 @@ class FlowGeneratorLoader(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, clip: Any, vae: Any) -> io.NodeOutput:
         with named_errors(cls):
+            check_given(clip=clip, vae=vae)
             return io.NodeOutput(load_flow_generator(find_file(file), clip, vae))

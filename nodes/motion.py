@@ -23,7 +23,7 @@ from ..s2dm.flow.geometry import resample
 from ..s2dm.flow.tracks import flow_to_tracks, grid_points, tracks_from_paths, tracks_to_json
 from .flow import check_memory
 from .pictures import first_picture, library_masks
-from .schema import MOST_FRAMES, check_finite, named_errors, schema, side_inputs
+from .schema import MOST_FRAMES, check_finite, check_given, named_errors, schema, side_inputs
 from .types import Flow, Tracks, flow_output
 
 _PICTURE = "s2dm_picture"  # the name under which the editor looks for it
@@ -359,6 +359,7 @@ class FlowToTracks(io.ComfyNode):
     def execute(cls, flow: FlowField, points: str = "", spacing: float = 32.0) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(spacing=spacing)
+            check_given(flow=flow)
             if points.strip():
                 starts = torch.from_numpy(read_points(points))
             else:

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ..s2dm.sector import NOISE_SHARING, NoiseSharing
 from .native import noise as native
 from .native.recommended import recommended
-from .schema import advanced, cfg_input, check_finite, named_errors, schema, seed_input
+from .schema import advanced, cfg_input, check_finite, check_given, named_errors, schema, seed_input
 
 _SEED = (
     "Seed of all noise. A single frame with the same seed and size starts from the same noise as "
@@ -135,6 +135,9 @@ class SharedNoiseKSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(cfg=cfg, denoise=denoise, share=share)
+            check_given(
+                model=model, positive=positive, negative=negative, latent_image=latent_image
+            )
         recommendation = recommended(model)
         steps = steps or recommendation.steps
         cfg = cfg or recommendation.guidance_scale
@@ -229,5 +232,6 @@ class SharedNoiseSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(share=share)
+            check_given(sampler=sampler)
             sharing = NoiseSharing(noise_sharing, share)
             return io.NodeOutput(native.SharedNoiseSampler(sampler, sharing))

@@ -17,6 +17,8 @@ _NEWER_FIELDS = {"search_aliases", "advanced"}
 
 _LARGEST_SEED = 2**64 - 1
 
+_FLOWS = ("flow", "first", "second")  # inputs of this name are flow, at every node
+
 MOST_FRAMES = 4096
 """Of a clip or a flow. Only stage 1 knows fewer, and memory often ends earlier."""
 
@@ -97,6 +99,28 @@ def check_finite(**values: float) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
             raise ValueError(f"{name}: expected a finite number, got {value}.")
+
+
+def check_given(**values: Any) -> None:
+    """Refuse what a switch of another pack hands on when nothing is connected to it, or a flow that
+    isn't ours, by the input's name.
+
+    values: of inputs that have to be there. Flows among them are called flow, first and second.
+
+    Raises:
+        ValueError: a value is None, or no flow.
+    """
+    for name, value in values.items():
+        if value is None:
+            raise ValueError(
+                f"{name}: expected something at this input, got nothing. Look at the node before "
+                "it: it hands on nothing, as a switch does whose own input is empty."
+            )
+        if name in _FLOWS and not hasattr(value, "displacement"):
+            raise ValueError(
+                f"{name}: expected a flow, got {type(value).__name__}. Connect a node of this pack "
+                "that makes flow, such as Estimate Flow or Load Flow."
+            )
 
 
 @contextmanager

@@ -49,7 +49,7 @@ from .runs import (
     steps_input,
     train,
 )
-from .schema import advanced, check_finite, named_errors, schema, seed_input
+from .schema import advanced, check_finite, check_given, named_errors, schema, seed_input
 from .types import Clips, OpticalFlowModel
 
 _MODEL = "model"
@@ -164,6 +164,7 @@ class PrepareClips(io.ComfyNode):
         optical_flow: list[Any] | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
+            check_given(vae=vae[0], clip=clip[0])
             target = named_folder("s2dm_clips", name[0])
             estimator = method[0]
             if estimator == _MODEL:
@@ -359,6 +360,7 @@ class TrainFlowAdapter(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls), training_mode():
             check_finite(learning_rate=learning_rate)
+            check_given(model=model, clips=clips)
             folder = named_folder("s2dm_training", name)
             path = trained_path(folder.name, ours=folder.is_dir())
             told: dict[str, Any] = {"base": model_name(model)}

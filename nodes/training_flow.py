@@ -31,7 +31,7 @@ from .runs import (
     steps_input,
     train,
 )
-from .schema import advanced, check_finite, named_errors, schema, seed_input
+from .schema import advanced, check_finite, check_given, named_errors, schema, seed_input
 from .types import Clips, FlowGenerator
 
 _PRESET = "lfdm"
@@ -140,6 +140,7 @@ class TrainFlowGenerator(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls), training_mode():
             check_finite(learning_rate=learning_rate)
+            check_given(clip=clip, vae=vae, clips=clips)
             folder = named_folder("s2dm_training", name)
             path = trained_path(folder.name, ours=folder.is_dir())
             settings = FlowGeneratorSettings(

@@ -10,6 +10,7 @@ import pytest
 from comfyui_graph import widget_values
 
 from s2dm.cli import DEFAULT_CHECKPOINT
+from s2dm.flow import FlowField
 from s2dm.models import read_config
 
 pytestmark = pytest.mark.comfyui
@@ -138,3 +139,27 @@ def test_a_number_that_is_none_is_refused_by_every_node(node_classes):
                 assert str(error.value) == expected
                 seen += 1
     assert seen >= 20
+
+
+def test_a_socket_that_brings_nothing_is_named_by_every_node(node_classes):
+    """A switch of another pack hands on None where its own input is empty."""
+    own_words = {"S2DMGenerateFlow.flow_generator": "expected a flow generator"}
+    seen = 0
+    for node in node_classes.values():
+        schema = node.GET_SCHEMA()
+        sockets = [one for one in schema.inputs if not hasattr(one, "default") and not one.optional]
+        given = {one.id: getattr(one, "default", None) for one in schema.inputs}
+        for one in sockets:
+            flow = one.get_io_type() == "S2DM_FLOW"
+            given[one.id] = FlowField.zeros(2, 16, 16) if flow else object()
+        for socket in sockets:
+            values = {**given, socket.id: None}
+            if schema.is_input_list:
+                values = {name: [value] for name, value in values.items()}
+            with pytest.raises(ValueError) as error:
+                node.execute(**values)
+            usual = f"{socket.id}: expected something"
+            assert own_words.get(f"{schema.node_id}.{socket.id}", usual) in str(error.value)
+            assert str(error.value).startswith(schema.display_name)
+            seen += 1
+    assert seen >= 25
