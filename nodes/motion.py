@@ -184,6 +184,11 @@ class CameraFlow(io.ComfyNode):
                     ),
                 ),
                 _depth_input(),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="What the camera films: the flow gets its width and height.",
+                ),
             ],
             outputs=[flow_output()],
         )
@@ -200,9 +205,12 @@ class CameraFlow(io.ComfyNode):
         roll: float = 0.0,
         speed: str = "linear",
         depth: torch.Tensor | None = None,
+        image: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(pan_x=pan_x, pan_y=pan_y, zoom=zoom, roll=roll)
+            if image is not None:
+                height, width = first_picture(image, "image").shape[2:]
             key = CameraKey(1.0, pan_x, pan_y, zoom, roll)
             motion = Motion(width, height, camera=(key,), camera_speed=speed)
             check_memory(frames, width, height)

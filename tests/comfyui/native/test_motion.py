@@ -152,6 +152,8 @@ def test_the_camera(rig):
     depth = torch.zeros(1, 24, 32, 3)
     (far,) = rig.run("S2DMCameraFlow", frames=5, width=64, height=48, pan_x=8.0, depth=depth)
     assert not far.displacement.any()
+    (of_picture,) = rig.run("S2DMCameraFlow", frames=2, image=torch.zeros(1, 24, 40, 3))
+    assert (of_picture.height, of_picture.width) == (24, 40)
 
 
 EDITS = {

@@ -46,7 +46,7 @@ SOCKETS = {
     "S2DMSharedNoiseSampler": ("sampler noise_sharing share", "SAMPLER"),
     "S2DMVisualizeFlow": ("flow full_colour_at", "IMAGE MASK"),
     "S2DMDrawFlow": ("image motion frames width height depth", "S2DM_FLOW MASK"),
-    "S2DMCameraFlow": ("frames width height pan_x pan_y zoom roll speed depth", "S2DM_FLOW"),
+    "S2DMCameraFlow": ("frames width height pan_x pan_y zoom roll speed depth image", "S2DM_FLOW"),
     "S2DMTracksToFlow": ("coordinates frames width height radius tracks mask", "S2DM_FLOW"),
     "S2DMFlowToTracks": ("flow points spacing", "STRING TRACKS"),
     "S2DMPoseToFlow": ("file people width height least_confidence keypoints", "S2DM_FLOW"),

@@ -50,6 +50,7 @@ IMAGES = {
     "S2DMDrawFlow.image": lambda rig, image: rig.run("S2DMDrawFlow", motion=PATH, image=image),
     "S2DMDrawFlow.depth": lambda rig, image: rig.run("S2DMDrawFlow", motion=PATH, depth=image),
     "S2DMCameraFlow.depth": lambda rig, image: pan(rig, depth=image),
+    "S2DMCameraFlow.image": lambda rig, image: pan(rig, image=image),
     "S2DMEstimateFlow.frames": lambda rig, image: rig.run(
         "S2DMEstimateFlow", method="dis", frames=image
     ),
