@@ -227,7 +227,7 @@ def measure(options: argparse.Namespace, base: Path, exports: dict[str, Path]) -
         "image model": f"the bundled U-Net without its adapter, {BASE_STEPS} steps of 16 single "
         "frames with captions alone; frozen after that",
         "trained on": f"{options.training_clips} clips of the training split, 6 frames each, with "
-        "their exact flow",
+        f"their exact flow; {run['clips']} of them in a step, {run['clip_frames']} frames of each",
     }
     return {"protocol": {**protocol, **notes}, "trainings": trainings, "table": table}
 
