@@ -38,7 +38,7 @@ def options(tmp_path, monkeypatch):
 
     monkeypatch.setattr(joining, "settings", small)
     return argparse.Namespace(
-        runs=tmp_path / "runs", threads=1, training_clips=2, steps=2, learning_rate=1e-2
+        runs=tmp_path / "runs", threads=1, workers=0, training_clips=2, steps=2, learning_rate=1e-2
     )
 
 
