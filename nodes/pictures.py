@@ -32,7 +32,8 @@ def library_frames(images: torch.Tensor, name: str = "frames") -> torch.Tensor:
 
 def first_picture(images: torch.Tensor, name: str) -> torch.Tensor:
     """The first picture of an IMAGE as (1,3,H,W) in [0,1]; others aren't looked at."""
-    return library_frames(images[:1] if isinstance(images, torch.Tensor) else images, name)
+    several = isinstance(images, torch.Tensor) and images.ndim == 4
+    return library_frames(images[:1] if several else images, name)
 
 
 def library_masks(masks: torch.Tensor | None, name: str = "mask") -> torch.Tensor:

@@ -26,7 +26,7 @@ PATH = '[[{"x": 10, "y": 20}, {"x": 30, "y": 20}]]'
 NO_PICTURES: dict[str, tuple[Any, str]] = {
     "latent": ({"samples": torch.zeros(1, 4, 6, 8)}, "got dict"),
     "empty": (torch.zeros(0, 48, 64, 3), r"got \(0, 48, 64, 3\)"),
-    "one dimension less": (torch.zeros(48, 64, 3), r"got \(48, 64, 3\)|got \(1, 64, 3\)"),
+    "one dimension less": (torch.zeros(48, 64, 3), r"got \(48, 64, 3\)"),
     "two channels": (torch.zeros(1, 48, 64, 2), r"got \(1, 48, 64, 2\)"),
     "NaN": (torch.full((1, 48, 64, 3), torch.nan), "aren't finite"),
     "bytes": (torch.zeros(1, 48, 64, 3, dtype=torch.uint8), "got torch.uint8"),
