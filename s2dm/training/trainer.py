@@ -250,6 +250,12 @@ class Trainer:
             before = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise self._unreadable(path, error) from error
+        if others := sorted(set(before) - set(config)):
+            raise TrainingError(
+                f"expected a run of the same kind in {self.folder.path}, to go on with it, got one "
+                f"that trains the {others[0].replace('_', ' ')}. Take another name, or don't "
+                "resume."
+            )
         both = (_flat(before), _flat(config))
         names = sorted(set(both[0]) | set(both[1]))
         changed = [name for name in names if both[0].get(name) != both[1].get(name)]

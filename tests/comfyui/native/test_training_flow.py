@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,15 @@ def generate(rig: Any, stage1: Any, prompt: str = PROMPT) -> Any:
     return rig.run("S2DMGenerateFlow", flow_generator=stage1, **inputs)[0]
 
 
-def logged(name: str) -> list[float]:
-    import json
-
+def run_folder(name: str) -> Path:
     import folder_paths
 
-    path = Path(folder_paths.get_output_directory()) / "s2dm_training" / name / "log.jsonl"
-    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+    return Path(folder_paths.get_output_directory()) / "s2dm_training" / name
+
+
+def logged(name: str) -> list[float]:
+    lines = (run_folder(name) / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def test_the_node_gives_a_generator_that_its_file_gives_again(rig: Any, prepared: Any) -> None:
@@ -94,7 +97,7 @@ def test_cancelled_it_keeps_what_was_learned_and_goes_on(
 ) -> None:
     import comfy.model_management as management
 
-    train(rig, prepared, "whole", steps=6)
+    train(rig, prepared, "whole_motion", steps=6)
     trainer = rig.module("s2dm.training.flow_generator").FlowGeneratorTrainer
     real = trainer.accumulate
 
@@ -105,12 +108,12 @@ def test_cancelled_it_keeps_what_was_learned_and_goes_on(
 
     monkeypatch.setattr(trainer, "accumulate", cancelled)
     with pytest.raises(management.InterruptProcessingException):
-        train(rig, prepared, "stopped", steps=6, preview_every=0)
+        train(rig, prepared, "stopped_motion", steps=6, preview_every=0)
     monkeypatch.undo()
-    assert "stopped.safetensors" in rig.module("nodes.native.files").list_files()
-    assert len(logged("stopped")) == 3
-    train(rig, prepared, "stopped", steps=6)
-    assert logged("stopped") == pytest.approx(logged("whole"), rel=1e-5)
+    assert "stopped_motion.safetensors" in rig.module("nodes.native.files").list_files()
+    assert len(logged("stopped_motion")) == 3
+    train(rig, prepared, "stopped_motion", steps=6)
+    assert logged("stopped_motion") == pytest.approx(logged("whole_motion"), rel=1e-5)
 
 
 def test_out_of_memory_says_what_to_change(
@@ -123,7 +126,7 @@ def test_out_of_memory_says_what_to_change(
 
     monkeypatch.setattr(trainer, "accumulate", full)
     with pytest.raises(ValueError, match=r"Train Flow Generator \(S2DM\): .*Choose precision"):
-        train(rig, prepared, "memory")
+        train(rig, prepared, "memory_motion")
 
 
 def test_what_does_not_belong_together_is_refused(rig: Any, prepared: Any, tmp_path: Path) -> None:
@@ -135,6 +138,10 @@ def test_what_does_not_belong_together_is_refused(rig: Any, prepared: Any, tmp_p
     with pytest.raises(ValueError, match="name of a file"):
         train(rig, prepared, "../away")
     (_, file, _) = train(rig, prepared, "fits")
+    config = run_folder("fits") / "config.json"
+    config.write_text(config.read_text("utf-8").replace('"flow_generator"', '"adapter"'), "utf-8")
+    with pytest.raises(ValueError, match=r"a run of the same kind .* trains the adapter"):
+        train(rig, prepared, "fits")
 
     class Wide:
         def tokenize(self, text: str) -> str:

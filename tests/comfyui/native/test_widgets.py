@@ -91,6 +91,7 @@ def test_what_a_template_explains_is_not_folded_away(node_classes):
         ("S2DMAnchorToReference", "reference_attention"),
         ("S2DMEditFlow", "left"),
         ("S2DMEditFlow", "top"),
+        ("S2DMPoseToFlow", "least_confidence"),
         ("S2DMSharedNoiseKSampler", "share"),
         *(
             ("S2DMTrainFlowAdapter", name)
