@@ -73,7 +73,8 @@ def stored(output: Path) -> dict[str, bytes]:
 def test_every_mode_becomes_a_row(config):
     modes = [
         "given-flow", "given-flow:independent", "given-flow:mixed:0.3", "two-stage",
-        "given-flow-plain", "two-stage-plain", "zero-flow", "autoencoder", "true",
+        "given-flow-plain", "two-stage-plain", "given-pose", "given-pose-plain", "zero-flow",
+        "autoencoder", "true",
     ]  # fmt: skip
     variants = tuple(map(Variant.parse, modes))
     assert {variant.mode for variant in variants} == set(MODES)

@@ -68,8 +68,8 @@ def test_a_step_sees_flow_frame_and_caption_of_one_clip(
     conditions[:, :, :2] *= config.displacement_scale
     torch.testing.assert_close(batch["motion"], mean_motion(conditions))
     for row in range(3):
-        ((clip,),) = ((run.data.texts == batch["text"][row]).all(1).nonzero().tolist(),)
-        latents = clips.latents(clip[0], [0])[0] * 0.5
+        ((clip,),) = (run.data.texts == batch["text"][row]).all(1).nonzero().tolist()
+        latents = clips.latents(clip, [0])[0] * 0.5
         torch.testing.assert_close(batch["reference"][row], latents)
         moved = clips.condition(clip, range(4), config.size)[:, :2]
         torch.testing.assert_close(conditions[row, :, :2], moved, atol=1e-3, rtol=1e-3)
