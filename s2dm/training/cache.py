@@ -114,6 +114,12 @@ class ClipCache:
         """Which of a clip's frames are one draw of it: frame 1, and one out of each interval."""
         return draw_frames(self.length, self.choices, generator)
 
+    @property
+    def parts(self) -> list[list[int]]:
+        """Draws that together have every frame once, but for frame 1, which each has."""
+        stored = self.frames.shape[1]
+        return [[0, *range(1 + one, stored, self.choices)] for one in range(self.choices)]
+
     def pixels(self, clip: int, frames: Any = slice(None)) -> Tensor:
         """Frames of a clip, or parts of them by any index, float32 in [0,1]."""
         return torch.from_numpy(self.frames[clip][frames].copy()).float() / 255

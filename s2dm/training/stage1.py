@@ -227,13 +227,10 @@ def _cached(
         embed_captions(encoder, tokenizer, clips.captions),
         clips.choices,
     )
-    draws = [
-        [0, *range(1 + one, clips.frames.shape[1], clips.choices)] for one in range(clips.choices)
-    ]
     conditions = (
         torch.from_numpy(clips.conditions[clip, draw])
         for clip in range(len(clips))
-        for draw in draws
+        for draw in clips.parts
     )
     return data, conditions, _validation(config, vae, scale, vae.device)
 

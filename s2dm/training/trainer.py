@@ -232,6 +232,7 @@ class Trainer:
         """Go on with the run in the folder, or start one."""
         path = self.folder.path / "config.json"
         config = json.loads(json.dumps({"settings": to_dict(self._run), **self.identity()}))
+        self._check_kind(path, config)
         if resume and self._state.exists():
             self._check_same(path, config)
             self._load()
@@ -245,17 +246,23 @@ class Trainer:
             with self.writing(self.folder.path):
                 write_json(path, config)
 
+    def _check_kind(self, path: Path, config: dict[str, Any]) -> None:
+        """Starting anew, too, would write over what a run of another kind has made."""
+        try:
+            before = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError):
+            return  # there is none, or none that can be gone on with, which is said then
+        if others := sorted(set(before) - set(config)):
+            raise TrainingError(
+                f"expected a run of the same kind in {self.folder.path}, got one that trains the "
+                f"{others[0].replace('_', ' ')}. Take another name."
+            )
+
     def _check_same(self, path: Path, config: dict[str, Any]) -> None:
         try:
             before = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise self._unreadable(path, error) from error
-        if others := sorted(set(before) - set(config)):
-            raise TrainingError(
-                f"expected a run of the same kind in {self.folder.path}, to go on with it, got one "
-                f"that trains the {others[0].replace('_', ' ')}. Take another name, or don't "
-                "resume."
-            )
         both = (_flat(before), _flat(config))
         names = sorted(set(both[0]) | set(both[1]))
         changed = [name for name in names if both[0].get(name) != both[1].get(name)]

@@ -140,8 +140,9 @@ def test_what_does_not_belong_together_is_refused(rig: Any, prepared: Any, tmp_p
     (_, file, _) = train(rig, prepared, "fits")
     config = run_folder("fits") / "config.json"
     config.write_text(config.read_text("utf-8").replace('"flow_generator"', '"adapter"'), "utf-8")
-    with pytest.raises(ValueError, match=r"a run of the same kind .* trains the adapter"):
-        train(rig, prepared, "fits")
+    for resume in (True, False):
+        with pytest.raises(ValueError, match=r"a run of the same kind .* trains the adapter"):
+            train(rig, prepared, "fits", resume=resume)
 
     class Wide:
         def tokenize(self, text: str) -> str:
