@@ -48,7 +48,6 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=8, help="clips to measure on")
     parser.add_argument("--steps", type=int, default=12, help="of the sampler")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     folder = RUNS / f"adapter_quick_{options.fusion}"
     card = ProtocolCard(
         checkpoint=f"{DEFAULT_CHECKPOINT.name} {file_hash(DEFAULT_CHECKPOINT)}",

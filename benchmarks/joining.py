@@ -61,16 +61,7 @@ def main() -> None:
         "--fusions", nargs="*", choices=FUSIONS, default=list(FUSIONS), help="none: the base alone"
     )
     parser.add_argument("--train-only", action="store_true", help="leave out the evaluation")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each adapter's training")
-    parser.add_argument("--learning-rate", type=float, help="in place of each fusion's own")
-    parser.add_argument("--training-clips", type=int, default=600)
-    parser.add_argument("--clips", type=int, default=24, help="held-out clips of the evaluation")
-    parser.add_argument("--frames", type=int, default=16, help="of a clip of the evaluation")
-    parser.add_argument("--sampling-steps", type=int, default=20)
-    parser.add_argument("--runs", type=Path, default=RUNS / "joining", help="where runs are kept")
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw the clips")
-    parser.add_argument("--cpu", action="store_true", help="evaluate without an accelerator")
-    parser.add_argument("--threads", type=int, default=1)
+    add_shared_options(parser)
     parser.add_argument("--output", type=Path, default=RESULTS / "joining.json")
     options = parser.parse_args()
 
@@ -84,6 +75,21 @@ def main() -> None:
     print(markdown(result))
     write_json(options.output, result)
     print(f"\n{options.output}")
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every comparison of adapters on the frozen image model."""
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each adapter's training")
+    parser.add_argument("--learning-rate", type=float, help="in place of each fusion's own")
+    parser.add_argument("--training-clips", type=int, default=600)
+    parser.add_argument("--clips", type=int, default=24, help="held-out clips of the evaluation")
+    parser.add_argument("--frames", type=int, default=16, help="of a clip of the evaluation")
+    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--runs", type=Path, default=RUNS / "joining", help="where runs are kept")
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw the clips")
+    parser.add_argument("--cpu", action="store_true", help="evaluate without an accelerator")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--i3d", type=Path, help="weights of I3D, for FVD")
 
 
 # --------------------------------------------------------------------------------- training
@@ -194,18 +200,8 @@ def measure(options: argparse.Namespace, base: Path, exports: dict[str, Path]) -
     """Figures of all fusions on the same held-out clips."""
     table, protocol, trainings = {}, {}, {}
     for fusion, export in exports.items():
-        found = evaluate(
-            EvaluationConfig(
-                checkpoint=export,
-                output=options.runs / "evaluation",
-                data=DataConfig(frames=options.frames, options={"first_take": TAKE}),
-                clips=options.clips,
-                variants=(PLAIN, ANCHORED, *(BESIDE if fusion == FUSIONS[0] else ())),
-                sampling={"steps": options.sampling_steps},
-                chunk_size=options.frames,
-                cpu=options.cpu,
-            )
-        )
+        beside = BESIDE if fusion == FUSIONS[0] else ()
+        found = evaluate(evaluation(options, export, (PLAIN, ANCHORED, *beside)))
         for variant, row in found["table"].items():
             known = Variant.parse(variant) in BESIDE
             kind = "anchored" if variant == str(ANCHORED) else "plain"
@@ -230,6 +226,23 @@ def measure(options: argparse.Namespace, base: Path, exports: dict[str, Path]) -
         f"their exact flow; {run['clips']} of them in a step, {run['clip_frames']} frames of each",
     }
     return {"protocol": {**protocol, **notes}, "trainings": trainings, "table": table}
+
+
+def evaluation(
+    options: argparse.Namespace, export: Path, variants: tuple[Variant, ...]
+) -> EvaluationConfig:
+    """What is measured of a model: all on the same clips, kept in one folder."""
+    return EvaluationConfig(
+        checkpoint=export,
+        output=options.runs / "evaluation",
+        data=DataConfig(frames=options.frames, options={"first_take": TAKE}),
+        clips=options.clips,
+        variants=variants,
+        sampling={"steps": options.sampling_steps},
+        i3d=options.i3d,
+        chunk_size=options.frames,
+        cpu=options.cpu,
+    )
 
 
 def parameters(config: FlowAdapterConfig) -> int:
