@@ -43,7 +43,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=15.0)
-    parser.add_argument("--fusion", default="spatial")
+    parser.add_argument("--fusion", default="channel+spatial")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--held-out", type=int, default=8, help="clips to measure on")
     parser.add_argument("--steps", type=int, default=12, help="of the sampler")
