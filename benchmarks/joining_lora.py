@@ -49,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--fusion", choices=joining.FUSIONS, default="channel+spatial")
     parser.add_argument("--ranks", type=int, nargs="+", default=[0, 8], help="of LoRAs; 0: none")
-    parser.add_argument("--further", type=int, default=300, help="steps")
+    parser.add_argument("--further", type=int, default=200, help="steps")
     parser.add_argument("--train-only", action="store_true", help="leave out the evaluation")
     joining.add_shared_options(parser)
     parser.add_argument("--output", type=Path, default=RESULTS / "joining_lora.json")

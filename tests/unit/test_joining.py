@@ -19,6 +19,7 @@ from s2dm.models import load_checkpoint
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import joining
+import joining_lora
 import report
 
 
@@ -65,6 +66,22 @@ def test_the_image_model_stays_and_the_adapter_learns(options, monkeypatch):
     monkeypatch.setattr(joining, "run_training", None)
     assert joining.train_base(options) == base
     joining.train_adapter(options, base, "spatial")
+
+
+@pytest.mark.slow
+def test_a_lora_becomes_a_part_of_the_exported_unet_alone(options):
+    base = joining.train_base(options)
+    start = joining.train_adapter(options, base, "channel")
+    told = argparse.Namespace(**vars(options), fusion="channel", further=2)
+    without, beside = (load_checkpoint(joining_lora.go_on(told, base, start, n)) for n in (0, 2))
+    image_model, adapter = load_checkpoint(base), load_checkpoint(start)["flow_adapter"].state
+    for name, weight in image_model["unet"].state.items():
+        assert torch.equal(weight.half(), without["unet"].state[name])
+        attention = any(f".attn{n}.to_" in name for n in (1, 2)) and name.endswith(".weight")
+        assert torch.equal(weight.half(), beside["unet"].state[name]) != attention, name
+    for made in (without, beside):
+        learned = made["flow_adapter"].state
+        assert any(not torch.equal(adapter[name].half(), learned[name]) for name in adapter)
 
 
 def test_the_page_shows_figures_and_budgets():
