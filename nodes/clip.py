@@ -8,6 +8,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from .flow import check_memory
+from .pictures import video_components
 from .schema import MOST_FRAMES, check_given, named_errors, schema, side_inputs
 
 
@@ -74,7 +75,7 @@ class FitClip(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_given(video=video)
-            clip = video.get_components()
+            clip = video_components(video)
             images = clip.images[first_frame - 1 :][:frames]
             if not len(images):
                 raise ValueError(

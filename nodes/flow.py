@@ -15,7 +15,7 @@ from ..s2dm.flow import FlowField, estimate_flow, flow_to_image
 from ..s2dm.flow.estimate import METHODS, FlowModel, PairModel
 from ..s2dm.models import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling
 from .native.stage1 import MIN_FRAMES, Stage1, generate_flow
-from .pictures import first_picture, library_frames
+from .pictures import first_picture, library_frames, video_components
 from .schema import (
     advanced,
     cfg_input,
@@ -101,7 +101,7 @@ class EstimateFlow(io.ComfyNode):
                 got = "neither. Connect one." if video is None else "both. Disconnect one."
                 raise ValueError(f"expected frames or a video, got {got}")
             if frames is None:
-                frames = video.get_components().images
+                frames = video_components(video).images
             estimator = flow_model(optical_flow) if method == _MODEL else method
             clip = library_frames(frames)
             return io.NodeOutput(estimate_flow(clip, estimator, progress_bar(len(clip))))

@@ -1,4 +1,4 @@
-"""What comes in through IMAGE and MASK sockets, checked, and as the library wants it.
+"""What comes in through IMAGE, MASK and VIDEO sockets, checked, and as the library wants it.
 
 ComfyUI checks the type of a socket alone. What other packs send through it may be empty, of
 another shape, or numbers that aren't finite after a VAE that failed.
@@ -7,6 +7,7 @@ another shape, or numbers that aren't finite after a VAE that failed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -34,6 +35,35 @@ def first_picture(images: torch.Tensor, name: str) -> torch.Tensor:
     """The first picture of an IMAGE as (1,3,H,W) in [0,1]; others aren't looked at."""
     several = isinstance(images, torch.Tensor) and images.ndim == 4
     return library_frames(images[:1] if several else images, name)
+
+
+def video_components(video: Any, name: str = "video") -> Any:
+    """What core reads of a VIDEO: at least one picture, sound, and the frame rate.
+
+    Raises:
+        ValueError: it is no video or can't be read, by the input's name.
+    """
+    from av.error import FFmpegError
+
+    if not hasattr(video, "get_components"):
+        raise ValueError(
+            f"{name}: expected a video, got {type(video).__name__}. Connect Load Video or Create "
+            "Video."
+        )
+    try:
+        components = video.get_components()
+    except (FFmpegError, OSError, ValueError, IndexError) as error:
+        # Where there is sound alone, older versions ask for the first video of none.
+        got = "no video stream" if isinstance(error, IndexError) else error
+        raise ValueError(
+            f"{name}: expected a video that can be read, got: {got}. Look whether the file plays "
+            "elsewhere: a download may be cut short. If it plays, convert it to MP4 with H.264."
+        ) from error
+    if not len(components.images):
+        raise ValueError(
+            f"{name}: expected at least one frame, got none. Look whether the file plays elsewhere."
+        )
+    return components
 
 
 def library_masks(masks: torch.Tensor | None, name: str = "mask") -> torch.Tensor:

@@ -37,7 +37,7 @@ from .native.training import (
     trainable_config,
     training_mode,
 )
-from .pictures import library_frames
+from .pictures import library_frames, video_components
 from .runs import (
     check_interrupt,
     keeping_inputs,
@@ -184,7 +184,7 @@ class PrepareClips(io.ComfyNode):
             def sources() -> Iterator[Source]:
                 yield from found
                 for number, (video, caption) in enumerate(zip(given, told, strict=True), 1):
-                    pixels = library_frames(video.get_components().images)
+                    pixels = library_frames(video_components(video, f"video {number}").images)
                     yield frames_source(f"video {number}", pixels, caption, *shape)
 
             brought = encoders(vae[0], clip[0])

@@ -126,7 +126,11 @@ def _people(frame: Any, index: int) -> list[Tensor]:
     where = f"frame {index + 1}"
     people = frame.get("people") if isinstance(frame, dict) else None
     if not isinstance(people, (list, tuple)):
-        raise FlowError(f"{where}: expected a list of people, got something else.")
+        got = type(frame if people is None else people).__name__
+        raise FlowError(
+            f"{where}: expected a list of people, got {got}. Give what OpenPose, DWPose or SDPose "
+            "found, one entry a frame."
+        )
     found = []
     for person in people[:_MOST_PEOPLE]:
         numbers = person.get("pose_keypoints_2d") if isinstance(person, dict) else None

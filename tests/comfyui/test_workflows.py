@@ -32,6 +32,7 @@ VIDEOS = {
     "s2dm_use_adapter": 1,
 }
 MOST_NODES = 17  # with the note
+PLAYER = 200  # least height of a played video, in pixels of the graph
 ENCODING = ("strength", "start_percent", "end_percent", "guide_flow")
 
 BUNDLED = sorted((PACK / "s2dm" / "assets").glob("*.safetensors"))
@@ -67,6 +68,25 @@ def test_a_template_has_a_thumbnail_a_note_and_fixed_seeds(path: Path) -> None:
     assert all(node.get("mode", 0) == 0 for node in nodes), "a node is muted or bypassed"
     skip_without_stage_1(path)  # only then can its picture be made
     assert path.with_suffix(".jpg").is_file()
+
+
+@each_workflow
+def test_the_video_is_played_large_enough(path: Path) -> None:
+    """Its node has room for the pictures side by side in its width, below its widgets."""
+    (node,) = (node for node in read(path)["nodes"] if node["type"] == "SaveVideo")
+    width, height = node["size"]
+    assert min((width - 20) / VIDEOS[path.stem], height - 150) >= PLAYER
+
+
+def test_what_the_bundled_checkpoint_can_follow_is_said_where_it_is_first_used() -> None:
+    """In the note of the first template, and beside the README's quick start."""
+    nodes = read(PACK / "workflows" / "s2dm_flow_to_video.json")["nodes"]
+    (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
+    assert "place and size, before a still camera" in note and "24 outfits" in note
+    readme = (PACK / "README.md").read_text("utf-8")
+    start = readme.split("## Quick start")[1].split("\n## ")[0]
+    assert "What to expect of the bundled checkpoint" in start and "docs/results.md#limits" in start
+    assert all(f"- **{topic}**" in start for topic in ("Motion", "Clothes", "Rooms", "Actions"))
 
 
 @pytest.mark.comfyui

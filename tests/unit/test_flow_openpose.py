@@ -107,6 +107,7 @@ def test_a_face_alone_is_nobody():
         ([], "expected a list of frames with people, got an empty list"),
         ("person", "expected a list of frames with people, got a str"),
         ([{"persons": []}], "frame 1: expected a list of people"),
+        ([{"people": 3}], "frame 1: expected a list of people, got int. Give"),
         ([frame(body(1, 1)[:-1], **CANVAS)], "frame 1: expected x, y and confidence of 18 or 25"),
         ([frame([0.5] * 51, **CANVAS)], "of 18 or 25 keypoints of a body, got 51 values"),
         ([frame(["a"] * 54, **CANVAS)], "of 18 or 25"),

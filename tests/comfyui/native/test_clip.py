@@ -53,3 +53,42 @@ def test_a_beginning_behind_the_end_is_refused(rig):
     clip, _ = video(frames=4)
     with pytest.raises(ValueError, match=r"^Fit Clip \(S2DM\): .* at most 4, .* got 5\. Begin"):
         rig.run("S2DMFitClip", video=clip, first_frame=5)
+
+
+def sound(path):
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame(format="s16", layout="mono", samples=800)
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda path: path.write_bytes(b""), "Invalid data"),
+        (lambda path: path.write_text("hello"), "Invalid data"),
+        (lambda path: None, "No such file"),
+        (sound, "[Nn]o video stream"),
+    ],
+)
+def test_a_video_that_cannot_be_read_is_named_with_a_remedy(rig, tmp_path, make, got):
+    """Whoever reads it: core's own words say neither."""
+    from comfy_api.latest import InputImpl
+
+    make(tmp_path / "clip.mkv")
+    broken = InputImpl.VideoFromFile(str(tmp_path / "clip.mkv"))
+    told = rf": video: expected a video that can be read, got: .*{got}.*plays elsewhere"
+    for node, inputs in (("S2DMFitClip", {}), ("S2DMEstimateFlow", {"method": "dis"})):
+        with pytest.raises(ValueError, match=rf"^\w+ \w+ \(S2DM\){told}"):
+            rig.run(node, video=broken, **inputs)
+    with pytest.raises(ValueError, match=r"^Fit Clip \(S2DM\): video: expected a video, got str"):
+        rig.run("S2DMFitClip", video="clip.mp4")
+
+
+def test_a_video_without_frames_is_named(rig):
+    clip, _ = video(frames=0)
+    with pytest.raises(ValueError, match=r"^Fit Clip \(S2DM\): video: expected at least one frame"):
+        rig.run("S2DMFitClip", video=clip)
