@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import RESULTS, show
@@ -62,15 +63,18 @@ def main() -> None:
     card = ProtocolCard(notes=notes)
     show("Training a flow adapter: memory and time of a step", card)
     path = RESULTS / "adapter_training.json"
-    figures = {}
+    figures: dict[str, dict[str, Any]] = {}
+    protocol, made_by = card.to_dict(), {}
     if options.only:
-        stored = json.loads(path.read_text("utf-8"))["rows"]
-        figures = {row.pop("case"): row for row in stored}
+        stored = json.loads(path.read_text("utf-8"))
+        figures = {row.pop("case"): row for row in stored["rows"]}
+        made_by = {key: protocol[key] for key in ("command", "code")}
+        protocol = stored["protocol"]
     for name, case in cases(options.size, options.full or bool(options.only)).items():
         if options.only in name:
             command = [sys.executable, __file__, "--fusion", options.fusion, "--case", *case]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            figures[name] = json.loads(done.stdout.splitlines()[-1])
+            figures[name] = {**json.loads(done.stdout.splitlines()[-1]), **made_by}
             print(f"{name}: {figures[name]}", flush=True)
     few, many = (figures[name] for name in cases(options.size, full=False))
     ratio = round(many["peak_mb"] / few["peak_mb"], 3)
@@ -80,7 +84,7 @@ def main() -> None:
             if name.startswith("sd15") and name.endswith(f"pixels{kind}"):
                 print(f"{name}: {row['peak_mb']} MB, at most {most}")
     rows = [{"case": name, **values} for name, values in figures.items()]
-    write_json(path, {"protocol": card.to_dict(), "rows": rows, "peak_ratio": ratio})
+    write_json(path, {"protocol": protocol, "rows": rows, "peak_ratio": ratio})
 
 
 def cases(size: int, full: bool) -> dict[str, list[str]]:
