@@ -13,6 +13,7 @@ import ablation
 import adapter_quick
 import drawing
 import drawn_motion
+import flow_estimators
 import flow_generation
 import joining
 import joining_lora
@@ -338,6 +339,18 @@ def _noise_in_training(result: dict[str, Any]) -> str:
     )
 
 
+def _flow_estimators(result: dict[str, Any]) -> str:
+    return _section(
+        result,
+        "How well flow is estimated",
+        "Beside the exact flow of held-out puppets. *hidden found*: the mean occlusion where frame "
+        "1 hides the pixel; *seen hidden*: where frame 1 shows it. A "
+        "[region-motion model](training.md#region-motion) learns from frames alone; *true "
+        "keypoints* is what the skeleton says, without a picture.",
+        flow_estimators.markdown(result["table"]),
+    )
+
+
 SECTIONS = {
     "flow_following": _flow_following,
     "limits": _limits,
@@ -350,6 +363,7 @@ SECTIONS = {
     "pose": _pose,
     "flow_generation": _flow_generation,
     "two_stage": _two_stage,
+    "flow_estimators": _flow_estimators,
     "drawn_motion": _drawn_motion,
     "drawing": _drawing,
     "speed": _speed,

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ from typing import Any
 import aiohttp
 
 Event = Callable[[str, dict[str, Any]], None]
+
+PREVIEW = 1  # a binary message: this, the format, a picture
 
 
 class PromptError(RuntimeError):
@@ -181,7 +184,8 @@ class ComfyServer:
         """Run an API-format prompt to its end and return its outputs by node id.
 
         on_event: called with (type, data) of each websocket message of this prompt, for example
-        ("progress", {"value": 3, "max": 20, "node": "7", ...}).
+        ("progress", {"value": 3, "max": 20, "node": "7", ...}), and with ("preview", {"image": …})
+        for each picture that a node shows while it runs, the bytes of its file.
         Raises PromptError if it is refused, fails or is cancelled; ServerError; TimeoutError.
         """
         return asyncio.run(asyncio.wait_for(self._run(prompt, on_event), timeout))
@@ -196,8 +200,12 @@ class ComfyServer:
             queued = await asyncio.to_thread(self.post, "/prompt", body)
             identity = queued["prompt_id"]
             async for message in socket_:
+                if message.type is aiohttp.WSMsgType.BINARY and on_event is not None:
+                    kind, _ = struct.unpack(">II", message.data[:8])
+                    if kind == PREVIEW:
+                        on_event("preview", {"image": message.data[8:]})
                 if message.type is not aiohttp.WSMsgType.TEXT:
-                    continue  # a preview picture
+                    continue
                 event = json.loads(message.data)
                 data = event.get("data") or {}
                 if data.get("prompt_id") != identity:

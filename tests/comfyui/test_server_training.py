@@ -1,15 +1,19 @@
-"""Training a flow adapter on a running server, from videos: cancelled, killed, gone on with."""
+"""Training a flow adapter on a running server, from videos: stopped in each way, gone on with."""
 
+import io
 import json
 import os
+import shutil
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from comfyui_install import PACK, prepare_base
 from comfyui_server import ComfyServer, PromptError, ServerError
+from PIL import Image
 from random_checkpoint import write_random_checkpoint
 
 from s2dm.video import read_clip, write_clip
@@ -71,15 +75,22 @@ def losses(base: Path, name: str) -> list[float]:
 def test_it_trains_from_videos_is_cancelled_killed_and_goes_on(
     training_server: ComfyServer, base: Path
 ) -> None:
-    server, seen = training_server, []
+    server, seen, shown = training_server, [], []
 
     def on_event(kind: str, data: dict[str, Any]) -> None:
         if kind == "progress" and data["node"] == "3":
             seen.append(data["value"])
+        if kind == "preview":
+            shown.append(Image.open(io.BytesIO(data["image"])).size)
 
     outputs = server.run(prompt("whole"), on_event=on_event, timeout=900)
     assert seen and seen[-1] == STEPS
-    assert len(server.files({"3": outputs["3"]})) == 1  # the loss
+    (loss,) = server.files({"3": outputs["3"]})
+    width, height = Image.open(loss).size
+    # While it trains: four frames of a sampled clip above the loss. Newer versions of ComfyUI
+    # drop what comes within 100 ms of another.
+    assert 0 < len(shown) <= STEPS // 2
+    assert set(shown) == {(width, height + width // 4)}
     assert len(list((base / "output" / "s2dm_clips" / "mine").glob("clip_*"))) == 3
     whole = losses(base, "whole")
     assert len(whole) == STEPS
@@ -106,6 +117,38 @@ def test_it_trains_from_videos_is_cancelled_killed_and_goes_on(
     server.start()
     server.run(prompt("stopped"), timeout=900)
     assert losses(base, "stopped") == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.fixture
+def disk(base: Path) -> Iterator[Callable[[int], None]]:
+    """Gives the folder of the run "full" a disk of so many bytes, or makes it that large."""
+    folder = base / "output" / "s2dm_training" / "full"
+    folder.mkdir(parents=True)
+
+    def size(count: int) -> None:
+        again = "remount," if folder.is_mount() else ""
+        mount = ["mount", "-t", "tmpfs", "-o", f"{again}size={count}", "s2dm", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("this user can't mount a small disk")
+
+    yield size
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_in_what_to_do_and_it_goes_on(
+    training_server: ComfyServer, base: Path, disk: Callable[[int], None]
+) -> None:
+    """With room for one state on it: the next one is written beside before it takes its place."""
+    training_server.run(prompt("empty"), timeout=900)
+    state = (base / "output" / "s2dm_training" / "empty" / "state.safetensors").stat().st_size
+    disk(state * 3 // 2)
+    with pytest.raises(PromptError, match=r"Train Flow Adapter .*No space left.*Make room"):
+        training_server.run(prompt("full"), timeout=900)
+    assert 2 <= len(losses(base, "full")) < STEPS
+    disk(state * 4)
+    training_server.run(prompt("full"), timeout=900)
+    assert losses(base, "full") == pytest.approx(losses(base, "empty"), rel=1e-5)
 
 
 def test_errors_name_the_node_and_the_remedy(training_server: ComfyServer) -> None:

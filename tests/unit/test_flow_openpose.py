@@ -95,6 +95,19 @@ def test_people_are_followed_by_where_they_are():
     assert len(pose_flow(everybody, 96, 128)) == 4
 
 
+def test_frames_in_which_nobody_is_found_lie_between_those_that_have_somebody():
+    """However many in a row, also the last: where nobody is known, who was there is kept."""
+    empty = [frame(**CANVAS), frame(**CANVAS)]
+    clip = [frame(body(50, 20), **CANVAS), *empty, frame(body(56, 20), **CANVAS), *empty]
+    found = poses(clip).keypoints
+    assert found[:, 0, NECK, 0].tolist() == [50, 0, 0, 56, 0, 0]
+    assert (found[[1, 2, 4, 5], 0, :, 2] == 0).all()
+    flow = pose_flow(found, 96, 128)
+    x, y = 50, int(found[0, 0, NECK, 1]) + 4  # on the trunk
+    moved = [round(-flow.displacement[k, 0, y, x].item()) for k in range(6)]
+    assert moved == [0, 2, 4, 6, 6, 6]
+
+
 def test_a_face_alone_is_nobody():
     clip = frame(body(50, 20), **CANVAS)
     clip["people"] += [{"pose_keypoints_2d": None}, {"face_keypoints_2d": [1, 2, 3]}]

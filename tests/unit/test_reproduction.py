@@ -24,6 +24,7 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from s2dm import cli
 from s2dm.data.mug import EXPRESSIONS
 from s2dm.data.puppets import render_clip
+from s2dm.data.recordings import RecordedClips
 from s2dm.evaluation import run as evaluation_run
 from s2dm.evaluation.i3d import VideoFeatures
 from s2dm.evaluation.modes import Variant
@@ -151,8 +152,17 @@ def test_the_whole_chain_runs_and_stopped_in_each_step_gives_the_same(
     stopped = tmp_path / "stopped"
     (stopped / "cache").mkdir(parents=True)
     shutil.copyfile(whole.words, stopped / "words.toml")
-    step_of_training, make = TrainingLoop._step, Variant.make
-    stops = []
+    stops = stop_while_writing(monkeypatch, stopped, "split", "start", "tables")
+    step_of_training, make, read = TrainingLoop._step, Variant.make, RecordedClips.pool
+
+    reads: list[int] = []
+
+    def interrupted_read(self: RecordedClips, index: int):
+        reads.append(index)
+        if len(reads) == 4:
+            stops.append("clips")
+            raise KeyboardInterrupt
+        return read(self, index)
 
     def interrupted_step(self: TrainingLoop):
         losses = step_of_training(self)
@@ -166,28 +176,50 @@ def test_the_whole_chain_runs_and_stopped_in_each_step_gives_the_same(
     def interrupted_make(self: Variant, *rest):
         made.append(str(self))
         if len(made) in (3, 9):
-            stops.append("evaluation")
+            stops.append("evaluate_shared" if len(made) == 3 else "evaluate_independent")
             raise KeyboardInterrupt
         return make(self, *rest)
 
+    monkeypatch.setattr(RecordedClips, "pool", interrupted_read)
     monkeypatch.setattr(TrainingLoop, "_step", interrupted_step)
     monkeypatch.setattr(Variant, "make", interrupted_make)
-    for _ in range(10):
+    for _ in range(len(STEPS) + 2):
         try:
             experiment(data, start, stopped, tiny).chain.run()
         except KeyboardInterrupt:
             continue
         break
-    assert stops == [
-        "vae", "stage2", "stage2_independent", "stage1", "evaluation", "evaluation",
-    ]  # fmt: skip
+    assert stops == STEPS
+    assert reads.count(1) == 1  # what was read before the stop isn't read again
     assert results(stopped) == found
+    assert (stopped / "tables.md").read_text("utf-8") == page
     monkeypatch.setattr(Chain, "_expect_done", lambda self, step: pytest.fail("nothing is left"))
     experiment(data, start, stopped, tiny).chain.run()
 
 
+def stop_while_writing(monkeypatch: pytest.MonkeyPatch, output: Path, *steps: str) -> list[str]:
+    """Interrupt each of these steps once, when a file of theirs is written and has no name yet.
+
+    Returns the list in which each step then stands.
+    """
+    stops: list[str] = []
+    fsync = os.fsync
+
+    def interrupted(handle: int) -> None:
+        marks = [m for m in (output / "steps").glob("*.json") if not m.name.startswith(".")]
+        for mark in marks:
+            if mark.stem in steps and mark.stem not in stops:
+                if not json.loads(mark.read_text("utf-8"))["done"]:
+                    stops.append(mark.stem)
+                    raise KeyboardInterrupt
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    return stops
+
+
 @pytest.mark.slow
-def test_lfdms_weights_make_the_flow_of_two_stages(start, tiny, tmp_path):
+def test_lfdms_weights_make_the_flow_of_two_stages(start, tiny, tmp_path, monkeypatch):
     # The importer knows LFDM's diffusion model at its published size alone: a small one comes in
     # as what it becomes.
     flow = tmp_path / "flowdiff.safetensors"
@@ -202,7 +234,12 @@ def test_lfdms_weights_make_the_flow_of_two_stages(start, tiny, tmp_path):
     lfdm, *evaluations, tables = [step.name for step in made.chain.steps][-5:]
     assert lfdm == "lfdm" and evaluations[-1] == "evaluate_lfdm" and tables == "tables"
     assert "evaluate_lfdm" in made.plan().text()
-    made.chain.run(["split", "start", "clips", "vae", "stage2", "lfdm", "evaluate_lfdm"])
+    stops = stop_while_writing(monkeypatch, made.output, "lfdm")
+    steps = ["split", "start", "clips", "vae", "stage2", "lfdm", "evaluate_lfdm"]
+    with pytest.raises(KeyboardInterrupt):
+        made.chain.run(steps)
+    assert stops == ["lfdm"] and not made.with_lfdm.exists()
+    made.chain.run(steps)
     joined = read_config(made.with_lfdm)
     assert joined.flow_generator == GENERATOR and joined.unet is not None
     found = json.loads((made.evaluation("lfdm").output / "results.json").read_text("utf-8"))
