@@ -88,7 +88,16 @@ class Bend:
     def at(self, moved: Array) -> Array:
         """Where the points are when tracks and pins are at `moved` (K,), (V,) complex."""
         # The offsets' weighted sum is zero, so the centres of `moved` needn't be subtracted.
-        turn = self._turning @ moved + self._steady
+        turn = _weighted(self._turning, moved) + self._steady
         length = np.abs(turn)
         turn = np.where(length > 0, turn / np.maximum(length, 1e-300), 1)
-        return self._share @ moved + turn * self._offset
+        return _weighted(self._share, moved) + turn * self._offset
+
+
+def _weighted(weights: Array, values: Array) -> Array:
+    """Sums (V,) of values (K,) with weights (V,K).
+
+    A matrix product would start threads of its own in each of the frames that are drawn at once,
+    and they wait for one another longer than these few products take.
+    """
+    return np.einsum("vk,k->v", weights, values)
