@@ -358,7 +358,7 @@ def test_a_reloaded_page_shows_what_was_drawn(editing: Editing) -> None:
     drawn = editing.text
     editing.leave()
     editing.page.wait_for_timeout(1500)
-    editing.page.reload(wait_until="domcontentloaded")
+    editing.page.reload(wait_until="domcontentloaded", timeout=120_000)
     wait_until_ready(editing.page, NODE)
     editing.page.wait_for_function(
         f"() => app.graph.nodes.some(n => n.type === '{NODE}')", timeout=60_000

@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from s2dm.flow import FlowError, FlowField
 from s2dm.flow.draw import CameraKey, Layer, Motion, Polygon, read_tracks, render
@@ -40,6 +42,28 @@ def test_tracks_come_back_from_their_flow(paths):
     # And as text.
     again = read_tracks(tracks_to_json(found))
     assert np.abs(np.stack([one[:, :2] for one in again], 1) - expected.numpy()).max() <= 0.051
+
+
+@settings(max_examples=15, deadline=None)
+@given(count=st.integers(1, 400), seed=st.integers(0, 2**16))
+def test_tracks_that_agree_come_back_however_many_they_are(count, seed):
+    """Of a picture that turns, grows and ripples, by up to a quarter of the distance of neighbours.
+
+    Where they are crowded, several lie in one cell of the mesh, and most are no vertex of it.
+    """
+    rng = np.random.default_rng(seed)
+    starts = rng.uniform(24, SIZE - 24, (count, 2)) @ (1, 1j)
+    grow, turn, phase = rng.uniform(-1, 1, 3) * (0.12, 0.12, np.pi)
+    wave = np.exp(1j * ((starts * (0.05 - 0.04j)).real + phase))
+    ends = SIZE / 2 * (1 + 1j) + (starts - SIZE / 2 * (1 + 1j)) * (1 + grow + 1j * turn) + wave
+    tracks = tuple(
+        np.array([[a.real, a.imag, 0], [b.real, b.imag, 1]])
+        for a, b in zip(starts, ends, strict=True)
+    )
+    flow = render(Motion(SIZE, SIZE, (Layer(tracks=tracks),)), 2).flow
+    found, seen = flow_to_tracks(flow, torch.tensor(np.stack([starts.real, starts.imag], axis=1)))
+    assert seen.all()
+    assert np.abs(found[1].double().numpy() @ (1, 1j) - ends).max() <= 0.05
 
 
 def test_tracks_of_a_camera():

@@ -7,6 +7,7 @@
 const PIN = 1000; // how much more a pin counts than a path where both can't be had
 const NEAR = 1e-6;
 const STEADY = 0.1; // without a region, how strongly surroundings keep from turning
+const FIRM = 1; // and from being stretched
 
 function eased(layer, time) {
     if (layer.speed === "ease") return time * time * (3 - 2 * time);
@@ -175,7 +176,8 @@ function fitted(controls, pins, move) {
         qx + a * (x - px) + b * (y - py), qy + c * (x - px) + d * (y - py)];
 }
 
-// Every point follows the rigid map that fits best, near paths and pins more than far ones.
+// Every point follows the rigid map that fits best, near paths and pins more than far ones. Without
+// a region the map is affine where they lie close together, against the radius.
 function bent(controls, radius) {
     const weights = new Float64Array(controls.length);
     return (x, y) => {
@@ -199,19 +201,37 @@ function bent(controls, radius) {
         qx /= sum;
         qy /= sum;
         let cosine = radius === null ? 1e-12 : STEADY / (radius * radius), sine = 0;
+        let xx = 0, xy = 0, yy = 0, ax = 0, ay = 0, bx = 0, by = 0;
         for (let k = 0; k < controls.length; k += 1) {
             const {from, to} = controls[k], weight = weights[k];
             const fx = from.x - px, fy = from.y - py, tx = to.x - qx, ty = to.y - qy;
-            cosine += weight * (fx * tx + fy * ty);
-            sine += weight * (fx * ty - fy * tx);
+            xx += weight * fx * fx;
+            xy += weight * fx * fy;
+            yy += weight * fy * fy;
+            ax += weight * fx * tx;
+            ay += weight * fx * ty;
+            bx += weight * fy * tx;
+            by += weight * fy * ty;
         }
+        cosine += ax + by;
+        sine += ay - bx;
         const length = Math.hypot(cosine, sine);
         if (length > 0) {
             cosine /= length;
             sine /= length;
         } else cosine = 1;
         const dx = x - px, dy = y - py;
-        return [qx + cosine * dx - sine * dy, qy + sine * dx + cosine * dy];
+        if (radius === null) return [qx + cosine * dx - sine * dy, qy + sine * dx + cosine * dy];
+        const firm = (FIRM / (radius * radius) + 1e-6 * (xx + yy)) / 2;
+        xx += firm;
+        yy += firm;
+        ax += firm * cosine;
+        ay += firm * sine;
+        bx -= firm * sine;
+        by += firm * cosine;
+        const determinant = xx * yy - xy * xy;
+        const u = (dx * yy - dy * xy) / determinant, v = (dy * xx - dx * xy) / determinant;
+        return [qx + u * ax + v * bx, qy + u * ay + v * by];
     };
 }
 

@@ -16,6 +16,7 @@ from .state import Array
 _PIN = 1000.0  # how much more a pin counts than a track where both can't be had
 _NEAR = 1e-6  # square pixels: a point on a track follows that track alone
 _STEADY = 0.1  # without a region, how strongly surroundings keep from turning
+_FIRM = 1.0  # and from being stretched
 
 
 def complex_points(points: Array) -> Array:
@@ -69,7 +70,8 @@ class Bend:
     """The bent surroundings of tracks and pins, at fixed points of frame 1.
 
     points: (V,) complex, where the deformation is asked for. rest: (K,) complex, tracks and pins
-    in frame 1. radius: how far each of them acts; None: everywhere.
+    in frame 1. radius: how far each of them acts, and how close together they have to be to
+    stretch what is around them; None: everywhere, and nothing is stretched.
     """
 
     def __init__(self, points: Array, rest: Array, radius: float | None = None) -> None:
@@ -82,13 +84,39 @@ class Bend:
         self._share = weight / np.maximum(total, 1e-30)[:, None]
         centre = self._share @ rest
         self._offset = np.where(total > 0, points - centre, 0)
-        self._turning = weight * (rest[None, :] - centre[:, None]).conj()
+        around = rest[None, :] - centre[:, None]
+        self._turning = weight * around.conj()
         self._steady = 1e-12 if radius is None else _STEADY / radius**2
+        self._firm: Array | None = None
+        if radius is not None:
+            spread = (weight * np.abs(around) ** 2).sum(axis=1)
+            self._firm = _FIRM / radius**2 + 1e-6 * spread
+            self._spread = spread + self._firm
+            self._slant = (self._turning * around.conj()).sum(axis=1)
 
     def at(self, moved: Array) -> Array:
         """Where the points are when tracks and pins are at `moved` (K,), (V,) complex."""
         # The offsets' weighted sum is zero, so the centres of `moved` needn't be subtracted.
-        turn = self._turning @ moved + self._steady
+        fitted = _weighted(self._turning, moved)
+        turn = fitted + self._steady
         length = np.abs(turn)
         turn = np.where(length > 0, turn / np.maximum(length, 1e-300), 1)
-        return self._share @ moved + turn * self._offset
+        centre = _weighted(self._share, moved)
+        if self._firm is None:
+            return centre + turn * self._offset
+        # An affine map is a p + b p.conj(): here the one that fits best, held to p -> turn p.
+        right = fitted + self._firm * turn
+        left = _weighted(self._turning, moved.conj()).conj()
+        area = self._spread**2 - np.abs(self._slant) ** 2
+        a = (self._spread * right - self._slant * left) / area
+        b = (self._spread * left - self._slant.conj() * right) / area
+        return centre + a * self._offset + b * self._offset.conj()
+
+
+def _weighted(weights: Array, values: Array) -> Array:
+    """Sums (V,) of values (K,) with weights (V,K).
+
+    A matrix product would start threads of its own in each of the frames that are drawn at once,
+    and they wait for one another longer than these few products take.
+    """
+    return np.einsum("vk,k->v", weights, values)

@@ -56,15 +56,9 @@ class Mesh:
                     grid[row, column] = point
                     taken[row + 1, column + 1] = True
 
-    def keep(self, cells: Array) -> None:
-        """Drop the triangles of all other cells: (rows,columns) bool."""
-        self._select(np.flatnonzero(cells.ravel()[self._cell]))
-
     def order(self, values: Array) -> None:
         """Where the sheet lies over itself, larger values (V,) shall be above."""
-        self._select(np.argsort(values[self._triangles].mean(axis=1), kind="stable"))
-
-    def _select(self, which: Array) -> None:
+        which = np.argsort(values[self._triangles].mean(axis=1), kind="stable")
         self._triangles, self._cell = self._triangles[which], self._cell[which]
         self._source, self._area = self._source[:, which], self._area[which]
 
