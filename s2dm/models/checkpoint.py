@@ -28,14 +28,9 @@ from torch import Tensor
 from ..files import replacing
 from ..settings import SettingsError
 from .bert import check_wordpiece
-from .config import (
-    FORMAT_VERSION,
-    AdapterTrainingConfig,
-    FlowAdapterConfig,
-    S2DMConfig,
-    SamplingConfig,
-    ScheduleConfig,
-)
+from .config.adapter import AdapterTrainingConfig, FlowAdapterConfig
+from .config.checkpoint import FORMAT_VERSION, S2DMConfig
+from .config.sampling import SamplingConfig, ScheduleConfig
 from .impostors import impostor, is_pickle
 from .keys import (
     Key,

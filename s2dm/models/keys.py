@@ -15,15 +15,9 @@ import torch
 from torch import Tensor
 
 from .adapter import FlowAdapter
-from .config import (
-    BertConfig,
-    FlowAdapterConfig,
-    FlowGeneratorConfig,
-    RegionMotionConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from .config.adapter import FlowAdapterConfig
+from .config.networks import BertConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from .config.stage1 import FlowGeneratorConfig, RegionMotionConfig
 from .flow_generator import FlowGenerator
 from .region_motion import RegionMotion
 

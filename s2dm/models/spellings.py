@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor
 
 from .checkpoint import PARTS
-from .config import S2DMConfig
+from .config.checkpoint import S2DMConfig
 from .keys import Key, Shape
 
 STABLE_DIFFUSION = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}

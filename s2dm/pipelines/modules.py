@@ -17,19 +17,19 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..models.adapter import FlowAdapter
-from ..models.bert import build_bert
-from ..models.checkpoint import Checkpoint
-from ..models.config import (
+from ..models import (
+    Checkpoint,
+    FlowAdapter,
+    FlowGenerator,
+    RegionMotion,
     S2DMConfig,
     ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
 )
-from ..models.flow_generator import FlowGenerator
+from ..models.bert import build_bert
 from ..models.keys import text_encoder_keys, to_diffusers, to_ldm, unet_keys, vae_keys
-from ..models.region_motion import RegionMotion
 from ..models.tokenizer import write_tokenizer
 
 State = Mapping[str, Tensor]

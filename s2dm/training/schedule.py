@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.config import ScheduleConfig
+from ..models import ScheduleConfig
 
 
 def alpha_bars(schedule: ScheduleConfig) -> Tensor:

@@ -20,8 +20,7 @@ from ..data import held_out_clips
 from ..data.prepared import PreparedClips
 from ..flow import flow_to_image
 from ..flow.geometry import resample
-from ..models import SD15, FlowGenerator, decode_flow
-from ..models.config import FlowGeneratorConfig, S2DMConfig
+from ..models import SD15, FlowGenerator, FlowGeneratorConfig, S2DMConfig, decode_flow
 from ..pipelines.flow_generation import embed_prompts, flow_scheduler, generate_flow
 from ..pipelines.modules import build, build_flow_generator, build_tokenizer
 from ..settings import SettingsError

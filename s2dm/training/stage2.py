@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..data import held_out_clips
 from ..flow import FlowField, flow_to_image
+from ..models import LATENT_CELL, FlowAdapterConfig, S2DMConfig
 from ..models.checkpoint import Checkpoint
-from ..models.config import LATENT_CELL, FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
 from ..pipelines.attention import attach_adapter
