@@ -134,7 +134,7 @@ def test_who_knows_the_clip_has_no_loss_and_samples_it(
         return predict
 
     run.denoiser = dataclasses.replace(run.denoiser, predict=knowing(batch.latents))
-    assert float(run._loss(batch, slice(0, len(batch.latents)))) < 1e-5
+    assert float(run.loss(batch, slice(0, len(batch.latents)))) < 1e-5
     latents = batch.latents[:1].expand(2, -1, -1, -1)
     run.denoiser = dataclasses.replace(run.denoiser, predict=knowing(latents))
     made = run.sample(frames=2, steps=3)
