@@ -376,8 +376,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
             return [unconditional, conditional]
         return [unconditional, (negative, conditional[1]), conditional]
 
-    def _null_tokens(self, frames: int, size: tuple[int, int]) -> Tensor:
-        return self.flow_adapter.adapter.null_tokens(frames, size).detach()
+    def _null_tokens(self, num_frames: int, size: tuple[int, int]) -> Tensor:
+        return self.flow_adapter.adapter.null_tokens(num_frames, size).detach()
 
 
 def _same_length(texts: list[Tensor]) -> list[Tensor]:

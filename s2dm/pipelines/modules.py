@@ -213,25 +213,25 @@ def to_checkpoint(config: S2DMConfig, modules: Mapping[str, nn.Module]) -> Check
 
 
 @torch.no_grad()
-def decode(vae: nn.Module, latents: Tensor, chunk: int = 8) -> Tensor:
+def decode(vae: nn.Module, latents: Tensor, chunk_size: int = 8) -> Tensor:
     """Latents (N,C,h,w), where the autoencoder computes, as frames (N,3,H,W), float32 in [0,1] on
     the CPU."""
     frames = [
         vae.decode(part.to(vae.dtype)).sample.float().cpu().add_(1).div_(2)
-        for part in latents.split(chunk)
+        for part in latents.split(chunk_size)
     ]
     return torch.cat(frames).clamp_(0, 1)
 
 
 @torch.no_grad()
-def reconstruct(vae: nn.Module, pictures: Tensor, chunk: int = 8) -> Tensor:
+def reconstruct(vae: nn.Module, pictures: Tensor, chunk_size: int = 8) -> Tensor:
     """(N,3,H,W) in [0,1] through the autoencoder, without posterior noise; float32 on the CPU."""
     height, width = pictures.shape[2:]
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     # What is no whole latent cell would be dropped: the border is repeated up to the next one.
     pictures = F.pad(pictures, (0, -width % factor, 0, -height % factor), mode="replicate")
-    outputs = [
-        decode(vae, vae.encode(part.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode(), chunk)
-        for part in pictures.split(chunk)
+    latents = [
+        vae.encode(part.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
+        for part in pictures.split(chunk_size)
     ]
-    return torch.cat(outputs)[..., :height, :width]
+    return decode(vae, torch.cat(latents), chunk_size)[..., :height, :width]

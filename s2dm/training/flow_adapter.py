@@ -239,16 +239,21 @@ class AdapterTrainer(Trainer):
 
     @torch.no_grad()
     def sample(
-        self, clip: int = 0, frames: int = 4, steps: int = 10, guidance: float = 3.0, seed: int = 1
+        self,
+        clip: int = 0,
+        num_frames: int = 4,
+        steps: int = 10,
+        guidance_scale: float = 3.0,
+        seed: int = 1,
     ) -> Tensor:
         """Latents of frames spread over a clip, generated from its caption and flow by DDIM.
 
         Text and flow are guided together, from their null labels. Averaged weights, shared noise.
 
         Returns:
-            (frames, C, h, w) latents as the network sees them.
+            (num_frames, C, h, w) latents as the network sees them.
         """
-        count = min(frames, self.clips.num_frames)
+        count = min(num_frames, self.clips.num_frames)
         last = self.clips.num_frames - 1
         chosen = [round(i * last / max(1, count - 1)) for i in range(count)]
         device = self.denoiser.device
@@ -273,7 +278,7 @@ class AdapterTrainer(Trainer):
                         out = self.denoiser.predict(x[rows], t, told[rows], beside)
                         parts.append(out.float())
                     guided.append(torch.cat(parts))
-                prediction = torch.lerp(guided[1], guided[0], guidance)
+                prediction = torch.lerp(guided[1], guided[0], guidance_scale)
                 alpha_bar = alpha_bars[now].expand(count)
                 x0 = predicted_x0(prediction, x, alpha_bar, kind)
                 signal, spread = alpha_bars[now].sqrt(), (1 - alpha_bars[now]).sqrt()

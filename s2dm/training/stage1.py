@@ -173,9 +173,9 @@ def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Sta
         model_config = dataclasses.replace(model_config, flow_generator=network)
 
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
-    generator = build_flow_generator(network, start.states.get("flow_generator"))
-    generator.to(memory_format=torch.channels_last)
-    model = Stage1Model(generator, encoder)
+    flow_generator = build_flow_generator(network, start.states.get("flow_generator"))
+    flow_generator.to(memory_format=torch.channels_last)
+    model = Stage1Model(flow_generator, encoder)
     others = {name: state for name, state in start.states.items() if name != "flow_generator"}
     return Stage1Task(config, model_config, model, tokenizer, data, validation, others)
 

@@ -47,7 +47,7 @@ from .models import (
 from .run_folder import measured_once
 from .schedule import LabelsAndNoise, draw_timesteps
 
-PARTS = ("unet", "flow_adapter", "text_encoder")
+_LEARNING = ("unet", "flow_adapter", "text_encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Stage2TrainingConfig(LabelsAndNoise, TrainingConfig):
     vae: str = ""
     text_encoder: str = ""
     fusion: str = "channel"
-    train: tuple[str, ...] = PARTS
+    train: tuple[str, ...] = _LEARNING
     adapter_gain: float = 0.0
     clips: int = 16
     clip_frames: int = 4
@@ -102,10 +102,10 @@ class Stage2TrainingConfig(LabelsAndNoise, TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unknown = sorted(set(self.train) - set(PARTS))
+        unknown = sorted(set(self.train) - set(_LEARNING))
         if unknown or not self.train:
             raise SettingsError(
-                f"train must name some of {', '.join(PARTS)}, got {list(self.train)}."
+                f"train must name some of {', '.join(_LEARNING)}, got {list(self.train)}."
             )
 
 
@@ -327,7 +327,7 @@ def build_stage2_task(
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     model = Stage2Model(unet, adapter, text_encoder, model_config)
-    for part in PARTS:
+    for part in _LEARNING:
         getattr(model, part).requires_grad_(part in config.train)
     model.unet.to(memory_format=torch.channels_last)
 
