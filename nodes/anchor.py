@@ -11,7 +11,7 @@ from ..s2dm.flow import FlowField
 from ..s2dm.sector import ANCHOR_END
 from .native.anchor import anchor_model, sees_reference
 from .native.notices import Notice
-from .schema import advanced, check_finite, check_given, named_errors, schema
+from .schema import advanced, check_finite, check_given, named_errors, schema, share_input
 from .types import Flow
 
 _ATTENTION = {"auto": None, "on": True, "off": False}
@@ -59,28 +59,19 @@ class AnchorToReference(io.ComfyNode):
                         "sampled."
                     ),
                 ),
-                io.Float.Input(
+                share_input(
                     "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "How strongly frames are held. 1: they show the picture wherever it can be "
-                        "seen; 0: the model is unchanged."
-                    ),
+                    1.0,
+                    "How strongly frames are held. 1: they show the picture wherever it can be "
+                    "seen; 0: the model is unchanged.",
                 ),
-                io.Float.Input(
+                share_input(
                     "end_percent",
-                    default=-1.0,
-                    min=-1.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "Where in the noise schedule moving parts are let go, so that the model "
-                        "repairs what the motion broke. -1: as the checkpoint recommends, without "
-                        f"a recommendation {ANCHOR_END}. 0: the model is unchanged."
-                    ),
+                    -1.0,
+                    "Where in the noise schedule moving parts are let go, so that the model "
+                    "repairs what the motion broke. -1: as the checkpoint recommends, without "
+                    f"a recommendation {ANCHOR_END}. 0: the model is unchanged.",
+                    least=-1.0,
                 ),
                 advanced(
                     io.Combo.Input,

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from .flow import check_memory
 from .pictures import video_components
-from .schema import MOST_FRAMES, check_given, named_errors, schema, side_inputs
+from .schema import check_given, frames_input, named_errors, schema, side_inputs
 
 
 class FitClip(io.ComfyNode):
@@ -28,13 +28,7 @@ class FitClip(io.ComfyNode):
             search_aliases=["s2dm", "video to frames", "crop video", "resize video", "trim"],
             inputs=[
                 io.Video.Input("video", tooltip="From Load Video."),
-                io.Int.Input(
-                    "frames",
-                    default=16,
-                    min=1,
-                    max=MOST_FRAMES,
-                    tooltip="How many frames to take; all of them if the video is shorter.",
-                ),
+                frames_input("How many frames to take; all of them if the video is shorter."),
                 io.Int.Input(
                     "first_frame",
                     default=1,

@@ -21,17 +21,12 @@ from .schema import (
     flow_strength,
     named_errors,
     schema,
+    share_input,
     side_inputs,
 )
 from .types import Flow
 
 _GUIDE_FLOW = ("auto", "on", "off")
-
-
-def _percent(name: str, default: float, least: float, tooltip: str) -> io.Input:
-    return advanced(
-        io.Float.Input, name, default=default, min=least, max=1.0, step=0.01, tooltip=tooltip
-    )
 
 
 class EncodeFlow(io.ComfyNode):
@@ -71,14 +66,20 @@ class EncodeFlow(io.ComfyNode):
                     "How strongly flow acts. 0: not at all, the model chooses the motion; 1: as in "
                     "training. Less strength doesn't make the motion smaller."
                 ),
-                _percent(
+                share_input(
                     "start_percent",
-                    -1.0,
                     -1.0,
                     "Where in the noise schedule flow starts to act. Until then all frames with "
                     "shared noise are the same. -1: as the checkpoint recommends.",
+                    least=-1.0,
+                    folded=True,
                 ),
-                _percent("end_percent", 1.0, 0.0, "Where in the noise schedule flow stops acting."),
+                share_input(
+                    "end_percent",
+                    1.0,
+                    "Where in the noise schedule flow stops acting.",
+                    folded=True,
+                ),
                 advanced(
                     io.Combo.Input,
                     "guide_flow",

@@ -26,7 +26,7 @@ from .schema import (
     seed_input,
     steps_input,
 )
-from .types import Flow, FlowGenerator, OpticalFlowModel, flow_output
+from .types import Flow, FlowGenerator, NoFlowGenerator, OpticalFlowModel, flow_output
 
 _MODEL = "model"
 _BYTES = 32  # a pixel and frame while a flow is made and handed on, mask and all
@@ -210,8 +210,11 @@ class GenerateFlow(io.ComfyNode):
             check_finite(cfg=cfg, motion_strength=motion_strength)
             check_given(reference=reference)
             if not isinstance(flow_generator, Stage1):
+                got = repr(flow_generator)
+                if isinstance(flow_generator, NoFlowGenerator):
+                    got = f"no flow generator: {flow_generator.why}"
                 raise ValueError(
-                    f"expected a flow generator (stage 1), got {flow_generator!r}. Load a "
+                    f"expected a flow generator (stage 1), got {got}. Load a "
                     "checkpoint that holds stage 1, or measure the motion of a clip with Estimate "
                     "Flow (S2DM)."
                 )
@@ -295,18 +298,18 @@ def progress_bar(total: int) -> Callable[[int, int], None]:
     return progress
 
 
-def check_memory(frames: int, width: int, height: int, more: int = 0) -> None:
+def check_memory(num_frames: int, width: int, height: int, more: int = 0) -> None:
     """Refuse what the machine can't hold, instead of taking it down.
 
     more: bytes a pixel and frame of what is made beside the flow.
     """
-    needed = frames * width * height * (_BYTES + more)
+    needed = num_frames * width * height * (_BYTES + more)
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
     if needed > free:
         raise ValueError(
-            f"expected a clip that fits into {free / _GIB:.1f} GiB of free memory, got {frames} "
-            f"frames of {width}x{height}, which take {needed / _GIB:.1f} GiB. Take fewer frames "
-            "or a smaller picture."
+            f"expected a clip that fits into {free / _GIB:.1f} GiB of free memory, got "
+            f"{num_frames} frames of {width}x{height}, which take {needed / _GIB:.1f} GiB. Take "
+            "fewer frames or a smaller picture."
         )
 
 

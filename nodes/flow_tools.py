@@ -14,7 +14,7 @@ from ..s2dm.flow.inverse import rebase, reverse
 from ..s2dm.flow.warp import visibility, warp_picture
 from .flow import check_memory, progress_bar
 from .pictures import first_picture, library_masks
-from .schema import MOST_FRAMES, advanced, check_finite, check_given, named_errors, schema
+from .schema import advanced, check_finite, check_given, frames_input, named_errors, schema
 from .types import Flow, flow_output
 
 _OPERATIONS = (
@@ -78,13 +78,7 @@ class EditFlow(io.ComfyNode):
                         "number of repetitions. keep in mask: width of the soft edge in pixels."
                     ),
                 ),
-                io.Int.Input(
-                    "frames",
-                    default=16,
-                    min=1,
-                    max=MOST_FRAMES,
-                    tooltip="Number of frames, for retime.",
-                ),
+                frames_input("Number of frames, for retime."),
                 *(
                     io.Int.Input(
                         side,
@@ -239,27 +233,9 @@ class PickFlow(io.ComfyNode):
             search_aliases=["select frames", "trim flow", "flow from batch", "every nth"],
             inputs=[
                 Flow.Input("flow", tooltip="The flow to take frames from."),
-                io.Int.Input(
-                    "first_frame",
-                    default=1,
-                    min=1,
-                    max=MOST_FRAMES,
-                    tooltip="The first frame to take, counted from 1.",
-                ),
-                io.Int.Input(
-                    "frames",
-                    default=16,
-                    min=1,
-                    max=MOST_FRAMES,
-                    tooltip="How many frames to take; all of them if the flow is shorter.",
-                ),
-                io.Int.Input(
-                    "every",
-                    default=1,
-                    min=1,
-                    max=MOST_FRAMES,
-                    tooltip="1: every frame, 2: every second one, and so on.",
-                ),
+                frames_input("The first frame to take, counted from 1.", 1, name="first_frame"),
+                frames_input("How many frames to take; all of them if the flow is shorter."),
+                frames_input("1: every frame, 2: every second one, and so on.", 1, name="every"),
                 io.Combo.Input(
                     "measured_from",
                     options=[_FRAME_1, _FIRST_PICKED],

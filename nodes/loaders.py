@@ -12,7 +12,7 @@ from .native.files import find_file, list_files
 from .native.loading import load_all, load_flow_generator, load_flow_models
 from .native.saving import keep_when_saving
 from .schema import advanced, check_finite, check_given, flow_strength, named_errors, schema
-from .types import FlowGenerator, OpticalFlowModel
+from .types import FlowGenerator, NoFlowGenerator, OpticalFlowModel
 
 _FILES = "from models/s2dm or output/s2dm, or bundled with the pack"
 
@@ -29,17 +29,6 @@ def _frames_at_once() -> io.Input:
             "result is the same. 0: chosen for the machine."
         ),
     )
-
-
-class NoFlowGenerator:
-    """What a checkpoint without stage 1 gives in place of a flow generator."""
-
-    def __init__(self, checkpoint: str, holds: str = "stage 2") -> None:
-        self.checkpoint = checkpoint
-        self.holds = holds
-
-    def __repr__(self) -> str:
-        return f"no flow generator: {self.checkpoint} holds {self.holds} alone"
 
 
 class CheckpointLoader(io.ComfyNode):
@@ -89,7 +78,7 @@ class CheckpointLoader(io.ComfyNode):
     def execute(cls, checkpoint: str, frames_at_once: int = 0) -> io.NodeOutput:
         with named_errors(cls):
             loaded = load_all(find_file(checkpoint), frames_at_once)
-            stage1 = loaded.stage1 or NoFlowGenerator(checkpoint)
+            stage1 = loaded.stage1 or NoFlowGenerator(f"{checkpoint} holds stage 2 alone")
             return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, stage1)
 
 
@@ -195,7 +184,8 @@ class RegionMotionLoader(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         with named_errors(cls):
             regions, stage1 = load_flow_models(find_file(file))
-            return io.NodeOutput(regions, stage1 or NoFlowGenerator(file, "a region-motion model"))
+            none = NoFlowGenerator(f"{file} holds a region-motion model alone")
+            return io.NodeOutput(regions, stage1 or none)
 
 
 class FlowGeneratorLoader(io.ComfyNode):

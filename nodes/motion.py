@@ -23,14 +23,18 @@ from ..s2dm.flow.geometry import resample
 from ..s2dm.flow.tracks import flow_to_tracks, grid_points, tracks_from_paths, tracks_to_json
 from .flow import check_memory
 from .pictures import first_picture, library_masks
-from .schema import MOST_FRAMES, check_finite, check_given, named_errors, schema, side_inputs
+from .schema import (
+    MOST_FRAMES,
+    check_finite,
+    check_given,
+    frames_input,
+    named_errors,
+    schema,
+    side_inputs,
+)
 from .types import Flow, Tracks, flow_output
 
 _PICTURE = "s2dm_picture"  # the name under which the editor looks for it
-
-
-def _frames_input(tooltip: str, least: int = 1) -> io.Input:
-    return io.Int.Input("frames", default=16, min=least, max=MOST_FRAMES, tooltip=tooltip)
 
 
 def _depth_input() -> io.Input:
@@ -84,7 +88,7 @@ class DrawFlow(io.ComfyNode):
                         "(lists of points with x and y) can be pasted. Empty: nothing moves."
                     ),
                 ),
-                _frames_input("Number of frames of the flow."),
+                frames_input("Number of frames of the flow."),
                 *side_inputs(
                     "of the flow in pixels. Used without an image; otherwise the image sets it."
                 ),
@@ -139,7 +143,7 @@ class CameraFlow(io.ComfyNode):
             ),
             search_aliases=["camera", "pan", "zoom", "roll", "dolly", "ken burns", "parallax"],
             inputs=[
-                _frames_input("Number of frames of the flow."),
+                frames_input("Number of frames of the flow."),
                 *side_inputs("of the flow in pixels. Use that of the picture."),
                 *(
                     io.Float.Input(
@@ -242,7 +246,7 @@ class TracksToFlow(io.ComfyNode):
                         "the clip."
                     ),
                 ),
-                _frames_input(
+                frames_input(
                     "Number of frames of the flow. 0: as many as the longest path has points.",
                     least=0,
                 ),

@@ -10,7 +10,7 @@ from ..s2dm.flow import pose_flow
 from ..s2dm.flow.openpose import PEOPLE, poses, read_openpose
 from .flow import check_memory
 from .native.flow_listing import find_flow, list_poses, mark_of
-from .schema import MOST_FRAMES, advanced, check_finite, named_errors, schema
+from .schema import MOST_FRAMES, check_finite, named_errors, schema, share_input, side_inputs
 from .types import PoseKeypoints, flow_output
 
 _NONE = "none"
@@ -50,31 +50,18 @@ class PoseToFlow(io.ComfyNode):
                         "is in the first frame."
                     ),
                 ),
-                *(
-                    io.Int.Input(
-                        name,
-                        default=0,
-                        min=0,
-                        max=8192,
-                        step=8,
-                        tooltip=(
-                            f"{name.capitalize()} of the flow in pixels. 0: as the picture in "
-                            "which the keypoints were found; OpenPose's own files don't say it."
-                        ),
-                    )
-                    for name in ("width", "height")
+                *side_inputs(
+                    "of the flow in pixels. 0: as the picture in which the keypoints were found; "
+                    "OpenPose's own files don't say it.",
+                    default=0,
+                    least=0,
                 ),
-                advanced(
-                    io.Float.Input,
+                share_input(
                     "least_confidence",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "Keypoints that are less certain count as not found; they are put where a "
-                        "straight line in time leads."
-                    ),
+                    0.3,
+                    "Keypoints that are less certain count as not found; they are put where a "
+                    "straight line in time leads.",
+                    folded=True,
                 ),
                 PoseKeypoints.Input(
                     "keypoints",

@@ -18,6 +18,7 @@ from PIL import Image
 from ..s2dm.training.curves import loss_picture
 from ..s2dm.video import to_uint8
 from .native.chunks import is_out_of_memory
+from .native.training import PRECISIONS
 from .schema import advanced
 
 _NAME = re.compile(r"[\w][\w .-]*")
@@ -57,6 +58,46 @@ def learning_rate_input(default: float) -> io.Input:
         max=1.0,
         step=1e-7,
         tooltip="How far a step goes. Lower it if the loss grows or is no number.",
+    )
+
+
+def clips_per_step_input(default: int) -> io.Input:
+    """What a step of a training learns from."""
+    return advanced(
+        io.Int.Input,
+        "clips_per_step",
+        default=default,
+        min=1,
+        max=256,
+        tooltip="Clips that a step learns from. More: steadier, and slower.",
+    )
+
+
+def at_once_input(things: str, network: str, most: int) -> io.Input:
+    """How much of a step is computed at a time."""
+    return advanced(
+        io.Int.Input,
+        f"{things}_at_once",
+        default=4,
+        min=1,
+        max=most,
+        tooltip=(
+            f"How many {things} the {network} computes at once. Fewer need less memory, and the "
+            "result is the same."
+        ),
+    )
+
+
+def precision_input(computes: str) -> io.Input:
+    """The type of numbers of a training; `computes` says what computes in it, and what doesn't."""
+    return advanced(
+        io.Combo.Input,
+        "precision",
+        options=list(PRECISIONS),
+        default=PRECISIONS[0],
+        tooltip=(
+            f"In which {computes} in fp32. auto: bf16 where the card is good at it, else fp32."
+        ),
     )
 
 
@@ -107,7 +148,7 @@ def train(
     preview_every: int,
     picture: Callable[[Any], torch.Tensor | None],
     **told: Any,
-) -> None:
+) -> torch.Tensor:
     """Run a trainer to its end, with a bar and previews; whatever ends it, its file is written.
 
     Args:
@@ -116,6 +157,9 @@ def train(
         save_every, preview_every: in steps.
         picture: what to show above the loss, (3,h,w) in [0,1], or None.
         told: what `export` is to write beside what the trainer knows.
+
+    Returns:
+        The loss of each step as an IMAGE.
     """
     steps = trainer.settings.steps
     bar = comfy.utils.ProgressBar(steps)
@@ -135,10 +179,6 @@ def train(
             trainer.export(path, **told)
         raise
     trainer.export(path, **told)
-
-
-def loss_curve(trainer: Any) -> torch.Tensor:
-    """The loss of each step as an IMAGE."""
     return loss_picture(trainer.losses).movedim(0, -1)[None].contiguous()
 
 

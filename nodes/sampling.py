@@ -13,7 +13,15 @@ from comfy_api.latest import io
 from ..s2dm.sector import NOISE_SHARING, NoiseSharing
 from .native import noise as native
 from .native.recommended import recommended
-from .schema import advanced, cfg_input, check_finite, check_given, named_errors, schema, seed_input
+from .schema import (
+    cfg_input,
+    check_finite,
+    check_given,
+    named_errors,
+    schema,
+    seed_input,
+    share_input,
+)
 
 _SEED = (
     "Seed of all noise. A single frame with the same seed and size starts from the same noise as "
@@ -32,16 +40,11 @@ def _sharing_inputs() -> list[io.Input]:
                 "changes little. independent: noise of its own for each frame. mixed: a blend."
             ),
         ),
-        advanced(
-            io.Float.Input,
+        share_input(
             "share",
-            default=0.5,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip=(
-                "How much of the noise all frames share, in mixed only. 0: independent; 1: shared."
-            ),
+            0.5,
+            "How much of the noise all frames share, in mixed only. 0: independent; 1: shared.",
+            folded=True,
         ),
     ]
 
@@ -98,15 +101,10 @@ class SharedNoiseKSampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="From Encode Flow."),
                 io.Conditioning.Input("negative", tooltip="From Encode Flow."),
                 io.Latent.Input("latent_image", tooltip="The frames to sample, from Encode Flow."),
-                io.Float.Input(
+                share_input(
                     "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip=(
-                        "1: starts from noise alone. Less keeps some of the latents that come in."
-                    ),
+                    1.0,
+                    "1: starts from noise alone. Less keeps some of the latents that come in.",
                 ),
                 *_sharing_inputs(),
             ],

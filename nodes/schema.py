@@ -63,14 +63,31 @@ def seed_input(tooltip: str) -> io.Input:
     )
 
 
-def side_inputs(tooltip: str, default: int = 128, least: int = LATENT_CELL) -> list[io.Input]:
+def frames_input(tooltip: str, default: int = 16, least: int = 1, name: str = "frames") -> io.Input:
+    """A number of frames, or the number of a frame."""
+    return io.Int.Input(name, default=default, min=least, max=MOST_FRAMES, tooltip=tooltip)
+
+
+def share_input(
+    name: str, default: float, tooltip: str, least: float = 0.0, folded: bool = False
+) -> io.Input:
+    """A number up to 1; folded away, as few change it, if `folded`."""
+    fields = {"default": default, "min": least, "max": 1.0, "step": 0.01, "tooltip": tooltip}
+    if folded:
+        return advanced(io.Float.Input, name, **fields)
+    return io.Float.Input(name, **fields)
+
+
+def side_inputs(
+    tooltip: str, default: int = 128, least: int = LATENT_CELL, most: int = 8192
+) -> list[io.Input]:
     """Width and height in whole latent cells; the tooltip goes on from the name of the side."""
     return [
         io.Int.Input(
             side,
             default=default,
             min=least,
-            max=8192,
+            max=most,
             step=LATENT_CELL,
             tooltip=f"{side.capitalize()} {tooltip}",
         )

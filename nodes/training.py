@@ -21,7 +21,7 @@ from ..s2dm.data.prepared import (
     prepare_clips,
 )
 from ..s2dm.flow.estimate import METHODS
-from ..s2dm.models import FUSIONS, LATENT_CELL, load_checkpoint
+from ..s2dm.models import FUSIONS, load_checkpoint
 from ..s2dm.training.flow_adapter import AdapterSettings, AdapterTrainer, new_adapter
 from .flow import flow_model, progress_bar
 from .native.adapter import apply_adapter
@@ -39,34 +39,32 @@ from .native.training import (
 )
 from .pictures import library_frames, video_components
 from .runs import (
+    at_once_input,
     check_interrupt,
+    clips_per_step_input,
     keeping_inputs,
     learning_rate_input,
-    loss_curve,
     loss_output,
     memory,
     named_folder,
+    precision_input,
     steps_input,
     train,
 )
-from .schema import advanced, check_finite, check_given, named_errors, schema, seed_input
+from .schema import (
+    MOST_FRAMES,
+    advanced,
+    check_finite,
+    check_given,
+    frames_input,
+    named_errors,
+    schema,
+    seed_input,
+    side_inputs,
+)
 from .types import Clips, OpticalFlowModel
 
 _MODEL = "model"
-
-
-def _side(name: str) -> io.Input:
-    return io.Int.Input(
-        name,
-        default=128,
-        min=LATENT_CELL,
-        max=2048,
-        step=LATENT_CELL,
-        tooltip=(
-            f"{name.capitalize()} that the clips are brought to, in pixels, cropped at the centre: "
-            "128 for the bundled checkpoint, 512 for most Stable Diffusion 1.5 models."
-        ),
-    )
 
 
 class PrepareClips(io.ComfyNode):
@@ -109,17 +107,15 @@ class PrepareClips(io.ComfyNode):
                     multiline=True,
                     tooltip="What each of the connected videos shows, a line for each, in order.",
                 ),
-                _side("width"),
-                _side("height"),
-                io.Int.Input(
-                    "frames",
-                    default=16,
-                    min=2,
-                    max=4096,
-                    tooltip=(
-                        "Frames of each clip, spread from its first to its last. Flow is measured "
-                        "from the first, so a clip should show one action."
-                    ),
+                *side_inputs(
+                    "that the clips are brought to, in pixels, cropped at the centre: 128 for the "
+                    "bundled checkpoint, 512 for most Stable Diffusion 1.5 models.",
+                    most=2048,
+                ),
+                frames_input(
+                    "Frames of each clip, spread from its first to its last. Flow is measured from "
+                    "the first, so a clip should show one action.",
+                    least=2,
                 ),
                 io.Combo.Input(
                     "method",
@@ -170,8 +166,7 @@ class PrepareClips(io.ComfyNode):
             if estimator == _MODEL:
                 estimator = flow_model((optical_flow or [None])[0])
             # A clip may be long: it can be stopped at each of its frames.
-            check = comfy.model_management.throw_exception_if_processing_interrupted
-            shape = (frames[0], (height[0], width[0]), estimator, lambda *_: check())
+            shape = (frames[0], (height[0], width[0]), estimator, lambda *_: check_interrupt())
             found = folder_sources(_input_folder(folder[0]), *shape) if folder[0].strip() else []
             given = videos or []
             total = len(found) + len(given)
@@ -267,14 +262,7 @@ class TrainFlowAdapter(io.ComfyNode):
                     ),
                 ),
                 seed_input("Of the adapter's first weights, and of all that training draws."),
-                advanced(
-                    io.Int.Input,
-                    "clips_per_step",
-                    default=4,
-                    min=1,
-                    max=256,
-                    tooltip="Clips that a step learns from. More: steadier, and slower.",
-                ),
+                clips_per_step_input(4),
                 advanced(
                     io.Int.Input,
                     "frames_per_clip",
@@ -283,27 +271,8 @@ class TrainFlowAdapter(io.ComfyNode):
                     max=4096,
                     tooltip="Frames of each clip in a step, drawn anew each time. 0: all of them.",
                 ),
-                advanced(
-                    io.Int.Input,
-                    "frames_at_once",
-                    default=4,
-                    min=1,
-                    max=4096,
-                    tooltip=(
-                        "How many frames the U-Net computes at once. Fewer need less memory, and "
-                        "the result is the same."
-                    ),
-                ),
-                advanced(
-                    io.Combo.Input,
-                    "precision",
-                    options=list(PRECISIONS),
-                    default=PRECISIONS[0],
-                    tooltip=(
-                        "In which the frozen model computes; the adapter always learns in fp32. "
-                        "auto: bf16 where the card is good at it, else fp32."
-                    ),
-                ),
+                at_once_input("frames", "U-Net", MOST_FRAMES),
+                precision_input("the frozen model computes; the adapter always learns"),
                 advanced(
                     io.Boolean.Input,
                     "gradient_checkpointing",
@@ -395,12 +364,11 @@ class TrainFlowAdapter(io.ComfyNode):
                     settings, adapter, denoiser, clips, folder, resume, between=check_interrupt
                 )
                 show = partial(preview, latent_format=latent_format)
-                train(trainer, path, save_every, preview_every, show, **told)
+                curve = train(trainer, path, save_every, preview_every, show, **told)
             found = load_checkpoint(path, parts=("flow_adapter",))
             if lora_rank:
                 state = comfy.utils.load_torch_file(str(told["lora"]), safe_load=True)
                 model, _ = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0.0)
             patched = apply_adapter(model, *found["flow_adapter"], sampling=found.config.sampling)
             keep_when_saving(patched, found.config.adapter_only())
-            curve = loss_curve(trainer)
             return io.NodeOutput(patched, path.name, curve, ui=ui.PreviewImage(curve))

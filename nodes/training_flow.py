@@ -21,17 +21,19 @@ from .native.files import trained_path
 from .native.loading import latent_scale, load_flow_generator
 from .native.training import PRECISIONS, caption_texts, check_vae, making_room, training_mode
 from .runs import (
+    at_once_input,
     check_interrupt,
+    clips_per_step_input,
     keeping_inputs,
     learning_rate_input,
-    loss_curve,
     loss_output,
     memory,
     named_folder,
+    precision_input,
     steps_input,
     train,
 )
-from .schema import advanced, check_finite, check_given, named_errors, schema, seed_input
+from .schema import check_finite, check_given, named_errors, schema, seed_input
 from .types import Clips, FlowGenerator
 
 _PRESET = "lfdm"
@@ -74,35 +76,9 @@ class TrainFlowGenerator(io.ComfyNode):
                     ),
                 ),
                 seed_input("Of the network's first weights, and of all that training draws."),
-                advanced(
-                    io.Int.Input,
-                    "clips_per_step",
-                    default=8,
-                    min=1,
-                    max=256,
-                    tooltip="Clips that a step learns from. More: steadier, and slower.",
-                ),
-                advanced(
-                    io.Int.Input,
-                    "clips_at_once",
-                    default=4,
-                    min=1,
-                    max=256,
-                    tooltip=(
-                        "How many clips the network computes at once. Fewer need less memory, and "
-                        "the result is the same."
-                    ),
-                ),
-                advanced(
-                    io.Combo.Input,
-                    "precision",
-                    options=list(PRECISIONS),
-                    default=PRECISIONS[0],
-                    tooltip=(
-                        "In which the network computes; its weights always learn in fp32. auto: "
-                        "bf16 where the card is good at it, else fp32."
-                    ),
-                ),
+                clips_per_step_input(8),
+                at_once_input("clips", "network", 256),
+                precision_input("the network computes; its weights always learn"),
                 *keeping_inputs(),
             ],
             outputs=[
@@ -166,7 +142,7 @@ class TrainFlowGenerator(io.ComfyNode):
                     settings, network, data, clips, device, folder, resume, dtype,
                     between=check_interrupt,
                 )  # fmt: skip
-                train(trainer, path, save_every, preview_every, FlowGeneratorTrainer.picture)
+                show = FlowGeneratorTrainer.picture
+                curve = train(trainer, path, save_every, preview_every, show)
             stage1 = load_flow_generator(str(path), clip, vae)
-            curve = loss_curve(trainer)
             return io.NodeOutput(stage1, path.name, curve, ui=ui.PreviewImage(curve))

@@ -1,5 +1,9 @@
 """The pack's own socket types, each defined once."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 from comfy_api.latest import io
 
 Flow = io.Custom("S2DM_FLOW")
@@ -8,6 +12,13 @@ Flow = io.Custom("S2DM_FLOW")
 FlowGenerator = io.Custom("S2DM_FLOW_GENERATOR")
 """Stage 1, which makes flow from a prompt and a reference frame: a `Stage1`, or in its place a
 `NoFlowGenerator`."""
+
+
+class NoFlowGenerator(NamedTuple):
+    """What a checkpoint without stage 1 gives in place of a flow generator, and why it has none."""
+
+    why: str
+
 
 Clips = io.Custom("S2DM_CLIPS")
 """Clips prepared for training: a `PreparedClips`, which are files in a folder."""

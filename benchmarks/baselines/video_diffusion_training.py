@@ -28,7 +28,7 @@ from s2dm.training.cache import clip_latents, training_clips
 from s2dm.training.config import TrainingConfig
 from s2dm.training.loop import Progress, run_training, sheet_seed
 from s2dm.training.models import frozen_vae
-from s2dm.training.schedule import alpha_bars, draw_timesteps
+from s2dm.training.schedule import draw_timesteps
 from s2dm.training.stage1 import embed_captions
 from s2dm.video import write_contact_sheet
 
@@ -63,7 +63,7 @@ class VideoDiffusionModel(nn.Module):
         self.network = network
         schedule = network.config.schedule
         self.prediction_type = schedule.prediction_type
-        self.register_buffer("alpha_bars", alpha_bars(schedule), persistent=False)
+        self.register_buffer("alpha_bars", schedule.alphas_cumprod(), persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch of `VideoDiffusionTask.batch`; each frame has noise of its own."""
@@ -110,7 +110,7 @@ class VideoDiffusionTask:
     def batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
         count = self.config.clips
         chosen = torch.randint(len(self.latents), (count,), generator=generator)
-        timesteps = draw_timesteps(count, self.model.network.config.schedule, generator)
+        timesteps = draw_timesteps(count, self.model.network.config.schedule.steps, generator)
         latents = torch.from_numpy(self.latents[chosen.numpy()].astype(np.float32))
         values = {
             "latents": latents,

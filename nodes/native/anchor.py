@@ -6,6 +6,7 @@ gives, when a run says in which size, and put where core has the guess of the cl
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
@@ -109,24 +110,17 @@ def _frame_by_frame(network: Any) -> bool:
     )
 
 
+@dataclass(eq=False)
 class _Anchoring:
     """What a MODEL is anchored to, and the anchor of the run."""
 
-    def __init__(
-        self,
-        vae: comfy.sd.VAE,
-        picture: Tensor | None,
-        flow: FlowField,
-        strength: float,
-        end: float,
-    ) -> None:
-        self.vae = vae
-        self.picture = picture
-        self.flow = flow
-        self.strength = strength
-        self.end = end
-        self._anchor: Anchor | None = None
-        self._shape: tuple[int, ...] = ()
+    vae: comfy.sd.VAE
+    picture: Tensor | None
+    flow: FlowField
+    strength: float
+    end: float
+    _anchor: Anchor | None = None
+    _shape: tuple[int, ...] = ()
 
     def outer_sample(
         self, executor: Any, noise: Tensor, latent_image: Tensor, *args: Any, **kwargs: Any
@@ -250,15 +244,15 @@ class _Anchoring:
         return picture, flow.resize(*size).pad(height, width)
 
 
+@dataclass(eq=False)
 class _Run:
     """An anchor in one run of sampling, and the states of frame 1 in its present step."""
 
-    def __init__(self, anchor: Anchor, start: float, begin: float, end: float) -> None:
-        self.anchor = anchor
-        self.start = start
-        self.begin = begin
-        self.end = end
-        self.states = ReferenceStates()
+    anchor: Anchor
+    start: float
+    begin: float
+    end: float
+    states: ReferenceStates = field(default_factory=ReferenceStates)
 
     def pull(self, denoised: Tensor, sigma: Tensor) -> Tensor:
         """The guess of the clean sample, drawn to the anchor as far as the noise level says."""

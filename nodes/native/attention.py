@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.utils
@@ -86,26 +87,17 @@ def with_flow(
     return {**transformer_options, "patches_replace": {**replace, "attn2": patches}}
 
 
+@dataclass(eq=False)
 class _FlowPatch:
     """Replaces the attention of one layer in one call of the U-Net."""
 
-    def __init__(
-        self,
-        adapter: FlowAdapter,
-        layer: str,
-        strength: float,
-        tokens: Tensor,
-        size: tuple[int, int],
-        mask: Tensor | None,
-        previous: Patch | None,
-    ) -> None:
-        self.adapter = adapter
-        self.layer = layer
-        self.strength = strength
-        self.tokens = tokens
-        self.size = size
-        self.mask = mask
-        self.previous = previous
+    adapter: FlowAdapter
+    layer: str
+    strength: float
+    tokens: Tensor
+    size: tuple[int, int]
+    mask: Tensor | None
+    previous: Patch | None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         out = self._attend(q, k, v, self.tokens, extra_options)

@@ -92,7 +92,7 @@ class _LabelCondition:
         self.label = label
 
 
-def attach_labels(conditions: dict[str, list[dict[str, Any]]], frames: int) -> None:
+def attach_labels(conditions: dict[str, list[dict[str, Any]]], num_frames: int) -> None:
     """Put the labels among the model conditions of each entry; null where there is none.
 
     Raises:
@@ -101,9 +101,9 @@ def attach_labels(conditions: dict[str, list[dict[str, Any]]], frames: int) -> N
     for entries in conditions.values():
         for entry in entries:
             label = entry.get(LABEL)
-            if label is not None and label.flow.num_frames != frames:
+            if label is not None and label.flow.num_frames != num_frames:
                 raise FlowLabelError(
-                    f"S2DM flow: expected a flow of {frames} frames, one for each latent, got "
+                    f"S2DM flow: expected a flow of {num_frames} frames, one for each latent, got "
                     f"{label.flow.num_frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
                     "make flow of as many frames."
                 )

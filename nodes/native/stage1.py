@@ -66,7 +66,7 @@ class Stage1(NamedTuple):
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks that are stage 1's alone, by their parts."""
-        found = {"flow_generator": self.network.model.diffusion_model.generator}
+        found = {"flow_generator": self.network.model.diffusion_model.network}
         if self.conditions is not None:
             encoders = self.conditions.model
             found["region_motion"] = encoders.region_motion
@@ -87,7 +87,7 @@ def load_network(
 ) -> comfy.model_patcher.ModelPatcher:
     """The flow generator as a model that core samples, loads and offloads."""
     model = _Model(config)
-    model.diffusion_model.generator.load_state_dict(state)
+    model.diffusion_model.network.load_state_dict(state)
     management = comfy.model_management
     return Whole(model, management.get_torch_device(), management.unet_offload_device())
 
@@ -333,7 +333,7 @@ class _Axes(nn.Module):
 
     def __init__(self, config: FlowGeneratorConfig) -> None:
         super().__init__()
-        self.generator = FlowGenerator(config)
+        self.network = FlowGenerator(config)
 
     def forward(
         self,
@@ -349,7 +349,7 @@ class _Axes(nn.Module):
         motion: Tensor | None = None,
     ) -> Tensor:
         """(B, 3, N, h, w) -> (B, 3, N, h, w). Core passes `keep_text` as numbers."""
-        prediction = self.generator(
+        prediction = self.network(
             x.transpose(1, 2), timesteps, reference, text, motion, keep_text=keep_text.bool()
         )
         return prediction.transpose(1, 2)

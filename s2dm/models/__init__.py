@@ -12,23 +12,18 @@ from .checkpoint import (
     save_adapter,
     save_checkpoint,
 )
-from .config import (
-    FORMAT_VERSION,
-    FUSIONS,
+from .config.adapter import FUSIONS, AdapterTrainingConfig, FlowAdapterConfig
+from .config.checkpoint import FORMAT_VERSION, S2DMConfig
+from .config.networks import (
     LATENT_CELL,
-    AdapterTrainingConfig,
     BertConfig,
-    FlowAdapterConfig,
-    FlowGeneratorConfig,
-    RegionMotionConfig,
-    S2DMConfig,
-    SamplingConfig,
-    ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
     whole_cells,
 )
+from .config.sampling import SamplingConfig, ScheduleConfig
+from .config.stage1 import FlowGeneratorConfig, RegionMotionConfig
 from .flow_codec import constrain, decode_flow, encode_flow, mean_motion
 from .flow_generator import FlowGenerator
 from .flow_sampling import FLOW_SAMPLERS, MAX_FRAMES, FlowSampling, check_reference

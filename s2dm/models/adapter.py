@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..flow import FlowField
-from .config import FUSIONS, LATENT_CELL, FlowAdapterConfig
+from .config.adapter import FUSIONS, FlowAdapterConfig
+from .config.networks import LATENT_CELL
 from .flow_encoder import FlowEncoder, FlowPyramid, Size, level_sizes
 
 _PIXELS_AT_ONCE = 2**18  # of conditions, whose octaves are many channels

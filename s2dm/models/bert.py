@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..settings import SettingsError
-from .config import BertConfig
+from .config.networks import BertConfig
 from .keys import bert_keys
 from .lfdm import check_weights
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,27 +28,23 @@ from torch import Tensor
 
 from ..files import replacing
 from ..settings import SettingsError
+from .adapter import FlowAdapter
 from .bert import check_wordpiece
-from .config import (
-    FORMAT_VERSION,
-    AdapterTrainingConfig,
-    FlowAdapterConfig,
-    S2DMConfig,
-    SamplingConfig,
-    ScheduleConfig,
-)
+from .config.adapter import AdapterTrainingConfig, FlowAdapterConfig
+from .config.checkpoint import FORMAT_VERSION, S2DMConfig
+from .config.sampling import SamplingConfig, ScheduleConfig
+from .flow_generator import FlowGenerator
 from .impostors import impostor, is_pickle
 from .keys import (
     Key,
     Shape,
     bert_keys,
-    flow_adapter_keys,
-    flow_generator_keys,
-    region_motion_keys,
+    own_keys,
     text_encoder_keys,
     unet_keys,
     vae_keys,
 )
+from .region_motion import RegionMotion
 from .tokenizer import vocabulary
 
 METADATA_KEY = "s2dm"
@@ -71,9 +68,9 @@ PARTS: dict[str, Layout] = {
     "unet": Layout("model.diffusion_model.", unet_keys),
     "text_encoder": Layout("cond_stage_model.transformer.", text_encoder_keys),
     "vae": Layout("first_stage_model.", vae_keys),
-    "flow_adapter": Layout("s2dm.flow_adapter.", flow_adapter_keys),
-    "flow_generator": Layout("s2dm.flow_generator.", flow_generator_keys),
-    "region_motion": Layout("s2dm.region_motion.", region_motion_keys),
+    "flow_adapter": Layout("s2dm.flow_adapter.", partial(own_keys, FlowAdapter)),
+    "flow_generator": Layout("s2dm.flow_generator.", partial(own_keys, FlowGenerator)),
+    "region_motion": Layout("s2dm.region_motion.", partial(own_keys, RegionMotion)),
     "flow_text_encoder": Layout("s2dm.flow_text_encoder.", bert_keys),
 }
 

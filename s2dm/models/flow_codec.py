@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..flow import FlowField
-from .config import FlowGeneratorConfig
+from .config.stage1 import FlowGeneratorConfig
 from .region_motion import grid
 
 

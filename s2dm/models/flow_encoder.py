@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import LATENT_CELL, FlowAdapterConfig
+from .config.adapter import FlowAdapterConfig
+from .config.networks import LATENT_CELL
 
 Size = tuple[int, int]
 

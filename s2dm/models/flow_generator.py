@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention3d import LinearAttention, RelativePositionBias, SpatialAttention, TemporalAttention
-from .config import FlowGeneratorConfig
+from .config.stage1 import FlowGeneratorConfig
 
 FLOW_CHANNELS = 3  # displacement x and y, occlusion
 MOTION_SCALE = 1000.0  # half-frames to the range of time steps, which the sinusoids are made for

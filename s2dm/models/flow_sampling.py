@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, tensor
 
-from .config import FlowGeneratorConfig
+from .config.stage1 import FlowGeneratorConfig
 
 FLOW_SAMPLERS = ("dpmpp_2m", "ddim", "lfdm")
 """DPM-Solver++ of second order, for few steps; DDIM; and what LFDM does, with fresh noise at every

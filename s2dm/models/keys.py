@@ -8,24 +8,13 @@ part's prefix in the file (`model.diffusion_model.` and so on) is `checkpoint.py
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .adapter import FlowAdapter
-from .config import (
-    BertConfig,
-    FlowAdapterConfig,
-    FlowGeneratorConfig,
-    RegionMotionConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    VAEConfig,
-)
-from .flow_generator import FlowGenerator
-from .region_motion import RegionMotion
+from .config.networks import BertConfig, TextEncoderConfig, UNetConfig, VAEConfig
 
 Shape = tuple[int, ...]
 
@@ -117,23 +106,10 @@ def text_encoder_keys(config: TextEncoderConfig) -> tuple[Key, ...]:
     return tuple(keys)
 
 
-def flow_adapter_keys(config: FlowAdapterConfig) -> tuple[Key, ...]:
-    """Return the weights of a flow adapter, the same for all engines."""
-    weights = FlowAdapter(config, device="meta").state_dict()
-    return tuple(_same(name, tuple(weight.shape)) for name, weight in weights.items())
-
-
-def flow_generator_keys(config: FlowGeneratorConfig) -> tuple[Key, ...]:
-    """Return the weights of a flow generator, the same for all engines."""
+def own_keys(network: Callable[[Any], nn.Module], config: Any) -> tuple[Key, ...]:
+    """Return the weights of a network of ours with this config, the same for all engines."""
     with torch.device("meta"):
-        weights = FlowGenerator(config).state_dict()
-    return tuple(_same(name, tuple(weight.shape)) for name, weight in weights.items())
-
-
-def region_motion_keys(config: RegionMotionConfig) -> tuple[Key, ...]:
-    """Return the weights of a region-motion model, the same for all engines."""
-    with torch.device("meta"):
-        weights = RegionMotion(config).state_dict()
+        weights = network(config).state_dict()
     return tuple(_same(name, tuple(weight.shape)) for name, weight in weights.items())
 
 

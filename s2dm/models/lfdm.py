@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .config import FlowGeneratorConfig
+from .config.stage1 import FlowGeneratorConfig
 from .flow_generator import FlowGenerator
 
 PREFIX = "denoise_fn."

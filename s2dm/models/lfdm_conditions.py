@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from .bert import build_bert, mean_state
 from .checkpoint import Checkpoint, CheckpointError
-from .config import BertConfig, RegionMotionConfig
+from .config.networks import BertConfig
+from .config.stage1 import RegionMotionConfig
 from .flow_sampling import check_reference
 from .region_motion import RegionMotion
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import RegionMotionConfig
+from .config.stage1 import RegionMotionConfig
 from .lfdm import check_weights
 from .region_motion import RegionMotion
 

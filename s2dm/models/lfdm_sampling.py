@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .config import ScheduleConfig
+from .config.sampling import ScheduleConfig
 
 Predict = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """A noisy clip and its time step to the clean clip and the noise that the network sees in it."""

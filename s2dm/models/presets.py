@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from .config import (
-    FlowAdapterConfig,
-    FlowGeneratorConfig,
-    RegionMotionConfig,
-    S2DMConfig,
-    ScheduleConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from .config.adapter import FlowAdapterConfig
+from .config.checkpoint import S2DMConfig
+from .config.networks import TextEncoderConfig, UNetConfig, VAEConfig
+from .config.sampling import ScheduleConfig
+from .config.stage1 import FlowGeneratorConfig, RegionMotionConfig
 
 SD15 = S2DMConfig(
     unet=UNetConfig(),

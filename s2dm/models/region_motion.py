@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flow.geometry import resample
-from .config import RegionMotionConfig
+from .config.stage1 import RegionMotionConfig
 
 _LEAST_SPREAD = 1e-7  # added to the variances, so that a heatmap of one cell has an inverse
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor
 
 from .checkpoint import PARTS
-from .config import S2DMConfig
+from .config.checkpoint import S2DMConfig
 from .keys import Key, Shape
 
 STABLE_DIFFUSION = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE"}
@@ -21,7 +21,7 @@ STABLE_DIFFUSION = {"unet": "U-Net", "text_encoder": "text encoder", "vae": "VAE
 
 # What wrappers of a whole model put before its names, any number of times.
 _LEAD = r"(?:(?:model|module|state_dict)\.)*"
-_PARTS = {
+_WHOLE_NAMES = {
     "unet": re.compile(_LEAD + r"(?:diffusion_model|unet)\.(.+)"),
     "text_encoder": re.compile(
         _LEAD + r"(?:(?:cond_stage_model|clip_l)\.(?:transformer\.)?|text_encoder\.)(.+)"
@@ -63,7 +63,7 @@ class SpellingError(ValueError):
 
 def holds_unet(names: Iterable[str]) -> bool:
     """Whether weights of these names hold the U-Net of some Stable Diffusion."""
-    inside = (match[1] for name in names if (match := _PARTS["unet"].fullmatch(name)))
+    inside = (match[1] for name in names if (match := _WHOLE_NAMES["unet"].fullmatch(name)))
     return any(name.startswith(("input_blocks.", "down_blocks.")) for name in inside)
 
 
@@ -85,7 +85,7 @@ def spelled_our_way(
     """
     there: dict[str, dict[str, str]] = {part: {} for part in STABLE_DIFFUSION}
     for name in sorted(weights, key=len):  # the plainest of several comes first
-        for part, pattern in _PARTS.items():
+        for part, pattern in _WHOLE_NAMES.items():
             if match := pattern.fullmatch(name):
                 inner = match[1].removeprefix(_TEXT_MODEL)
                 there[part].setdefault(inner, name)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_text
-from .config import S2DMConfig
+from .config.checkpoint import S2DMConfig
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"

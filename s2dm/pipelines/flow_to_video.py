@@ -30,7 +30,7 @@ from ..models import (
 from ..sector import ANCHOR_END, SHARED, Anchor, NoiseSharing, sample
 from .attention import attach_adapter, is_attached
 from .denoiser import Denoiser, Label, guidance_scales
-from .modules import build, build_tokenizer, ddim_scheduler, to_checkpoint
+from .modules import build, build_tokenizer, ddim_scheduler, decode, to_checkpoint
 from .pictures import on_canvas, picture_of, to_pil
 from .request import Request
 from .wrapped import FlowAdapterModel
@@ -348,15 +348,9 @@ class FlowToVideoPipeline(DiffusionPipeline):
             size = height // self.vae_factor, width // self.vae_factor
         return self.flow_adapter(flow, size)
 
-    @torch.no_grad()
     def decode_latents(self, latents: Tensor, chunk_size: int = 8) -> Tensor:
         """Decode (N, C, h, w) to frames (N, 3, 8 h, 8 w), float32 in [0, 1] on the CPU."""
-        scaled = latents / self.vae.config.scaling_factor
-        frames = [
-            self.vae.decode(part.to(self.vae.dtype)).sample.float().cpu().add_(1).div_(2)
-            for part in scaled.split(chunk_size)
-        ]
-        return torch.cat(frames).clamp_(0, 1)
+        return decode(self.vae, latents / self.vae.config.scaling_factor, chunk_size)
 
     def _output(self, request: Request, latents: Tensor) -> Tensor | list[Any]:
         """Latents (N, C, h, w) as frames of the size and in the form asked for."""
@@ -382,8 +376,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
             return [unconditional, conditional]
         return [unconditional, (negative, conditional[1]), conditional]
 
-    def _null_tokens(self, frames: int, size: tuple[int, int]) -> Tensor:
-        return self.flow_adapter.adapter.null_tokens(frames, size).detach()
+    def _null_tokens(self, num_frames: int, size: tuple[int, int]) -> Tensor:
+        return self.flow_adapter.adapter.null_tokens(num_frames, size).detach()
 
 
 def _same_length(texts: list[Tensor]) -> list[Tensor]:

@@ -17,19 +17,19 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..models.adapter import FlowAdapter
-from ..models.bert import build_bert
-from ..models.checkpoint import Checkpoint
-from ..models.config import (
+from ..models import (
+    Checkpoint,
+    FlowAdapter,
+    FlowGenerator,
+    RegionMotion,
     S2DMConfig,
     ScheduleConfig,
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
 )
-from ..models.flow_generator import FlowGenerator
+from ..models.bert import build_bert
 from ..models.keys import text_encoder_keys, to_diffusers, to_ldm, unet_keys, vae_keys
-from ..models.region_motion import RegionMotion
 from ..models.tokenizer import write_tokenizer
 
 State = Mapping[str, Tensor]
@@ -213,14 +213,25 @@ def to_checkpoint(config: S2DMConfig, modules: Mapping[str, nn.Module]) -> Check
 
 
 @torch.no_grad()
-def reconstruct(vae: nn.Module, pictures: Tensor, chunk: int = 8) -> Tensor:
+def decode(vae: nn.Module, latents: Tensor, chunk_size: int = 8) -> Tensor:
+    """Latents (N,C,h,w), where the autoencoder computes, as frames (N,3,H,W), float32 in [0,1] on
+    the CPU."""
+    frames = [
+        vae.decode(part.to(vae.dtype)).sample.float().cpu().add_(1).div_(2)
+        for part in latents.split(chunk_size)
+    ]
+    return torch.cat(frames).clamp_(0, 1)
+
+
+@torch.no_grad()
+def reconstruct(vae: nn.Module, pictures: Tensor, chunk_size: int = 8) -> Tensor:
     """(N,3,H,W) in [0,1] through the autoencoder, without posterior noise; float32 on the CPU."""
     height, width = pictures.shape[2:]
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     # What is no whole latent cell would be dropped: the border is repeated up to the next one.
     pictures = F.pad(pictures, (0, -width % factor, 0, -height % factor), mode="replicate")
-    outputs = []
-    for part in pictures.split(chunk):
-        latents = vae.encode(part.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
-        outputs.append((vae.decode(latents).sample.float().cpu() + 1) / 2)
-    return torch.cat(outputs).clamp(0, 1)[..., :height, :width]
+    latents = [
+        vae.encode(part.to(vae.device, vae.dtype) * 2 - 1).latent_dist.mode()
+        for part in pictures.split(chunk_size)
+    ]
+    return decode(vae, torch.cat(latents), chunk_size)[..., :height, :width]

@@ -103,19 +103,19 @@ class _Work:
         latents = torch.zeros(1, channels, cells, cells, device="meta")
         with torch.device("meta"):
             unet, vae = build_unet(config.unet), build_vae(config.vae)
-            network = config.flow_generator or dataclasses.replace(
+            sizes = config.flow_generator or dataclasses.replace(
                 new_size(experiment.stage1.preset, config),
                 reference_channels=channels,
                 text_dim=config.text_encoder.hidden_size,
             )
-            generator = build_flow_generator(network)
+            network = build_flow_generator(sizes)
             text = torch.zeros(1, 77, config.unet.context_dim)
             picture = torch.zeros(1, 3, self.size, self.size)
             self.encode = operations(lambda: vae.encode(picture))
             self.decode = operations(lambda: vae.decode(latents))
             self.denoise = operations(lambda: unet(latents, torch.zeros(1), text))
-            self.generate = flow_operations(generator, self.frames)
-        counts = [sum(p.numel() for p in part.parameters()) for part in (unet, vae, generator)]
+            self.generate = flow_operations(network, self.frames)
+        counts = [sum(p.numel() for p in part.parameters()) for part in (unet, vae, network)]
         self.unet, self.autoencoder, self.flow = counts
         self.parameters = self.unet + self.autoencoder
 
@@ -159,16 +159,16 @@ class _Work:
         return Cost(hours, 4e-9 * (self.parameters + self.flow), 1e-9 * disk)
 
 
-def flow_operations(generator: FlowGenerator, frames: int) -> float:
+def flow_operations(network: FlowGenerator, num_frames: int) -> float:
     """Floating-point operations of one call for a clip, of a network without data."""
-    network = generator.config
+    config = network.config
     with torch.device("meta"):
-        sample = torch.zeros(1, frames, 3, *network.size)
+        sample = torch.zeros(1, num_frames, 3, *config.size)
         time = torch.zeros(1, dtype=torch.long)
-        reference = torch.zeros(1, network.reference_channels, *network.size)
-        text = torch.zeros(1, network.text_dim)
-        motion = torch.zeros(1) if network.motion_strength else None
-        return operations(lambda: generator(sample, time, reference, text, motion))
+        reference = torch.zeros(1, config.reference_channels, *config.size)
+        text = torch.zeros(1, config.text_dim)
+        motion = torch.zeros(1) if config.motion_strength else None
+        return operations(lambda: network(sample, time, reference, text, motion))
 
 
 def operations(run: Callable[[], Any]) -> float:

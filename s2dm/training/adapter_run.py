@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,14 +23,14 @@ from ..data.prepared import Encoders, PreparedClips, dataset_sources, prepare_cl
 from ..models import FlowAdapter, FlowAdapterConfig, S2DMConfig
 from ..models.checkpoint import Checkpoint
 from ..pipelines.attention import attach_adapter
-from ..pipelines.modules import build, build_tokenizer, tokenize
+from ..pipelines.modules import build, build_tokenizer, decode, tokenize
 from ..settings import SettingsError, to_dict
 from ..video import write_contact_sheet
 from .curves import write_loss_picture
 from .flow_adapter import AdapterSettings, AdapterTrainer, Denoiser, new_adapter
+from .loop import at_stop_signals
 from .lora import attach_lora
 from .models import frozen_vae, load_model
-from .schedule import alpha_bars
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +175,7 @@ def denoiser_of(
             return unet(x_t, t, text, cross_attention_kwargs=told).sample
 
     kind = schedule.prediction_type
-    return Denoiser(predict, alpha_bars(schedule), kind, device, lambda x: x * scale, lora)
+    return Denoiser(predict, schedule.alphas_cumprod(), kind, device, lambda x: x * scale, lora)
 
 
 def _clips(
@@ -236,34 +235,20 @@ def _bar(
             due = config.sample_every and trainer.step % config.sample_every == 0
             if due and trainer.process == 0:
                 path = folder.samples / f"step_{trainer.step:07d}.png"
-                write_contact_sheet(path, [_decode(vae, trainer.sample())])
+                latents = trainer.sample() / vae.config.scaling_factor
+                write_contact_sheet(path, [decode(vae, latents)])
 
         yield on_step
-
-
-@torch.no_grad()
-def _decode(vae: nn.Module, latents: Tensor) -> Tensor:
-    pictures = vae.decode(latents / vae.config.scaling_factor).sample
-    return ((pictures.float().cpu() + 1) / 2).clamp(0, 1)
 
 
 @contextlib.contextmanager
 def _stopping() -> Iterator[Callable[[], None]]:
     """Let SIGINT and SIGTERM end the run at the next chunk, where the weights are whole."""
-    asked = []
+    asked: list[int] = []
 
     def between() -> None:
         if asked:
             raise KeyboardInterrupt
 
-    previous = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, lambda *_: asked.append(1))
-    except ValueError:  # not the main thread: the caller handles signals
-        logger.debug("not in the main thread: signals are left alone")
-    try:
+    with at_stop_signals(asked.append):
         yield between
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -31,26 +31,20 @@ from ..sector.diffusion import PREDICTION_TYPES
 from ..settings import SettingsError
 from .loop import step_generator
 from .lora import LoRA, save_lora
+from .schedule import LabelsAndNoise, draw_timesteps
 from .trainer import Trainer, TrainerSettings, TrainingError
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings(TrainerSettings):
+class AdapterSettings(LabelsAndNoise, TrainerSettings):
     """How an adapter is trained.
 
     A step takes `clips` clips, and `frames` frames of each (0: all of them); the U-Net sees
-    `chunk` of these at a time. Labels are replaced by null labels with fixed probabilities, from
-    which guidance starts: `label_dropout` for text and flow together, `text_dropout` and
-    `flow_dropout` for one of them. With a `lora_rank` above 0 a LoRA of that rank on the U-Net's
+    `chunk` of these at a time. With a `lora_rank` above 0 a LoRA of that rank on the U-Net's
     attention learns beside the adapter.
     """
 
     frames: int = 4
-    label_dropout: float = 0.1
-    text_dropout: float = 0.05
-    flow_dropout: float = 0.05
-    noise_sharing: str = "shared"
-    noise_share: float = 0.5
     lora_rank: int = 0
 
     def __post_init__(self) -> None:
@@ -59,14 +53,6 @@ class AdapterSettings(TrainerSettings):
             raise SettingsError(f"frames must be 0 (all) or more, got {self.frames}.")
         if self.lora_rank < 0:
             raise SettingsError(f"lora_rank must be 0 (none) or more, got {self.lora_rank}.")
-        try:
-            self.sharing  # noqa: B018 (it checks mode and share)
-        except ValueError as error:
-            raise SettingsError(f"noise_sharing, noise_share: {error}") from error
-
-    @property
-    def sharing(self) -> NoiseSharing:
-        return NoiseSharing(self.noise_sharing, self.noise_share)
 
 
 @dataclass(frozen=True)
@@ -159,19 +145,12 @@ class AdapterTrainer(Trainer):
 
     def batch(self, step: int) -> Batch:
         """What a step is made of; seed and step alone decide."""
-        settings, schedule = self.settings, len(self.denoiser.alpha_bars)
+        settings = self.settings
         generator = step_generator(settings.seed, step, self.process)
         count = settings.clips
         chosen = torch.randint(len(self.clips), (count,), generator=generator).tolist()
-        draw = torch.rand(count, generator=generator)
-        both = settings.label_dropout
-        text_null = draw < both + settings.text_dropout
-        flow_null = draw < both
-        flow_null |= ~text_null & (draw < both + settings.text_dropout + settings.flow_dropout)
-        # One t in each part of the schedule: less variance than one by one.
-        strata = torch.randperm(count, generator=generator)
-        where = (strata + torch.rand(count, generator=generator)) / count
-        timesteps = (where * schedule).long().clamp(max=schedule - 1)
+        text_null, flow_null = settings.draw_nulls(count, generator)
+        timesteps = draw_timesteps(count, len(self.denoiser.alpha_bars), generator)
         latents, conditions, noise, texts = [], [], [], []
         size = self._condition_size()
         for number, clip in enumerate(chosen):
@@ -202,23 +181,12 @@ class AdapterTrainer(Trainer):
         _, height, width = self.clips.latent_shape
         return self.adapter.condition_size(height, width)
 
-    def accumulate(self, batch: Batch) -> float:
-        """The loss of a batch, and its gradient in the adapter, summed over chunks of frames.
+    def size(self, batch: Batch) -> int:
+        """Frames, of all clips together."""
+        return len(batch.latents)
 
-        The mean over clips, frames and elements of Eq. 11.
-        """
-        total = len(batch.latents)
-        loss = torch.zeros((), device=batch.latents.device, dtype=torch.float64)
-        for start in range(0, total, self.settings.chunk):
-            self.between()
-            rows = slice(start, min(start + self.settings.chunk, total))
-            part = self._loss(batch, rows) * ((rows.stop - rows.start) / total)
-            part.backward()
-            loss += part.detach()
-        return float(loss)
-
-    def _loss(self, batch: Batch, rows: slice) -> Tensor:
-        """The mean over these rows."""
+    def loss(self, batch: Batch, rows: slice) -> Tensor:
+        """Eq. 11, the mean over these frames and their elements."""
         latents, noise = batch.latents[rows], batch.noise[rows]
         timesteps = batch.timesteps[rows]
         alpha_bar = self.denoiser.alpha_bars.to(latents.device)[timesteps]
@@ -271,16 +239,21 @@ class AdapterTrainer(Trainer):
 
     @torch.no_grad()
     def sample(
-        self, clip: int = 0, frames: int = 4, steps: int = 10, guidance: float = 3.0, seed: int = 1
+        self,
+        clip: int = 0,
+        num_frames: int = 4,
+        steps: int = 10,
+        guidance_scale: float = 3.0,
+        seed: int = 1,
     ) -> Tensor:
         """Latents of frames spread over a clip, generated from its caption and flow by DDIM.
 
         Text and flow are guided together, from their null labels. Averaged weights, shared noise.
 
         Returns:
-            (frames, C, h, w) latents as the network sees them.
+            (num_frames, C, h, w) latents as the network sees them.
         """
-        count = min(frames, self.clips.num_frames)
+        count = min(num_frames, self.clips.num_frames)
         last = self.clips.num_frames - 1
         chosen = [round(i * last / max(1, count - 1)) for i in range(count)]
         device = self.denoiser.device
@@ -305,7 +278,7 @@ class AdapterTrainer(Trainer):
                         out = self.denoiser.predict(x[rows], t, told[rows], beside)
                         parts.append(out.float())
                     guided.append(torch.cat(parts))
-                prediction = torch.lerp(guided[1], guided[0], guidance)
+                prediction = torch.lerp(guided[1], guided[0], guidance_scale)
                 alpha_bar = alpha_bars[now].expand(count)
                 x0 = predicted_x0(prediction, x, alpha_bar, kind)
                 signal, spread = alpha_bars[now].sqrt(), (1 - alpha_bars[now]).sqrt()

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from ..sector import add_noise, implied_noise, predicted_x0, training_target
 from ..settings import SettingsError
 from ..video.frames import spread
 from .loop import step_generator
-from .schedule import alpha_bars, draw_frames, draw_timesteps
+from .schedule import draw_frames, draw_timesteps
 from .trainer import Trainer, TrainerSettings
 
 _MOVING = 0.01  # half-frames: what moves further sets the scale of the displacement
@@ -46,35 +46,27 @@ _SHOWN = 6  # frames of a clip in a preview
 Batch = dict[str, Tensor | None]
 
 
-class Dropouts(Protocol):
-    """Clips of a step, and how often each of its conditions is a null label."""
-
-    @property
-    def clips(self) -> int: ...
-    @property
-    def reference_dropout(self) -> float: ...
-    @property
-    def text_dropout(self) -> float: ...
-    @property
-    def motion_dropout(self) -> float: ...
-
-
 @dataclass(frozen=True, kw_only=True)
-class FlowGeneratorSettings(TrainerSettings):
-    """How a flow generator is trained.
+class Dropouts:
+    """Whole clips of a step, and the probabilities of the null labels, each drawn for itself.
 
-    A step takes `clips` whole clips, of which the network sees `chunk` at a time.
-    `reference_dropout`, `text_dropout` and `motion_dropout` are the probabilities of the null
-    labels, each drawn for itself.
+    Where the motion is not given the network moves as the data do, which is the default in use:
+    hence half of the time.
     """
 
-    learning_rate: float = 2e-4
-    warmup_steps: int = 100
     clips: int = 8
-    chunk: int = 8
     reference_dropout: float = 0.1
     text_dropout: float = 0.1
     motion_dropout: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowGeneratorSettings(Dropouts, TrainerSettings):
+    """How a flow generator is trained; the network sees `chunk` clips of a step at a time."""
+
+    learning_rate: float = 2e-4
+    warmup_steps: int = 100
+    chunk: int = 8
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ class FlowClips:
         """
         count = settings.clips
         chosen = torch.randint(len(self.conditions), (count,), generator=generator)
-        timesteps = draw_timesteps(count, config.schedule, generator)
+        timesteps = draw_timesteps(count, config.schedule.steps, generator)
         frames = [draw_frames(self.num_frames, self.choices, generator) for _ in range(count)]
         conditions = self.conditions[chosen[:, None], torch.tensor(frames)].float()
         flow = encode_flow(conditions, config)
@@ -258,7 +250,7 @@ class FlowGeneratorTrainer(Trainer):
         self.network = network
         self.data = data
         self.dtype = dtype
-        self._alpha_bars = alpha_bars(network.config.schedule).to(device)
+        self._alpha_bars = network.config.schedule.alphas_cumprod().to(device)
         networks = {"flow_generator": network}
         super().__init__(settings, networks, clips, device, folder, resume, **shared)
 
@@ -275,20 +267,15 @@ class FlowGeneratorTrainer(Trainer):
             name: part if part is None else part.to(self.device) for name, part in batch.items()
         }
 
-    def accumulate(self, batch: Batch) -> float:
-        """The loss of a batch, and its gradient in the network, summed over chunks of clips."""
-        total = self.settings.clips
-        loss = torch.zeros((), device=self.device, dtype=torch.float64)
-        for start in range(0, total, self.settings.chunk):
-            self.between()
-            rows = slice(start, min(start + self.settings.chunk, total))
-            here = {name: None if part is None else part[rows] for name, part in batch.items()}
-            with self._half():
-                part = flow_loss(self.network, here, self._alpha_bars)
-            part = part * ((rows.stop - rows.start) / total)
-            part.backward()
-            loss += part.detach()
-        return float(loss)
+    def size(self, batch: Batch) -> int:
+        """Clips."""
+        return len(batch["flow"])
+
+    def loss(self, batch: Batch, rows: slice) -> Tensor:
+        """The mean over these clips."""
+        here = {name: None if part is None else part[rows] for name, part in batch.items()}
+        with self._half():
+            return flow_loss(self.network, here, self._alpha_bars)
 
     def _half(self) -> torch.autocast:
         return torch.autocast(

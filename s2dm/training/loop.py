@@ -179,7 +179,7 @@ class TrainingLoop:
         )
         stopped = False
         self.model.train()
-        with bar, self._signals(), plain_attention(self.accelerator.device):
+        with bar, at_stop_signals(self._stop), plain_attention(self.accelerator.device):
             while self.progress.fraction(self.config) < 1 and not stopped:
                 began = time.monotonic()
                 losses = self._step()
@@ -350,22 +350,23 @@ class TrainingLoop:
         with self.ema.applied(), torch.no_grad(), eager:
             yield
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the run after the step under way."""
+    def _stop(self, number: int) -> None:
+        """End the run after the step under way."""
+        logger.warning("signal %d: saving the state and leaving", number)
+        self.interrupted = True
 
-        def stop(number: int, frame: Any) -> None:
-            logger.warning("signal %d: saving the state and leaving", number)
-            self.interrupted = True
 
-        previous = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, stop)
-        except ValueError:  # not the main thread: the caller handles signals
-            logger.debug("not in the main thread: signals are left alone")
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+@contextlib.contextmanager
+def at_stop_signals(stop: Callable[[int], Any]) -> Iterator[None]:
+    """Within this context SIGINT and SIGTERM call `stop` with their number, and no more."""
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, lambda number, frame: stop(number))
+    except ValueError:  # not the main thread: the caller handles signals
+        logger.debug("not in the main thread: signals are left alone")
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

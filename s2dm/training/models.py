@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..models import presets
+from ..models import S2DMConfig, VAEConfig, presets
 from ..models.checkpoint import Checkpoint, load_checkpoint, parts_of, save_checkpoint
-from ..models.config import S2DMConfig, VAEConfig
 from ..models.keys import to_ldm, vae_keys
 from ..pipelines.modules import build_vae, to_checkpoint
 from ..settings import SettingsError

@@ -20,10 +20,9 @@ from ..data import held_out_clips
 from ..data.prepared import PreparedClips
 from ..flow import flow_to_image
 from ..flow.geometry import resample
-from ..models import SD15, FlowGenerator, decode_flow
-from ..models.config import FlowGeneratorConfig, S2DMConfig
+from ..models import SD15, FlowGenerator, FlowGeneratorConfig, S2DMConfig, decode_flow
 from ..pipelines.flow_generation import embed_prompts, flow_scheduler, generate_flow
-from ..pipelines.modules import build, build_flow_generator, build_tokenizer
+from ..pipelines.modules import build, build_flow_generator, build_tokenizer, decode
 from ..settings import SettingsError
 from ..video import write_contact_sheet
 from ..video.frames import spread
@@ -31,6 +30,7 @@ from .cache import ClipCache, clip_latents, training_clips
 from .config import TrainingConfig
 from .flow_generator import (
     Batch,
+    Dropouts,
     FlowClips,
     fitted,
     flow_loss,
@@ -41,33 +41,24 @@ from .flow_generator import (
 from .loop import Progress, run_training, sheet_seed
 from .models import frozen_vae, load_model, save_model
 from .run_folder import measured_once
-from .schedule import alpha_bars
 
 _TEXTS = 64  # captions encoded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage1TrainingConfig(TrainingConfig):
+class Stage1TrainingConfig(Dropouts, TrainingConfig):
     """Settings of the stage-1 trainer.
 
     `checkpoint` is a file with a VAE and a text encoder, which stay as they are; its flow
     generator is gone on from where it holds one, else it is new, in the size of `preset`: "lfdm"
     or "puppets"; empty for LFDM's where the text encoder is Stable Diffusion's, else the small one.
     It learns from `data`, or from the prepared clips in `clips_folder`.
-
-    A batch is `clips` whole clips. `reference_dropout`, `text_dropout` and `motion_dropout` are
-    the probabilities of the null labels, each drawn for itself. Where the motion is not given
-    the network moves as the data do, which is the default in use: hence half of the time.
     """
 
     output: str = "runs/stage1"
     preset: str = ""
     checkpoint: str = ""
     clips_folder: str = ""
-    clips: int = 8
-    reference_dropout: float = 0.1
-    text_dropout: float = 0.1
-    motion_dropout: float = 0.5
     validation_clips: int = 4
     sample_frames: int = 8
     sample_steps: int = 20
@@ -92,7 +83,7 @@ class Stage1Model(nn.Module):
         super().__init__()
         self.flow_generator = flow_generator
         self.text_encoder = text_encoder.requires_grad_(False).eval()
-        table = alpha_bars(flow_generator.config.schedule)
+        table = flow_generator.config.schedule.alphas_cumprod()
         self.register_buffer("alpha_bars", table, persistent=False)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -100,26 +91,17 @@ class Stage1Model(nn.Module):
         return {"loss": flow_loss(self.flow_generator, batch, self.alpha_bars)}
 
 
+@dataclass(eq=False)
 class Stage1Task:
     """What the loop needs to train stage 1."""
 
-    def __init__(
-        self,
-        config: Stage1TrainingConfig,
-        model_config: S2DMConfig,
-        model: Stage1Model,
-        tokenizer: Any,
-        data: FlowClips,
-        validation: list[dict[str, Any]],
-        others: dict[str, dict[str, Tensor]],
-    ) -> None:
-        self.config = config
-        self.model_config = model_config
-        self.model = model
-        self.tokenizer = tokenizer
-        self.data = data
-        self.validation = validation
-        self.others = others
+    config: Stage1TrainingConfig
+    model_config: S2DMConfig
+    model: Stage1Model
+    tokenizer: Any
+    data: FlowClips
+    validation: list[dict[str, Any]]
+    others: dict[str, dict[str, Tensor]]
 
     def compile(self) -> None:
         self.model.flow_generator.compile(dynamic=False)
@@ -191,9 +173,9 @@ def build_stage1_task(config: Stage1TrainingConfig, device: torch.device) -> Sta
         model_config = dataclasses.replace(model_config, flow_generator=network)
 
     torch.manual_seed(config.seed)  # whatever preparing the data has drawn
-    generator = build_flow_generator(network, start.states.get("flow_generator"))
-    generator.to(memory_format=torch.channels_last)
-    model = Stage1Model(generator, encoder)
+    flow_generator = build_flow_generator(network, start.states.get("flow_generator"))
+    flow_generator.to(memory_format=torch.channels_last)
+    model = Stage1Model(flow_generator, encoder)
     others = {name: state for name, state in start.states.items() if name != "flow_generator"}
     return Stage1Task(config, model_config, model, tokenizer, data, validation, others)
 
@@ -256,7 +238,7 @@ def _prepared(
     data = read_flow_clips(clips, size, scale, texts)
     shown = [
         {
-            "frame": _decoded(vae, clips.latents(clip, [0])),
+            "frame": decode(vae, clips.latents(clip, [0]).to(vae.device))[0],
             "reference": data.references[clip],
             "flow": clips.flow(clip),
             "caption": clips.captions[clip],
@@ -264,12 +246,6 @@ def _prepared(
         for clip in range(min(config.validation_clips, len(clips)))
     ]
     return data, data.conditions, shown
-
-
-@torch.no_grad()
-def _decoded(vae: nn.Module, latents: Tensor) -> Tensor:
-    picture = vae.decode(latents.to(vae.device)).sample[0]
-    return ((picture.float().cpu() + 1) / 2).clamp(0, 1)
 
 
 def _check(config: Stage1TrainingConfig, model_config: S2DMConfig) -> None:

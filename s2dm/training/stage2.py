@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..data import held_out_clips
 from ..flow import FlowField, flow_to_image
+from ..models import LATENT_CELL, FlowAdapterConfig, S2DMConfig
 from ..models.checkpoint import Checkpoint
-from ..models.config import LATENT_CELL, FlowAdapterConfig, S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..pipelines import FlowAdapterModel, FlowToVideoPipeline
 from ..pipelines.attention import attach_adapter
@@ -31,7 +31,7 @@ from ..pipelines.modules import (
     ddim_scheduler,
     tokenize,
 )
-from ..sector import NoiseSharing, ReferenceStates, sector_loss
+from ..sector import ReferenceStates, sector_loss
 from ..settings import SettingsError
 from ..video import write_contact_sheet
 from ..video.frames import spread
@@ -45,13 +45,13 @@ from .models import (
     save_model,
 )
 from .run_folder import measured_once
-from .schedule import alpha_bars, draw_timesteps
+from .schedule import LabelsAndNoise, draw_timesteps
 
-PARTS = ("unet", "flow_adapter", "text_encoder")
+_LEARNING = ("unet", "flow_adapter", "text_encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage2TrainingConfig(TrainingConfig):
+class Stage2TrainingConfig(LabelsAndNoise, TrainingConfig):
     """Settings of the stage-2 trainer.
 
     Start: `checkpoint` (a file with a U-Net and a text encoder; parts it lacks are new) or else
@@ -70,10 +70,8 @@ class Stage2TrainingConfig(TrainingConfig):
     without flow, before the noise lets it be seen. In the first `place_start` of the noise schedule
     these frames don't count, so that a caption alone still means the usual place.
 
-    The labels of a clip are replaced by null labels with fixed probabilities: `label_dropout` for
-    text and flow together, which guidance starts from, `text_dropout` and `flow_dropout` for one of
-    them alone. `adapter_gain` is the initial size of the adapter's projections: 0 keeps a
-    pretrained U-Net as it is at the start, 1 lets a new one learn sooner.
+    `adapter_gain` is the initial size of the adapter's projections: 0 keeps a pretrained U-Net as
+    it is at the start, 1 lets a new one learn sooner.
 
     `sampling` is what the checkpoint is to recommend, entries of `SamplingConfig` in place of
     the start's; `sample_steps` and `guidance_scale` are those of the sample sheets.
@@ -85,7 +83,7 @@ class Stage2TrainingConfig(TrainingConfig):
     vae: str = ""
     text_encoder: str = ""
     fusion: str = "channel"
-    train: tuple[str, ...] = PARTS
+    train: tuple[str, ...] = _LEARNING
     adapter_gain: float = 0.0
     clips: int = 16
     clip_frames: int = 4
@@ -93,11 +91,6 @@ class Stage2TrainingConfig(TrainingConfig):
     reference_attention: bool = False
     reference_dropout: float = 0.1
     place_start: float = 0.15
-    label_dropout: float = 0.1
-    text_dropout: float = 0.05
-    flow_dropout: float = 0.05
-    noise_sharing: str = "shared"
-    noise_share: float = 0.5
     gradient_checkpointing: bool = False
     validation_clips: int = 4
     sample_frames: int = 8
@@ -109,19 +102,11 @@ class Stage2TrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        try:
-            self.sharing  # noqa: B018 (it checks mode and share)
-        except ValueError as error:
-            raise SettingsError(f"noise_sharing, noise_share: {error}") from error
-        unknown = sorted(set(self.train) - set(PARTS))
+        unknown = sorted(set(self.train) - set(_LEARNING))
         if unknown or not self.train:
             raise SettingsError(
-                f"train must name some of {', '.join(PARTS)}, got {list(self.train)}."
+                f"train must name some of {', '.join(_LEARNING)}, got {list(self.train)}."
             )
-
-    @property
-    def sharing(self) -> NoiseSharing:
-        return NoiseSharing(self.noise_sharing, self.noise_share)
 
 
 class Stage2Model(nn.Module):
@@ -135,7 +120,7 @@ class Stage2Model(nn.Module):
         self.flow_adapter = flow_adapter
         self.text_encoder = text_encoder
         self.prediction_type = config.schedule.prediction_type
-        self.register_buffer("alpha_bars", alpha_bars(config.schedule), persistent=False)
+        self.register_buffer("alpha_bars", config.schedule.alphas_cumprod(), persistent=False)
         attach_adapter(unet, flow_adapter)
 
     def flow_tokens(
@@ -223,13 +208,8 @@ class Stage2Task:
     def batch(self, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
         config = self.config
         chosen = torch.randint(len(self.clips), (config.clips,), generator=generator)
-        # Drawn independently, both would be null in one clip of a hundred, too few to learn it.
-        draw = torch.rand(config.clips, generator=generator)
-        both_null = draw < config.label_dropout
-        one_null = config.label_dropout + config.text_dropout
-        text_null = draw < one_null
-        flow_null = both_null | ((draw >= one_null) & (draw < one_null + config.flow_dropout))
-        timesteps = draw_timesteps(config.clips, self.model_config.schedule, generator)
+        text_null, flow_null = config.draw_nulls(config.clips, generator)
+        timesteps = draw_timesteps(config.clips, self.model_config.schedule.steps, generator)
         # All before any noise: runs that differ in their noise sharing see the same frames.
         frames_of = [self._frames(generator) for _ in chosen]
         latents, conditions, noise = [], [], []
@@ -347,7 +327,7 @@ def build_stage2_task(
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     model = Stage2Model(unet, adapter, text_encoder, model_config)
-    for part in PARTS:
+    for part in _LEARNING:
         getattr(model, part).requires_grad_(part in config.train)
     model.unet.to(memory_format=torch.channels_last)
 

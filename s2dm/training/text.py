@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.config import S2DMConfig
+from ..models import S2DMConfig
 from ..models.tokenizer import train_tokenizer, with_tokenizer
 from ..pipelines.modules import build_text_encoder, build_tokenizer, tokenize
 from ..settings import SettingsError

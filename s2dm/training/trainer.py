@@ -114,7 +114,23 @@ class Trainer:
         self._begin(resume)
 
     def accumulate(self, batch: Any) -> float:
-        """The loss of a batch, and its gradient in the networks, summed over chunks."""
+        """The loss of a batch, and its gradient in the networks, summed over chunks of its rows."""
+        total = self.size(batch)
+        loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        for start in range(0, total, self._run.chunk):
+            self.between()
+            rows = slice(start, min(start + self._run.chunk, total))
+            part = self.loss(batch, rows) * ((rows.stop - rows.start) / total)
+            part.backward()
+            loss += part.detach()
+        return float(loss)
+
+    def size(self, batch: Any) -> int:
+        """How many rows a batch has."""
+        raise NotImplementedError
+
+    def loss(self, batch: Any, rows: slice) -> Tensor:
+        """The mean loss of some rows of a batch, a scalar with its gradient."""
         raise NotImplementedError
 
     def batch(self, step: int) -> Any:

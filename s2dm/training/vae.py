@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import DataConfig, held_out_clips
-from ..models.config import VAEConfig
+from ..models import VAEConfig
 from ..pipelines.modules import build_vae, reconstruct
 from ..settings import SettingsError
 from ..video import write_contact_sheet

@@ -9,7 +9,7 @@ import lfdm_region_recipe
 import torch
 from random_checkpoint import TINY, random_weight
 
-from s2dm.models.config import BertConfig, FlowGeneratorConfig, RegionMotionConfig
+from s2dm.models import BertConfig, FlowGeneratorConfig, RegionMotionConfig
 from s2dm.models.keys import bert_keys
 from s2dm.models.lfdm_region import NETWORKS, lfdm_region_names
 from s2dm.models.region_motion import RegionMotion

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from lfdm_recipe import draw
 
-from s2dm.models.config import RegionMotionConfig
+from s2dm.models import RegionMotionConfig
 
 CASES = {
     "published": RegionMotionConfig(),

@@ -8,7 +8,7 @@ what its `bert_embed` says of two sequences of tokens, with transformers' BertMo
 import torch
 from lfdm_recipe import CASES, draw
 
-from s2dm.models.config import FlowGeneratorConfig, ScheduleConfig
+from s2dm.models import FlowGeneratorConfig, ScheduleConfig
 
 NETWORK = CASES["zero_null"]
 FRAMES, SIZE = 5, 8

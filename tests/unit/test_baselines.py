@@ -228,6 +228,7 @@ def test_the_loss_falls_on_a_fixed_batch(tmp_path, checkpoint, text):
     assert unused == []
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_ends_where_one_that_was_not_does(tmp_path, checkpoint):
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     cache = str(tmp_path / "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 from s2dm import cli
 from s2dm.cli import generate
 from s2dm.flow import FlowField, load_flow, save_flow
-from s2dm.models import SamplingConfig, read_config
+from s2dm.models import FLOW_SAMPLERS, SamplingConfig, read_config
+from s2dm.sector import NOISE_SHARING
 from s2dm.video import read_clip, write_clip
 
 pytest.importorskip("av")
@@ -299,3 +301,12 @@ def test_render_refuses_what_does_not_exist(tmp_path, capsys):
     ):
         assert run("render", "-o", tmp_path / "p", *arguments) == 1
     assert "moonwalk" in capsys.readouterr().err
+
+
+def test_what_can_be_chosen_is_what_the_library_knows():
+    """The parsers don't import it, because it is heavy."""
+    commands = argparse.ArgumentParser().add_subparsers()
+    generate.add_to(commands)
+    choices = {action.dest: action.choices for action in commands.choices["generate"]._actions}
+    assert choices["sharing"] == NOISE_SHARING
+    assert choices["flow_sampler"] == FLOW_SAMPLERS

@@ -16,7 +16,7 @@ from s2dm.models import (
 )
 from s2dm.models.keys import (
     attention_names,
-    flow_adapter_keys,
+    own_keys,
     text_encoder_keys,
     to_diffusers,
     to_ldm,
@@ -152,4 +152,4 @@ def test_a_missing_weight_is_named():
 
 def test_adapter_keys_are_the_adapters():
     config = FlowAdapterConfig(width=64, hidden=32, layers=(("input_1_0", 32),))
-    assert shapes_of(FlowAdapter(config)) == ldm_shapes(flow_adapter_keys(config))
+    assert shapes_of(FlowAdapter(config)) == ldm_shapes(own_keys(FlowAdapter, config))

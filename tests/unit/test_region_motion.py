@@ -9,7 +9,7 @@ import pytest
 import torch
 from lfdm_files import region_motion_content
 
-from s2dm.models.config import RegionMotionConfig
+from s2dm.models import RegionMotionConfig
 from s2dm.models.lfdm_region import (
     NETWORKS,
     from_lfdm_region,

@@ -133,6 +133,7 @@ def results(output: Path) -> dict:
 def test_the_whole_chain_runs_and_stopped_in_each_step_gives_the_same(
     data, start, tiny, tmp_path, monkeypatch
 ):
+    """Stopped with one of the data sets: a step doesn't know which it is in."""
     whole = experiment(data, start, tmp_path / "whole", tiny)
     assert [step.name for step in whole.chain.steps] == STEPS
     whole.chain.run()
@@ -148,6 +149,8 @@ def test_the_whole_chain_runs_and_stopped_in_each_step_gives_the_same(
     other = read_config(whole.output / "stage2_independent" / "export.safetensors")
     assert other.noise_sharing == "independent"
 
+    if data[0] != "mhad":
+        return
     # Each run of the chain gets one step further, and into the middle of the next one.
     stopped = tmp_path / "stopped"
     (stopped / "cache").mkdir(parents=True)

@@ -134,10 +134,10 @@ def test_who_knows_the_clip_has_no_loss_and_samples_it(
         return predict
 
     run.denoiser = dataclasses.replace(run.denoiser, predict=knowing(batch.latents))
-    assert float(run._loss(batch, slice(0, len(batch.latents)))) < 1e-5
+    assert float(run.loss(batch, slice(0, len(batch.latents)))) < 1e-5
     latents = batch.latents[:1].expand(2, -1, -1, -1)
     run.denoiser = dataclasses.replace(run.denoiser, predict=knowing(latents))
-    made = run.sample(frames=2, steps=3)
+    made = run.sample(num_frames=2, steps=3)
     torch.testing.assert_close(made, latents, rtol=1e-3, atol=1e-3)
 
 
@@ -281,7 +281,7 @@ def test_what_diverged_is_not_saved(tmp_path: Path, clips: PreparedClips) -> Non
 def test_a_preview_is_finite_and_the_weights_stay(tmp_path: Path, clips: PreparedClips) -> None:
     run = uninterrupted(tmp_path / "run", clips)
     before = {name: weight.clone() for name, weight in run.adapter.state_dict().items()}
-    latents = run.sample(frames=3, steps=4)
+    latents = run.sample(num_frames=3, steps=4)
     assert latents.shape == (3, *clips.latent_shape)
     assert latents.isfinite().all()
     after = run.adapter.state_dict()

@@ -294,7 +294,7 @@ def test_a_network_for_other_features_is_refused(rig, tmp_path):
 
 def test_every_weight_arrives(tiny):
     state = load_checkpoint(tiny.checkpoint)["flow_generator"].state
-    arrived = tiny.loaded.stage1.network.model.diffusion_model.generator.state_dict()
+    arrived = tiny.loaded.stage1.network.model.diffusion_model.network.state_dict()
     assert set(arrived) == set(state)
     for name, weight in state.items():
         assert torch.equal(arrived[name], weight), name

@@ -43,7 +43,7 @@ def test_the_loader_gives_core_objects(rig, folder):
     model, clip, vae, generator = rig.run("S2DMCheckpointLoader", checkpoint="mine.safetensors")
     assert isinstance(model, comfy.model_patcher.ModelPatcher)
     assert isinstance(clip, comfy.sd.CLIP) and isinstance(vae, comfy.sd.VAE)
-    assert "mine.safetensors holds stage 2 alone" in repr(generator)
+    assert "mine.safetensors holds stage 2 alone" in generator.why
     encoded = rig.encode(rig.flow(3))
     assert torch.equal(rig.sample(encoded, model), rig.sample(encoded))
 

@@ -219,8 +219,7 @@ def in_a_new_process(comfy, before="", after=""):
 @pytest.mark.slow
 def test_importing_adds_at_most_half_a_second(comfy):
     # Time of the processor, and the best of three: other work on the machine is not the pack's.
-    seconds = min(float(in_a_new_process(comfy)) for _ in range(3))
-    assert seconds <= 0.5
+    assert any(float(in_a_new_process(comfy)) <= 0.5 for _ in range(3))
 
 
 @pytest.mark.slow
