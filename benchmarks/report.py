@@ -286,7 +286,8 @@ def _joining(result: dict[str, Any]) -> str:
         "An image model that stays as it is, and for each fusion an adapter that was trained on it "
         "alone, from one seed on the same clips, frames and noise. What the fusions are, the "
         "[method](method.md#joining-flow-and-prompt) says. Both together have the smallest error "
-        "without anchors, `channel` alone hardly a larger one; anchored, all are alike. The U-Net "
+        "without anchors, `channel` alone hardly a larger one; anchored, all but `spatial` alone "
+        "are alike. FVD tells none from another. The U-Net "
         "of the image model was once trained with an adapter of channel fusion, which was taken "
         "off: if that still helps one of the fusions, then channel.",
         joining.markdown(result),
