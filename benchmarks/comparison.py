@@ -162,7 +162,7 @@ def add_options(parser: argparse.ArgumentParser, seeds: Sequence[int]) -> None:
     parser.add_argument("--takes", type=int, default=8, help="of each held-out combination")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="of the noise")
     add_sampling(parser)
-    parser.set_defaults(steps=10, guidance=1.0)
+    parser.set_defaults(steps=10, guidance=1.0, frames=0)
     parser.add_argument("--samples", type=int, default=200, help="of the bootstrap of ratios")
     parser.add_argument("--i3d", type=Path, required=True, help="weights of I3D")
     parser.add_argument("--half", action="store_true", help="compute in half precision")
@@ -236,7 +236,7 @@ def _data(checkpoint: Path, options: argparse.Namespace) -> DataConfig:
     trained = read_config(checkpoint)
     return DataConfig(
         size=trained.resolution[0],
-        frames=trained.frames,
+        frames=options.frames or trained.frames,
         takes=options.takes,
         options={"first_take": TAKE},
     )

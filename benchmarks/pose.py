@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     parser.add_argument("--trained", type=Path, metavar="FILE", help="of puppets_pose.toml")
     add_options(parser, seeds=(0,))
+    parser.set_defaults(clips=24, frames=16)
     parser.add_argument("--output", type=Path, default=RESULTS / "pose.json")
     options = parser.parse_args()
 
