@@ -311,7 +311,14 @@ def test_the_truth_is_made_once_for_all_checkpoints(config, made, tmp_path):
 def test_two_processes_share_the_clips(config):
     alone = evaluate(dataclasses.replace(config, clips=3))
     output = config.output.with_name("shared")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command += ["-m", "s2dm.cli", "evaluate", "--checkpoint", str(config.checkpoint)]
     command += ["-o", str(output), "--modes", "given-flow", "true", "--clips", "3", "--steps", "1"]
     command += ["--data", "size=32", "frames=3", "--cpu"]

@@ -123,7 +123,14 @@ def test_many_processes_make_the_same_videos(config, monkeypatch):
     config = dataclasses.replace(config, i3d=None, variants=(Variant("zero-flow"),))
     alone = evaluate(config)
     output = config.output.with_name("shared")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "3",
+    ]
     command += ["-m", "s2dm.cli", "evaluate", "--checkpoint", str(config.checkpoint)]
     command += ["-o", str(output), "--modes", "zero-flow", "--clips", "6", "--videos", "9"]
     command += ["--data", "size=32", "frames=9", "--cpu", "--steps", "1", "--method", "none"]

@@ -247,7 +247,15 @@ def test_processes_go_by_one_clock(tmp_path, vae_file):
     script, run = tmp_path / "train.py", tmp_path / "run"
     paths = [str(ROOT), str(ROOT / "tests" / "helpers")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(script),
+    ]
     for steps in (3, 5):  # the second time the run goes on
         text = TWO_PROCESSES.format(paths=paths, run=str(run), vae=str(vae_file), steps=steps)
         script.write_text(text, encoding="utf-8")
