@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from full_size import fill_at_random
 
 
 def random_model(config: Any, settings: dict[str, Any]) -> Any:
@@ -17,6 +18,20 @@ def random_model(config: Any, settings: dict[str, Any]) -> Any:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.05, generator=generator)
+    device = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, device, device)
+
+
+def stable_diffusion(unet_config: dict[str, Any]) -> Any:
+    """Stable Diffusion 1.x in its full size; `unet_config` as core's loader finds it."""
+    import comfy.model_base
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.SD15(unet_config)
+    config.set_inference_dtype(torch.float32, None)
+    model = comfy.model_base.BaseModel(config, device="cpu")
+    fill_at_random(model.diffusion_model)
     device = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, device, device)
 

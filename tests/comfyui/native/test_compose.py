@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compare import relative
+from core_models import stable_diffusion
 
 pytestmark = pytest.mark.comfyui
 
@@ -307,24 +308,9 @@ def test_half_precision(rig, encoded, usual, monkeypatch, flag, bound):
 @pytest.mark.slow
 def test_a_full_size_stable_diffusion_takes_the_adapter(rig):
     """Core's own SD 1.5 with random weights and an adapter of the default size."""
-    import comfy.model_base
-    import comfy.model_patcher
-    import comfy.supported_models
-
     models = rig.module("s2dm.models")
-    core = comfy.supported_models.SD15(
-        rig.module("nodes.native.loading")._unet_config(models.SD15.unet)
-    )
-    core.set_inference_dtype(torch.float32, None)
-    model = comfy.model_base.BaseModel(core, device="cpu")
-    # One draw for all weights, tiled: drawing 860 million numbers takes a minute.
-    draw = torch.randn(1_000_003) * 0.01
-    with torch.no_grad():
-        for parameter in model.parameters():
-            repeats = -(-parameter.numel() // len(draw))
-            parameter.copy_(draw.repeat(repeats)[: parameter.numel()].view(parameter.shape))
-    device = torch.device("cpu")
-    patcher = comfy.model_patcher.ModelPatcher(model, device, device)
+    core = rig.module("nodes.native.loading")._unet_config(models.SD15.unet)
+    patcher = stable_diffusion(core)
     config = models.SD15.flow_adapter
     adapter = models.FlowAdapter(config).state_dict()
     apply_adapter = rig.module("nodes.native.adapter").apply_adapter
