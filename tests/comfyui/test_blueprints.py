@@ -42,7 +42,9 @@ def test_a_blueprint_is_one_node_of_its_subgraph(path: Path) -> None:
         assert names[0] == names[1]
 
 
-def test_the_server_lists_the_blueprints(server: ComfyServer) -> None:
+def test_the_server_lists_the_blueprints(server: ComfyServer, comfyui: Path) -> None:
+    if not (comfyui / "app" / "subgraph_manager.py").is_file():
+        pytest.skip("this version knows no blueprints of custom nodes")
     listed = {
         entry["name"]: (key, entry)
         for key, entry in server.get("/global_subgraphs").items()
