@@ -68,7 +68,7 @@ from s2dm.pipelines import FlowToVideoPipeline, animate
 from s2dm.sector import ANCHOR_END
 from s2dm.video import cover, iter_frames, write_contact_sheet
 
-SHIFT, SCALE, PAN = 16, 0.75, 16  # pixels, share of the size, pixels over the whole clip
+SHIFT, SCALE, PAN = 16, 0.7, 0.7  # pixels, share of the size, pixels from frame to frame
 REAL_TITLE = "a head in a car, an animated rabbit"
 REAL = ("carphone_pristine", "bigbuckbunny")
 REAL_PROMPT = "A man, wearing a black jacket and blue jeans is wave"
@@ -110,12 +110,12 @@ def smaller(frames: Tensor, flow: FlowField, factor: float) -> Moving:
     return F.pad(frames, border, mode="replicate"), field
 
 
-def panned(frames: Tensor, flow: FlowField, pixels: int) -> Moving:
-    """The same clip, filmed by a camera that turns so that all moves to the left by `pixels`."""
+def panned(frames: Tensor, flow: FlowField, pixels: float) -> Moving:
+    """The same clip before a camera that turns: from frame to frame all moves left by `pixels`."""
     pictures, displacement, occlusion = [], [], []
     for number in range(len(frames)):
         part = slice(number, number + 1)
-        shift = -round(pixels * number / max(len(frames) - 1, 1))
+        shift = -round(pixels * number)
         pictures.append(shifted(frames[part], shift, "replicate"))
         moves = shifted(flow.displacement[part], shift)
         moves[:, 0] -= shift
@@ -130,7 +130,7 @@ CHANGES: dict[str, Callable[[Tensor, FlowField], Moving]] = {
     "as in training": lambda frames, flow: (frames, flow),
     f"{SHIFT} pixels to the right": lambda frames, flow: moved(frames, flow, SHIFT),
     f"at {SCALE:.0%} of the size": lambda frames, flow: smaller(frames, flow, SCALE),
-    f"a camera that pans by {PAN} pixels": lambda frames, flow: panned(frames, flow, PAN),
+    f"a camera that pans by {PAN} pixels a frame": lambda frames, flow: panned(frames, flow, PAN),
 }
 
 
