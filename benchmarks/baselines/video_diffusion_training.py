@@ -28,6 +28,7 @@ from s2dm.training.cache import clip_latents, training_clips
 from s2dm.training.config import TrainingConfig
 from s2dm.training.loop import Progress, run_training, sheet_seed
 from s2dm.training.models import frozen_vae
+from s2dm.training.precision import precision_on
 from s2dm.training.schedule import draw_timesteps
 from s2dm.training.stage1 import embed_captions
 from s2dm.video import write_contact_sheet
@@ -162,7 +163,7 @@ def build_task(config: VideoDiffusionTrainingConfig, device: torch.device) -> Vi
     checkpoint = load_checkpoint(config.checkpoint, parts)
     model_config = checkpoint.config
     vae = frozen_vae(*checkpoint["vae"], device)
-    half = config.mixed_precision == "bf16"
+    half = precision_on(device, config.mixed_precision) == "bf16"
     latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
     held_out = [
         {"frames": clip.pixels, "caption": clip.caption, "text": None}

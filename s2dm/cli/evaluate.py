@@ -87,7 +87,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "--chunk", type=positive, default=8, help="frames computed at a time (%(default)s)"
     )
     parser.add_argument(
-        "--half", action="store_true", help="compute in float16, on a CPU in bfloat16"
+        "--half",
+        action="store_true",
+        help="compute in float16, on a CPU in bfloat16, which makes most of them slower",
     )
     parser.add_argument("--cpu", action="store_true", help="don't use a GPU")
     parser.set_defaults(run=run)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ..data import DataConfig
 from ..settings import SettingsError
+from .precision import MIXED_PRECISION
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class TrainingConfig:
     minutes to start.
 
     `optimizer` is "adamw" or "adam"; `gradient_clip` = 0 leaves gradients as they are, `ema_decay`
-    = 0 keeps no average: sheets and exports then have the weights of the step. With
+    = 0 keeps no average: sheets and exports then have the weights of the step. `mixed_precision`
+    is "auto", "no", "bf16" or "fp16" (see `precision_on`). With
     `export_only` an existing run writes its averaged weights and does not go on.
     """
 
@@ -38,7 +40,7 @@ class TrainingConfig:
     gradient_clip: float = 1.0
     gradient_accumulation: int = 1
     ema_decay: float = 0.999
-    mixed_precision: str = "bf16"
+    mixed_precision: str = "auto"
     compile: bool = False
     threads: int = 0
     workers: int = 2
@@ -58,9 +60,10 @@ class TrainingConfig:
                 "gradient_clip must be at least 0 and ema_decay from 0 to less than 1, got "
                 f"{self.gradient_clip} and {self.ema_decay}."
             )
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
+        if self.mixed_precision not in MIXED_PRECISION:
             raise SettingsError(
-                f"mixed_precision must be 'no', 'bf16' or 'fp16', got {self.mixed_precision!r}."
+                f"mixed_precision must be one of {', '.join(MIXED_PRECISION)}, got "
+                f"{self.mixed_precision!r}."
             )
         for name in ("steps", "gradient_accumulation", "log_every"):
             if getattr(self, name) < 1:

@@ -28,6 +28,7 @@ from .config import TrainingConfig
 from .cpu import plain_attention, speed_up
 from .curves import save_curves
 from .ema import EMA
+from .precision import precision_on
 from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -97,17 +98,17 @@ def sheet_seed(number: int) -> int:
 
 def make_accelerator(config: TrainingConfig) -> Any:
     """An `accelerate.Accelerator` for `config`; also sets threads and seeds."""
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, set_seed
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import set_seed
 
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
+    # Processes wait for the one that prepares the clips or draws a sheet.
+    device = PartialState(timeout=timedelta(days=7)).device
     return Accelerator(
-        mixed_precision=config.mixed_precision,
+        mixed_precision=precision_on(device, config.mixed_precision),
         gradient_accumulation_steps=config.gradient_accumulation,
-        # Processes wait for the one that prepares the clips or draws a sheet.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
 
 

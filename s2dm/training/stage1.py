@@ -40,6 +40,7 @@ from .flow_generator import (
 )
 from .loop import Progress, run_training, sheet_seed
 from .models import frozen_vae, load_model, save_model
+from .precision import precision_on
 from .run_folder import measured_once
 
 _TEXTS = 64  # captions encoded at a time
@@ -201,7 +202,8 @@ def _cached(
 ) -> tuple[FlowClips, Iterable[Tensor], list[dict[str, Any]]]:
     """The clips of `data`, their conditions to measure the scale on, and held-out ones."""
     clips = training_clips(config)
-    scale, half = model_config.vae.scaling_factor, config.mixed_precision == "bf16"
+    scale = model_config.vae.scaling_factor
+    half = precision_on(vae.device, config.mixed_precision) == "bf16"
     latents = clip_latents(clips, vae, scale, vae.device, half)
     data = FlowClips(
         torch.from_numpy(_flows(clips, size)),

@@ -44,6 +44,7 @@ from .models import (
     preset,
     save_model,
 )
+from .precision import precision_on
 from .run_folder import measured_once
 from .schedule import LabelsAndNoise, draw_timesteps
 
@@ -331,7 +332,7 @@ def build_stage2_task(
         getattr(model, part).requires_grad_(part in config.train)
     model.unet.to(memory_format=torch.channels_last)
 
-    half = config.mixed_precision == "bf16"
+    half = precision_on(device, config.mixed_precision) == "bf16"
     latents = clip_latents(clips, vae, model_config.vae.scaling_factor, device, half)
     tokenizer = build_tokenizer(model_config)
     others = {name: state for name, state in states.items() if name == "flow_generator"}

@@ -1,0 +1,59 @@
+"""In which numbers a training computes, by what the device can do."""
+
+import pytest
+import torch
+
+from s2dm.training import TrainingConfig
+from s2dm.training.loop import make_accelerator
+from s2dm.training.precision import MIXED_PRECISION, precision_on
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def processor(monkeypatch, **known):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "no"),
+        ({"architecture": "aarch64"}, "no"),
+    ],
+)
+def test_a_processor_computes_in_bfloat16_only_where_it_has_instructions_for_it(
+    monkeypatch, known, chosen
+):
+    processor(monkeypatch, **known)
+    assert precision_on(CPU, "auto") == chosen
+
+
+def test_a_pytorch_that_knows_no_processor_takes_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert precision_on(CPU, "auto") == "no"
+
+
+@pytest.mark.parametrize(("can", "chosen"), [(True, "bf16"), (False, "no")])
+def test_a_gpu_that_would_only_imitate_bfloat16_does_not(monkeypatch, can, chosen):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: can and not including_emulation
+    )
+    assert precision_on(CUDA, "auto") == chosen
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+@pytest.mark.parametrize("named", sorted(set(MIXED_PRECISION) - {"auto"}))
+def test_what_is_named_is_done(device, named):
+    assert precision_on(device, named) == named
+
+
+@pytest.mark.parametrize(("can", "chosen"), [(True, "bf16"), (False, "no")])
+def test_a_training_computes_as_its_device_can(monkeypatch, can, chosen):
+    from accelerate.state import AcceleratorState
+
+    processor(monkeypatch, amx_bf16=can)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert make_accelerator(TrainingConfig()).mixed_precision == chosen
+    AcceleratorState._reset_state(reset_partial_state=True)
