@@ -51,7 +51,7 @@ class FlowField:
         low, high = self.occlusion.aminmax()
         if low < 0 or high > 1:
             raise FlowError(
-                f"occlusion: expected values in [0, 1], got [{low.item():g}, {high.item():g}]."
+                f"occlusion: expected values in [0, 1], got [{low.item():.9g}, {high.item():.9g}]."
             )
         if self.displacement[0].any() or self.occlusion[0].any():
             raise FlowError(

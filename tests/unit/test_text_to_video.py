@@ -294,6 +294,14 @@ def test_a_picture_of_another_size_is_cropped_at_the_centre(pipeline, seen):
     assert made.reference.shape == (4, 5, 7)
 
 
+def test_what_resizing_put_past_the_range_is_cut_off(pipeline, seen):
+    given = picture().clamp(0.01, 1)
+    given[:, 3:5] = 1
+    pipeline(PROMPT, 2, reference=given, **SHORT)
+    pipeline(PROMPT, 2, reference=torch.where(given == 1, 1 + 1e-6, given), **SHORT)
+    assert torch.equal(seen[3][2], seen[0][2])
+
+
 def test_a_pil_image_is_a_picture_too(pipeline, seen):
     pixels = (picture() * 255).byte()
     image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
