@@ -84,6 +84,27 @@ def test_tracks_that_agree_come_back_however_many_they_are(count, turn, grow, ri
     assert comes_back(starts, ends, region=region).max() <= 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("turn", "grow"), [(1.4, -0.1), (1, 0.3), (0.2, -0.3)])
+def test_a_thousand_tracks_all_over_a_picture_that_turns_as_one(turn, grow):
+    """Those that leave it, and those right at the edge of what shrinks, too."""
+    size, frames = 512, 4
+    starts = np.random.default_rng(1).uniform(2, size - 3, (1000, 2)) @ (1, 1j)
+    times = np.linspace(0, 1, frames)
+    middle = size / 2 * (1 + 1j)
+    paths = np.stack(
+        [middle + (starts - middle) * (1 + grow * t) * np.exp(1j * turn * t) for t in times]
+    )
+    tracks = tuple(np.column_stack([one.real, one.imag, times]) for one in paths.T)
+    flow = render(Motion(size, size, (Layer(tracks=tracks, radius=64),)), frames).flow
+    found, seen = flow_to_tracks(flow, torch.tensor(np.stack([starts.real, starts.imag], axis=1)))
+    inside = (np.minimum(paths.real, paths.imag) > 0) & (
+        np.maximum(paths.real, paths.imag) < size - 1
+    )
+    assert inside[-1].sum() > 700 and seen.numpy()[inside].all()
+    assert np.abs(found.double().numpy() @ (1, 1j) - paths)[inside].max() <= 0.05
+
+
 @settings(max_examples=15, deadline=None)
 @given(turn=st.floats(-1, 1), seed=st.integers(0, 2**16))
 def test_a_few_tracks_that_turn_far_come_back(turn, seed):
