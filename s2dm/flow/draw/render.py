@@ -229,7 +229,7 @@ class _Piece:
             return
         left, top = (int(np.floor(side + 0.5)) for side in self.box[:2])
         right, bottom = (int(np.ceil(side + 0.5)) for side in self.box[2:])
-        self.mesh = _mesh_over(scene, left, top, right, bottom, rest)
+        self.mesh = _mesh_over(left, top, right, bottom, len(rest))
         self.mesh.hold(rest)
         self.bend = Bend(self.mesh.vertices, rest, _NEAR * self.mesh.side)
 
@@ -291,7 +291,7 @@ class _Surroundings:
         self.mesh: Mesh | None = None
         if left >= right or top >= bottom:
             return
-        self.mesh = _mesh_over(scene, left, top, right, bottom, rest)
+        self.mesh = _mesh_over(left, top, right, bottom, len(rest))
         vertices = self.mesh.vertices
         self.mesh.hold(rest)
         distance = np.full(len(vertices), np.inf)
@@ -405,12 +405,11 @@ def _cells_at(
     return inside, index
 
 
-def _mesh_over(
-    scene: _Scene, left: int, top: int, right: int, bottom: int, controls: Array
-) -> Mesh:
+def _mesh_over(left: int, top: int, right: int, bottom: int, controls: int) -> Mesh:
+    """Over a part of the picture, from pixel to pixel, for so many tracks and pins."""
     width, height = right - left, bottom - top
     area = width * height
-    side = max(_CELL, ceil(sqrt(area) / _CELLS), ceil(sqrt(area * len(controls) / _WEIGHTS)))
+    side = max(_CELL, ceil(sqrt(area) / _CELLS), ceil(sqrt(area * controls / _WEIGHTS)))
     return Mesh(left, top, -(-width // side), -(-height // side), side)
 
 
