@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SPREAD = 1.0  # square pixels, of two values two pixels apart, half way between them
+_EVEN = 2.5  # of a map's matrix, its square by its determinant: one side is twice the other one
 
 
 def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
@@ -33,19 +34,38 @@ def sample_at(image: Tensor, position: Tensor) -> Tensor:
 
 
 def sample_sharp(field: Tensor, position: Tensor) -> Tensor:
-    """Samples (C,h,w) of a field (C,H,W) at `position` (2,h,w) that keep its edges.
+    """Samples (2,h,w) of a displacement field (2,H,W) at `position` (2,h,w) that keep its edges.
 
-    Bilinear where the field is smooth, nearest where the four values around differ by more
-    than two pixels: nothing moves in between two motions.
+    Bilinear where the field is smooth, nearest where it jumps: nothing moves in between two
+    motions.
     """
     rounded = sample_at(field, position.round())
     return torch.where(torn(field, position), rounded, sample_at(field, position))
 
 
 def torn(field: Tensor, position: Tensor) -> Tensor:
-    """Whether the values around `position` (2,h,w) differ by more than two pixels, (h,w)."""
+    """Whether a displacement field (2,H,W) jumps at `position` (2,h,w), (h,w) bool.
+
+    It does where the four values around differ by more than two pixels, unless the picture turns
+    and grows there: what lies apart is torn in one direction.
+    """
     spread = sample_at(field.square(), position) - sample_at(field, position).square()
-    return spread.sum(dim=0) > _SPREAD
+    a, b, c, d = jacobian(field, position)
+    evenly = a * a + b * b + c * c + d * d <= _EVEN * (a * d - b * c)
+    return (spread.sum(dim=0) > _SPREAD) & ~evenly
+
+
+def jacobian(displacement: Tensor, position: Tensor) -> Tensor:
+    """Of the map p -> p + displacement(p), within half a pixel of `position` (2,h,w).
+
+    Returns (4,h,w): x by x, x by y, y by x, y by y.
+    """
+    half = 0.5 * torch.eye(2).to(position)[:, :, None, None]
+    right, down = (
+        sample_at(displacement, position + step) - sample_at(displacement, position - step)
+        for step in half
+    )
+    return torch.stack([1 + right[0], down[0], right[1], 1 + down[1]])
 
 
 def resample(maps: Tensor, height: int, width: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -11,21 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .field import FlowError, FlowField
-from .geometry import pixel_grid, sample_at, sample_sharp, torn
+from .geometry import jacobian, pixel_grid, sample_at, sample_sharp, torn
 
 _FOUND = 0.5  # pixels by which a place may be missed and still be the one that was looked for
-
-
-@dataclass(frozen=True, eq=False)
-class _Splatted:
-    """Forward displacement on a canvas that is `margin` pixels larger on each side."""
-
-    displacement: Tensor
-    margin: int
-
-    def at(self, position: Tensor) -> Tensor:
-        """Displacement (2,h,w) at `position` (2,h,w)."""
-        return sample_at(self.displacement, position + self.margin)
+_CLOSE = 1e-5  # pixels: a place is known well enough
+_FLAT = 0.05  # of an area: where a picture is pressed further, no step can be computed
+_JUMP = 4.0  # pixels: neighbours that differ by more belong to two motions, however they turn
 
 
 class Forward:
@@ -38,8 +28,9 @@ class Forward:
     """
 
     def __init__(self, displacement: Tensor, occlusion: Tensor) -> None:
-        self._back, self._occlusion = displacement, occlusion
-        self._layers = [_splat(displacement, weight) for weight in (1 - occlusion, occlusion)]
+        self._shown, self._hidden = (
+            _Layer(displacement, weight) for weight in (1 - occlusion, occlusion)
+        )
 
     def find(self, points: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Places (2,h,w) in the frame of points (2,h,w) of frame 1, and which are true, (h,w) bool.
@@ -47,26 +38,59 @@ class Forward:
         hidden: (1,h,w) bool, which of the points to look for in the hidden layer; None: none.
         Where the frame doesn't show a point, its place is guessed from its surroundings.
         """
-        back = self._back
         if hidden is None:
-            hidden = torch.zeros_like(points[:1], dtype=torch.bool)
-        seen, unseen = (layer.at(points) for layer in self._layers)
-        place = start = points + torch.where(hidden, unseen, seen)
-        error = place + sample_at(back, place) - points
-        # Shorter steps converge where the motion stretches the picture; worse ones are dropped.
-        for step in (1, 0.5, 0.25) * 3:
-            trial = place - step * error
-            trial_error = trial + sample_at(back, trial) - points
-            better = trial_error.norm(dim=0) < error.norm(dim=0)
-            place = torch.where(better, trial, place)
-            error = torch.where(better, trial_error, error)
+            return self._shown.find(points)
+        place, found = points.clone(), torch.zeros_like(hidden[0])
+        for layer, which in ((self._shown, ~hidden[0]), (self._hidden, hidden[0])):
+            some, true = layer.find(points[:, None, which])
+            place[:, which], found[which] = some[:, 0], true[0]
+        return place, found
 
-        height, width = back.shape[1:]
+
+class _Layer:
+    """The pixels of a frame that count, and their displacement back and forward.
+
+    displacement: (2,H,W). weight: (1,H,W), how much each pixel counts.
+    """
+
+    def __init__(self, displacement: Tensor, weight: Tensor) -> None:
+        self._known = weight[0] >= 0.5
+        self._back = _continued(displacement, self._known)
+        self._forward, self._margin = _splat(displacement, weight)
+
+    def find(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Forward.find`, among these pixels alone."""
+        start = points + sample_at(self._forward, points + self._margin)
+        target = points.flatten(1)[:, None]
+        place = start.flatten(1)[:, None].clone()
+        error = self._came(place) - target
+        left = torch.arange(target.shape[2], device=target.device)
+        # Newton's steps, plain ones beside a jump, where those are led astray, and shorter ones
+        # where they overshoot. What they make worse is dropped.
+        for step, newton in ((1, True), (1, False), (0.5, True), (0.5, False), (0.25, False)) * 2:
+            before, missed = place[..., left], error[..., left]
+            way = _solved(jacobian(self._back, before + 1), missed) if newton else missed
+            trial = before - step * way
+            trial_error = self._came(trial) - target[..., left]
+            better = trial_error.norm(dim=0) < missed.norm(dim=0)
+            place[..., left] = torch.where(better, trial, before)
+            error[..., left] = torch.where(better, trial_error, missed)
+            left = left[error[:, 0, left].norm(dim=0) > _CLOSE]
+            if not len(left):
+                break
+
+        place, error = place.view(points.shape), error.view(points.shape)
+        height, width = self._known.shape
         inside = (place > -0.5).all(dim=0)
         inside &= (place[0] < width - 0.5) & (place[1] < height - 0.5)
-        same_layer = (sample_at(self._occlusion, place) >= 0.5) == hidden
-        found = (error.norm(dim=0) < _FOUND) & inside & same_layer[0] & ~torn(back, place)
+        column, row = place.round().long().unbind()
+        known = self._known[row.clamp(0, height - 1), column.clamp(0, width - 1)]
+        found = (error.norm(dim=0) < _FOUND) & inside & known & ~torn(self._back, place + 1)
         return torch.where(found, place, start), found
+
+    def _came(self, place: Tensor) -> Tensor:
+        """Where in frame 1 the places (2,h,w) were, (2,h,w)."""
+        return place + sample_at(self._back, place + 1)
 
 
 def rebase(flow: FlowField, indices: Sequence[int]) -> FlowField:
@@ -142,11 +166,48 @@ def chain(
     return displacement + further, 1 - seen
 
 
-def _splat(displacement: Tensor, weight: Tensor) -> _Splatted:
+def _solved(matrix: Tensor, vector: Tensor) -> Tensor:
+    """The solution (2,h,w) of `matrix` (4,h,w) times it being `vector`; of a flat one, `vector`."""
+    a, b, c, d = matrix
+    area = a * d - b * c
+    solution = torch.stack([d * vector[0] - b * vector[1], a * vector[1] - c * vector[0]])
+    return torch.where(area.abs() > _FLAT, solution / area, vector)
+
+
+def _continued(displacement: Tensor, known: Tensor) -> Tensor:
+    """(2,H+2,W+2): the displacement (2,H,W) goes on straight for a pixel beyond what is known.
+
+    known: (H,W) bool. A place at the edge lies between a pixel on this side and one beyond it. Of
+    what is known in none of eight directions, values are as they are, at the border repeated.
+    """
+    height, width = known.shape
+    field = F.pad(displacement[None], (3, 3, 3, 3), mode="replicate")[0]
+    inner = F.pad(known, (3, 3, 3, 3))
+
+    def shifted(values: Tensor, down: int, right: int) -> Tensor:
+        rows, columns = slice(2 + down, 4 + down + height), slice(2 + right, 4 + right + width)
+        return values[..., rows, columns]
+
+    total, count = (
+        torch.zeros_like(shifted(field, 0, 0)),
+        torch.zeros_like(shifted(field, 0, 0)[:1]),
+    )
+    for down, right in ((0, 1), (1, 0), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1)):
+        near, further = (shifted(field, step * down, step * right) for step in (1, 2))
+        both = shifted(inner, down, right) & shifted(inner, 2 * down, 2 * right)
+        both &= (near - further).norm(dim=0) < _JUMP
+        total += (2 * near - further) * both
+        count += both
+    beyond = ~shifted(inner, 0, 0) & (count > 0)
+    return torch.where(beyond, total / count.clamp(min=1), shifted(field, 0, 0))
+
+
+def _splat(displacement: Tensor, weight: Tensor) -> tuple[Tensor, int]:
     """The inverse of a displacement field p -> p + d(p), by bilinear forward splatting of -d.
 
-    displacement: (2,H,W) pixels. weight: (1,H,W), how much each pixel counts. Points that leave
-    the picture are kept on a margin around it. Holes take the values around them.
+    displacement: (2,H,W) pixels. weight: (1,H,W), how much each pixel counts. Returns it on a
+    canvas that is larger on each side by the margin, pixels, which comes with it: what leaves the
+    picture is kept there. Holes take the values around them.
     """
     _, height, width = displacement.shape
     margin = min(ceil(displacement.abs().max().item()) + 1, max(height, width))
@@ -166,7 +227,7 @@ def _splat(displacement: Tensor, weight: Tensor) -> _Splatted:
             index = (y * canvas_width + x).flatten() * inside.flatten()
             canvas.index_add_(1, index, values * share)
     canvas = canvas.view(3, canvas_height, canvas_width)
-    return _Splatted(_fill(canvas[:2], canvas[2:]), margin)
+    return _fill(canvas[:2], canvas[2:]), margin
 
 
 def _fill(total: Tensor, weight: Tensor) -> Tensor:

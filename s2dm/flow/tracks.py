@@ -21,7 +21,10 @@ def flow_to_tracks(flow: FlowField, points: Tensor) -> tuple[Tensor, Tensor]:
 
     points: (P,2), x and y in pixels of the flow, within the picture. Returns (N,P,2) float32 and
     (N,P) bool, whether the frame shows the point. Where it doesn't, its path goes straight on
-    between the frames that do.
+    between the frames that do, and after the last of them it stays.
+
+    What was drawn comes back to 0.05 pixels where it can: hidden points can't, nor tracks that
+    contradict their neighbours by more than a quarter of their distance.
     """
     if points.ndim != 2 or points.shape[1] != 2:
         raise FlowError(f"points: expected (P,2), x and y of each, got {tuple(points.shape)}.")

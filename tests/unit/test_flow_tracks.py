@@ -44,39 +44,123 @@ def test_tracks_come_back_from_their_flow(paths):
     assert np.abs(np.stack([one[:, :2] for one in again], 1) - expected.numpy()).max() <= 0.051
 
 
-@settings(max_examples=15, deadline=None)
-@given(count=st.integers(1, 400), seed=st.integers(0, 2**16))
-def test_tracks_that_agree_come_back_however_many_they_are(count, seed):
-    """Of a picture that turns, grows and ripples, by up to a quarter of the distance of neighbours.
+EVERYWHERE = Polygon(np.array([(4, 4), (SIZE - 5, 4), (SIZE - 5, SIZE - 5), (4, SIZE - 5)], float))
 
-    Where they are crowded, several lie in one cell of the mesh, and most are no vertex of it.
-    """
-    rng = np.random.default_rng(seed)
-    starts = rng.uniform(24, SIZE - 24, (count, 2)) @ (1, 1j)
-    grow, turn, phase = rng.uniform(-1, 1, 3) * (0.12, 0.12, np.pi)
+
+def in_one_piece(starts, turn, grow, ripple=0.0, phase=0.0, time=1.0):
+    """Where points (P,) complex of a picture are that turns, grows and ripples about its middle."""
+    middle = SIZE / 2 * (1 + 1j)
     wave = np.exp(1j * ((starts * (0.05 - 0.04j)).real + phase))
-    ends = SIZE / 2 * (1 + 1j) + (starts - SIZE / 2 * (1 + 1j)) * (1 + grow + 1j * turn) + wave
+    turned = (starts - middle) * (1 + time * grow) * np.exp(1j * time * turn)
+    return middle + turned + time * ripple * wave
+
+
+def comes_back(starts, ends, **layer):
+    """By how much each of the tracks is missed, (P,) pixels; all have to be seen."""
+    tracks = tuple(
+        np.array([[a.real, a.imag, 0], [b.real, b.imag, 1]])
+        for a, b in zip(starts, ends, strict=True)
+    )
+    flow = render(Motion(SIZE, SIZE, (Layer(tracks=tracks, **layer),)), 2).flow
+    found, seen = flow_to_tracks(flow, torch.tensor(np.stack([starts.real, starts.imag], axis=1)))
+    assert seen.all()
+    return np.abs(found[1].double().numpy() @ (1, 1j) - ends)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(1, 400),
+    turn=st.floats(-0.5, 0.5),
+    grow=st.floats(-0.2, 0.2),
+    ripple=st.floats(0, 3),
+    region=st.sampled_from([None, EVERYWHERE]),
+    seed=st.integers(0, 2**16),
+)
+def test_tracks_that_agree_come_back_however_many_they_are(count, turn, grow, ripple, region, seed):
+    """Few of them bend the sheet between them; of a crowd several lie in one of its triangles."""
+    rng = np.random.default_rng(seed)
+    starts = rng.uniform(32, SIZE - 32, (count, 2)) @ (1, 1j)
+    ends = in_one_piece(starts, turn, grow, ripple, phase=seed)
+    assert comes_back(starts, ends, region=region).max() <= 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("turn", "grow"), [(1.4, -0.1), (1, 0.3), (0.2, -0.3)])
+def test_a_thousand_tracks_all_over_a_picture_that_turns_as_one(turn, grow):
+    """Those that leave it, and those right at the edge of what shrinks, too."""
+    size, frames = 512, 4
+    starts = np.random.default_rng(1).uniform(2, size - 3, (1000, 2)) @ (1, 1j)
+    times = np.linspace(0, 1, frames)
+    middle = size / 2 * (1 + 1j)
+    paths = np.stack(
+        [middle + (starts - middle) * (1 + grow * t) * np.exp(1j * turn * t) for t in times]
+    )
+    tracks = tuple(np.column_stack([one.real, one.imag, times]) for one in paths.T)
+    flow = render(Motion(size, size, (Layer(tracks=tracks, radius=64),)), frames).flow
+    found, seen = flow_to_tracks(flow, torch.tensor(np.stack([starts.real, starts.imag], axis=1)))
+    inside = (np.minimum(paths.real, paths.imag) > 0) & (
+        np.maximum(paths.real, paths.imag) < size - 1
+    )
+    assert inside[-1].sum() > 500 and seen.numpy()[inside].all()
+    assert np.abs(found.double().numpy() @ (1, 1j) - paths)[inside].max() <= 0.05
+
+
+@settings(max_examples=15, deadline=None)
+@given(turn=st.floats(-1, 1), seed=st.integers(0, 2**16))
+def test_a_few_tracks_that_turn_far_come_back(turn, seed):
+    rng = np.random.default_rng(seed)
+    starts = rng.uniform(24, SIZE - 24, (40, 2)) @ (1, 1j)
+    apart = [0]
+    for index in range(1, 40):
+        if np.abs(starts[apart] - starts[index]).min() > 24:
+            apart.append(index)
+    starts = starts[apart[:3]]
+    assert comes_back(starts, in_one_piece(starts, turn, 0)).max() <= 0.05
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**16))
+def test_crowds_that_contradict_themselves_are_met_where_they_can_be(seed):
+    """A sheet can't meet all of them: no track is further off than it is from what is around it."""
+    rng = np.random.default_rng(seed)
+    starts = rng.uniform(24, SIZE - 24, (200, 2)) @ (1, 1j)
+    ends = starts + rng.uniform(-1, 1, (200, 2)) @ (1, 1j)
     tracks = tuple(
         np.array([[a.real, a.imag, 0], [b.real, b.imag, 1]])
         for a, b in zip(starts, ends, strict=True)
     )
     flow = render(Motion(SIZE, SIZE, (Layer(tracks=tracks),)), 2).flow
     found, seen = flow_to_tracks(flow, torch.tensor(np.stack([starts.real, starts.imag], axis=1)))
-    assert seen.all()
-    assert np.abs(found[1].double().numpy() @ (1, 1j) - ends).max() <= 0.05
+    missed = np.abs(found[1].double().numpy() @ (1, 1j) - ends)
+    assert np.median(missed) <= 0.1 and missed.max() <= 4 and seen[1].float().mean() > 0.8
 
 
-def test_tracks_of_a_camera():
-    flow = render(Motion(SIZE, SIZE, (), (CameraKey(1, x=10, zoom=1.3, roll=10),)), 4).flow
-    points = grid_points(SIZE, SIZE, 32)
+@pytest.mark.parametrize(
+    ("x", "zoom", "roll"), [(10, 1.3, 10), (0, 0.3, 0), (0, 0.5, 60), (-7.5, 1, 170), (3, 2.5, -90)]
+)
+def test_tracks_of_a_camera(x, zoom, roll):
+    """Also of one that turns and shrinks the picture so much that neighbours move far apart."""
+    flow = render(Motion(SIZE, SIZE, (), (CameraKey(1, x=x, zoom=zoom, roll=roll),)), 2).flow
+    # To the picture's outermost points that a pixel of it shows.
+    points = torch.cat([grid_points(SIZE, SIZE, 32), SIZE / 2 + (SIZE / 2 - 2) * torch.tensor(
+        [[-1.0, -1], [-1, 1], [1, -1], [1, 1], [0, 1], [0.3, -1], [1, 0.7], [-1, 0.2]]
+    )])  # fmt: skip
     found, seen = flow_to_tracks(flow, points)
     centre = (SIZE - 1) / 2
-    angle = np.deg2rad(10)
+    angle = np.deg2rad(roll)
     turn = torch.tensor([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]).float()
-    expected = centre + 1.3 * (points - centre) @ turn.T - torch.tensor([10.0, 0])
+    expected = centre + zoom * (points - centre) @ turn.T - torch.tensor([float(x), 0])
     inside = ((expected > 0) & (expected < SIZE - 1)).all(dim=1)
-    assert inside.sum() >= 8 and torch.equal(seen[3], inside)
-    assert (found[3] - expected)[inside].norm(dim=1).max() < 0.05
+    assert inside.sum() >= 4 and torch.equal(seen[1], inside)
+    assert (found[1] - expected)[inside].norm(dim=1).max() < 0.01
+
+
+def test_points_at_the_border_come_back():
+    """Half a pixel beyond the outermost pixel centres there is nothing to look between."""
+    flow = render(Motion(SIZE, SIZE, (), (CameraKey(1, roll=180),)), 2).flow
+    points = torch.tensor([[-0.4, 50.0], [127.4, 127.4], [30, -0.4]])
+    found, seen = flow_to_tracks(flow, points)
+    assert seen.all() and (found[1] - (SIZE - 1 - points)).norm(dim=1).max() < 0.01
 
 
 def test_a_hidden_point_goes_straight_on():

@@ -7,7 +7,8 @@
 const PIN = 1000; // how much more a pin counts than a path where both can't be had
 const NEAR = 1e-6;
 const STEADY = 0.1; // without a region, how strongly surroundings keep from turning
-const FIRM = 1; // and from being stretched
+const FIRM = 1; // how strongly they keep from being stretched
+const CROWD = 0.1; // with a region, of the paths' variance: about fifteen paths stretch it by half
 
 function eased(layer, time) {
     if (layer.speed === "ease") return time * time * (3 - 2 * time);
@@ -176,10 +177,13 @@ function fitted(controls, pins, move) {
         qx + a * (x - px) + b * (y - py), qy + c * (x - px) + d * (y - py)];
 }
 
-// Every point follows the rigid map that fits best, near paths and pins more than far ones. Without
-// a region the map is affine where they lie close together, against the radius.
+// Every point follows the map that fits best, near paths and pins more than far ones. It is rigid,
+// and affine where they lie close together: against the radius, or all of them against one another.
 function bent(controls, radius) {
     const weights = new Float64Array(controls.length);
+    const steady = radius === null ? 1e-12 : STEADY / (radius * radius);
+    const scale = radius === null ? Math.max(CROWD * variance(controls), 1) : radius * radius;
+    const firmness = FIRM / scale;
     return (x, y) => {
         let sum = 0, px = 0, py = 0, qx = 0, qy = 0;
         for (let k = 0; k < controls.length; k += 1) {
@@ -200,7 +204,7 @@ function bent(controls, radius) {
         py /= sum;
         qx /= sum;
         qy /= sum;
-        let cosine = radius === null ? 1e-12 : STEADY / (radius * radius), sine = 0;
+        let cosine = steady, sine = 0;
         let xx = 0, xy = 0, yy = 0, ax = 0, ay = 0, bx = 0, by = 0;
         for (let k = 0; k < controls.length; k += 1) {
             const {from, to} = controls[k], weight = weights[k];
@@ -221,8 +225,7 @@ function bent(controls, radius) {
             sine /= length;
         } else cosine = 1;
         const dx = x - px, dy = y - py;
-        if (radius === null) return [qx + cosine * dx - sine * dy, qy + sine * dx + cosine * dy];
-        const firm = (FIRM / (radius * radius) + 1e-6 * (xx + yy)) / 2;
+        const firm = (firmness + 1e-6 * (xx + yy)) / 2;
         xx += firm;
         yy += firm;
         ax += firm * cosine;
@@ -233,6 +236,16 @@ function bent(controls, radius) {
         const u = (dx * yy - dy * xy) / determinant, v = (dy * xx - dx * xy) / determinant;
         return [qx + u * ax + v * bx, qy + u * ay + v * by];
     };
+}
+
+function variance(controls) {
+    let x = 0, y = 0, square = 0;
+    for (const {from} of controls) {
+        x += from.x / controls.length;
+        y += from.y / controls.length;
+    }
+    for (const {from} of controls) square += (from.x - x) ** 2 + (from.y - y) ** 2;
+    return square / controls.length;
 }
 
 export const STILL = Object.freeze({x: 0, y: 0, zoom: 1, roll: 0});

@@ -1,10 +1,10 @@
 """How a layer follows its tracks and pins: one map for all of it, or bent between them.
 
 A layer that bends follows moving least squares (Schaefer, McPhail and Warren, "Image deformation
-using moving least squares", 2006): every point gets the rigid map that fits tracks and pins best,
-near ones more than far ones. Thin plates would be as smooth, but they shear and swell what they
-bend; limbs, leaves and faces don't. Points of the plane are complex numbers here, as a rotation
-then is a product.
+using moving least squares", 2006): every point gets the map that fits tracks and pins best, near
+ones more than far ones. It is rigid between few of them and affine in a crowd. Thin plates would be
+as smooth, but they shear and swell what they bend; limbs, leaves and faces don't. Points of the
+plane are complex numbers here, as a rotation then is a product.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from .state import Array
 _PIN = 1000.0  # how much more a pin counts than a track where both can't be had
 _NEAR = 1e-6  # square pixels: a point on a track follows that track alone
 _STEADY = 0.1  # without a region, how strongly surroundings keep from turning
-_FIRM = 1.0  # and from being stretched
+_FIRM = 1.0  # how strongly they keep from being stretched
+_CROWD = 0.1  # with a region, of the tracks' variance: about fifteen tracks stretch it by half
 
 
 def complex_points(points: Array) -> Array:
@@ -70,40 +71,55 @@ class Bend:
     """The bent surroundings of tracks and pins, at fixed points of frame 1.
 
     points: (V,) complex, where the deformation is asked for. rest: (K,) complex, tracks and pins
-    in frame 1. radius: how far each of them acts, and how close together they have to be to
-    stretch what is around them; None: everywhere, and nothing is stretched.
+    in frame 1. near: up to this distance a point follows the map at the nearest of them, so that
+    what is right around it doesn't bend. radius: how far each of them acts, and how close together
+    they have to be to stretch what is around them. None: everywhere, and the more there are, the
+    more they stretch it.
     """
 
-    def __init__(self, points: Array, rest: Array, radius: float | None = None) -> None:
+    def __init__(
+        self, points: Array, rest: Array, near: float, radius: float | None = None
+    ) -> None:
         distance = np.abs(points[:, None] - rest[None, :])
-        # The fourth power: within a cell of the mesh around a track there is that track alone.
-        weight = 1 / (distance**2 + _NEAR) ** 2
+        owner = distance.argmin(axis=1)
+        close = np.flatnonzero(distance.min(axis=1) < near)
+        owner = owner[close]
+        distance[close] = np.abs(rest[owner][:, None] - rest[None, :])
+        # The fourth power: around a track there is that track alone.
+        square = distance**2 + _NEAR
+        # Of a crowd, those that all but touch say little about how their surroundings turn.
+        square[close] += (near / 2) ** 2
+        weight = 1 / square**2
         if radius is not None:
             weight *= falloff(distance, radius)
         total = weight.sum(axis=1)
         self._share = weight / np.maximum(total, 1e-30)[:, None]
+        self._share[close] = 0
+        self._share[close, owner] = 1
         centre = self._share @ rest
         self._offset = np.where(total > 0, points - centre, 0)
         around = rest[None, :] - centre[:, None]
         self._turning = weight * around.conj()
-        self._steady = 1e-12 if radius is None else _STEADY / radius**2
-        self._firm: Array | None = None
-        if radius is not None:
-            spread = (weight * np.abs(around) ** 2).sum(axis=1)
-            self._firm = _FIRM / radius**2 + 1e-6 * spread
-            self._spread = spread + self._firm
-            self._slant = (self._turning * around.conj()).sum(axis=1)
+        self._slant = (self._turning * around.conj()).sum(axis=1)
+        spread = (weight * np.abs(around) ** 2).sum(axis=1)
+        # With a sum of zero, it makes no difference whether `moved` is measured from its centre.
+        self._turning[close, owner] -= self._turning[close].sum(axis=1)
+        if radius is None:
+            self._steady = 1e-12
+            scale = max(float(np.var(rest)) * _CROWD, 1.0)
+        else:
+            self._steady = _STEADY / radius**2
+            scale = radius**2
+        self._firm = _FIRM / scale + 1e-6 * spread
+        self._spread = spread + self._firm
 
     def at(self, moved: Array) -> Array:
         """Where the points are when tracks and pins are at `moved` (K,), (V,) complex."""
-        # The offsets' weighted sum is zero, so the centres of `moved` needn't be subtracted.
         fitted = _weighted(self._turning, moved)
         turn = fitted + self._steady
         length = np.abs(turn)
         turn = np.where(length > 0, turn / np.maximum(length, 1e-300), 1)
         centre = _weighted(self._share, moved)
-        if self._firm is None:
-            return centre + turn * self._offset
         # An affine map is a p + b p.conj(): here the one that fits best, held to p -> turn p.
         right = fitted + self._firm * turn
         left = _weighted(self._turning, moved.conj()).conj()

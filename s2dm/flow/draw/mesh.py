@@ -9,28 +9,24 @@ from .state import Array
 _SLACK = 1e-3  # of a cell: pixels on the seam of two triangles belong to one of them
 _FLAT = 1e-4  # of its area: a triangle that is pressed further is gone
 _LEVEL = 1e-9
+_ROUNDS, _MET = 20, 0.005  # held points are met to so many pixels, or as well as so many rounds can
+_SHIFT = 0.25  # of a cell: how far its corners are shifted for them
 _AT_ONCE = 1 << 19  # rows of triangles that are looked at in one go
 
 
 class Mesh:
     """Square cells over a part of the picture, each cut into two triangles.
 
-    left, top: the first pixel. columns, rows: number of cells. side: of a cell, in pixels. on:
-    (K,) complex, points that shall be vertices, as far as cells allow it: what is known there is
-    then met exactly, and between vertices all is linear.
+    left, top: the first pixel. columns, rows: number of cells. side: of a cell, in pixels.
+    Between vertices all is linear.
     """
 
-    def __init__(
-        self, left: int, top: int, columns: int, rows: int, side: int, on: Array | None = None
-    ) -> None:
+    def __init__(self, left: int, top: int, columns: int, rows: int, side: int) -> None:
         self.left, self.top, self.columns, self.rows, self.side = left, top, columns, rows, side
         # Cells begin and end between pixels.
         x = left - 0.5 + side * np.arange(columns + 1)
         y = top - 0.5 + side * np.arange(rows + 1)
-        grid = x[None, :] + 1j * y[:, None]
-        if on is not None:
-            self._snap(grid, on)
-        self.vertices = grid.ravel()
+        self.vertices = (x[None, :] + 1j * y[:, None]).ravel()
         corner = np.arange((columns + 1) * (rows + 1)).reshape(rows + 1, columns + 1)
         first, right, down, last = (
             part.ravel()
@@ -45,16 +41,46 @@ class Mesh:
         self._source = np.stack([a, b - a, c - a])
         self._area = (self._source[1].conj() * self._source[2]).imag  # doubled
 
-    def _snap(self, grid: Array, on: Array) -> None:
-        taken = np.zeros((self.rows + 3, self.columns + 3), bool)
-        for point in on:
-            column = round((point.real - self.left + 0.5) / self.side)
-            row = round((point.imag - self.top + 0.5) / self.side)
-            if 0 <= column <= self.columns and 0 <= row <= self.rows:
-                around = taken[row : row + 3, column : column + 3]
-                if not around.any():
-                    grid[row, column] = point
-                    taken[row + 1, column + 1] = True
+    def hold(self, points: Array) -> None:
+        """Take points (K,) complex of frame 1 for `met`. Those beside the sheet don't count."""
+        column = (points.real - self.left + 0.5) / self.side
+        row = (points.imag - self.top + 0.5) / self.side
+        self._held = np.flatnonzero(
+            (column >= 0) & (column < self.columns) & (row >= 0) & (row < self.rows)
+        )
+        column, row = column[self._held], row[self._held]
+        # The corners of the triangle that a point lies in, and what share of it each one is.
+        u, v = column % 1, row % 1
+        first = row.astype(int) * (self.columns + 1) + column.astype(int)
+        right, down, last = first + 1, first + self.columns + 1, first + self.columns + 2
+        beyond = u + v > 1
+        corner = np.stack([np.where(beyond, last, first), right, down])
+        self._part = np.where(beyond, [u + v - 1, 1 - v, 1 - u], [1 - u - v, u, v])
+        self._corners, which = np.unique(corner, return_inverse=True)
+        self._corner = which.reshape(corner.shape)
+        total = np.bincount(self._corner.ravel(), self._part.ravel(), len(self._corners))
+        self._pull = self._part / np.maximum(total, 1e-30)[self._corner]
+
+    def met(self, moved: Array, targets: Array) -> Array:
+        """`moved` (V,), so shifted that the held points come to lie at `targets` (K,), complex.
+
+        By what a point is missed, the corners around it are shifted, each by the mean of its
+        points, and again, as each shift disturbs others. Where points contradict one another that
+        has no end: no corner is shifted so far that the sheet could fold.
+        """
+        targets, start = targets[self._held], moved[self._corners]
+        place = start
+        for _ in range(_ROUNDS):
+            missed = targets - (self._part * place[self._corner]).sum(axis=0)
+            if np.abs(missed).max(initial=0) < _MET:
+                break
+            step, corner = (self._pull * missed).ravel(), self._corner.ravel()
+            place = place + np.bincount(corner, step.real) + 1j * np.bincount(corner, step.imag)
+        shift = place - start
+        far = np.abs(shift) / (_SHIFT * self.side)
+        moved = moved.copy()
+        moved[self._corners] = start + shift / np.maximum(far, 1)
+        return moved
 
     def order(self, values: Array) -> None:
         """Where the sheet lies over itself, larger values (V,) shall be above."""

@@ -24,6 +24,7 @@ from .state import Array, Layer, Motion
 from .timing import phases, positions
 
 _CELL, _CELLS = 2, 128  # pixels: the smallest cell of a bent layer, and cells along its side
+_NEAR = 1.6  # cells: how far around a track the sheet doesn't bend, so that pixels there are exact
 _WEIGHTS = 4_000_000  # vertices times tracks at most: more tracks have larger cells
 _STILL = 0.02  # pixels: what moves less is drawn as what lies there
 _TEAR = 3.0  # by how much surroundings, or what parallax draws apart, may be stretched
@@ -228,15 +229,16 @@ class _Piece:
             return
         left, top = (int(np.floor(side + 0.5)) for side in self.box[:2])
         right, bottom = (int(np.ceil(side + 0.5)) for side in self.box[2:])
-        self.mesh = _mesh_over(scene, left, top, right, bottom, rest)
-        self.bend = Bend(self.mesh.vertices, rest)
+        self.mesh = _mesh_over(left, top, right, bottom, len(rest))
+        self.mesh.hold(rest)
+        self.bend = Bend(self.mesh.vertices, rest, _NEAR * self.mesh.side)
 
     def draw(self, canvas: _Canvas, frame: int) -> None:
         if self.bend is None:
             self._draw_flat(canvas, canvas.view.over(self.maps[frame], self.depth))
             return
-        moved = canvas.view.show(self.bend.at(self.moved[frame]), self.depth)
-        scene = self.scene
+        places, scene = self.moved[frame], self.scene
+        moved = canvas.view.show(self.mesh.met(self.bend.at(places), places), self.depth)
         tear = _TEAR_REGION * _size(canvas.view.linear)
         pixels, points = self.mesh.drawn(moved, scene.width, scene.height, tear)
         mine = self._held(points)
@@ -278,7 +280,7 @@ class _Surroundings:
         self.scene, self.number = scene, number
         rest, self.moved, pins = _controls(layer, scene.num_frames)
         starts = rest[: len(rest) - pins]
-        reach = 2 * layer.radius
+        reach = 2 * max(layer.radius, _NEAR * _CELL)
         size = (scene.width, scene.height)
         (left, right), (top, bottom) = (
             np.clip([np.floor(place.min() - reach), np.ceil(place.max() + reach) + 1], 0, side)
@@ -289,15 +291,17 @@ class _Surroundings:
         self.mesh: Mesh | None = None
         if left >= right or top >= bottom:
             return
-        self.mesh = _mesh_over(scene, left, top, right, bottom, rest)
+        self.mesh = _mesh_over(left, top, right, bottom, len(rest))
         vertices = self.mesh.vertices
+        self.mesh.hold(rest)
         distance = np.full(len(vertices), np.inf)
         for start in starts:
             np.minimum(distance, np.abs(vertices - start), out=distance)
-        self.share = falloff(distance, layer.radius)
+        near = _NEAR * self.mesh.side
+        self.share = np.where(distance < near, 1, falloff(distance, layer.radius))
         self.mesh.order(self.share)
         self.maps = None if layer.move == "free" else fit(rest, self.moved, pins, layer.move)
-        self.bend = Bend(vertices, rest, layer.radius) if self.maps is None else None
+        self.bend = Bend(vertices, rest, near, layer.radius) if self.maps is None else None
         self.depth: Array | float = 1.0
         if depth is not None:
             column, row = (
@@ -316,7 +320,10 @@ class _Surroundings:
             assert self.maps is not None
             flat = np.stack([vertices.real, vertices.imag, np.ones(len(vertices))])
             moved = complex_points((self.maps[frame] @ flat).T)
-        return np.where(self.share > 0, self.share * (moved - vertices), 0)
+        moved = np.where(self.share > 0, vertices + self.share * (moved - vertices), vertices)
+        if self.bend is not None:
+            moved = self.mesh.met(moved, self.moved[frame])
+        return moved - vertices
 
     def _moving(self, offsets: Array) -> Array:
         """(rows,columns) bool, the cells that move."""
@@ -398,13 +405,12 @@ def _cells_at(
     return inside, index
 
 
-def _mesh_over(
-    scene: _Scene, left: int, top: int, right: int, bottom: int, controls: Array
-) -> Mesh:
+def _mesh_over(left: int, top: int, right: int, bottom: int, controls: int) -> Mesh:
+    """Over a part of the picture, from pixel to pixel, for so many tracks and pins."""
     width, height = right - left, bottom - top
     area = width * height
-    side = max(_CELL, ceil(sqrt(area) / _CELLS), ceil(sqrt(area * len(controls) / _WEIGHTS)))
-    return Mesh(left, top, -(-width // side), -(-height // side), side, controls)
+    side = max(_CELL, ceil(sqrt(area) / _CELLS), ceil(sqrt(area * controls / _WEIGHTS)))
+    return Mesh(left, top, -(-width // side), -(-height // side), side)
 
 
 def _identity(count: int) -> Array:

@@ -46,8 +46,8 @@ class Layer:
     tracks: (n,3) each: x, y and the time in [0, 1] of every point, in order.
     pins: (n,2), points that stay where they are.
     move: how the layer follows its tracks and pins. "rigid", "similarity" and "affine" are one
-        such map for all of it; "free" bends it, as rigidly as it can. A track alone moves it as
-        it is.
+        such map for all of it; "free" bends it, rigidly between a few of them and stretching
+        in a crowd. A track alone moves it as it is.
     speed, repeat, cycles: how time runs along the tracks, see `timing`.
     """
 
