@@ -82,8 +82,6 @@ def server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def page(server: ComfyServer) -> Iterator[Any]:
-    if interface_version() < MADE_FOR:
-        pytest.skip("the editor was made for newer interfaces: with this one some of it fails")
     with interface(server, NODE) as page:
         page.wait_for_function("() => app.extensionManager?.workflow?.activeWorkflow")
         yield page
@@ -91,6 +89,8 @@ def page(server: ComfyServer) -> Iterator[Any]:
 
 @pytest.fixture(scope="module", params=RENDERERS)
 def renderer(page: Any, request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param != RENDERERS[0] and interface_version() < MADE_FOR:
+        pytest.skip("the Nodes 2.0 of this interface don't show the editor")
     with drawn_by(page, request.param) as renderer:
         yield renderer
 
@@ -190,6 +190,8 @@ def test_paths_are_bent_deleted_undone_and_redone(editing: Editing) -> None:
 
 
 def test_comfyui_undoes_an_edit_and_shows_the_editor_of_the_new_node(editing: Editing) -> None:
+    if interface_version() < MADE_FOR:
+        pytest.skip("this interface doesn't take back what is drawn")
     editing.drag((300, 300), (400, 200))
     first = editing.text
     editing.drag((600, 600), (700, 500))
@@ -359,6 +361,8 @@ def test_a_finger_draws_and_two_fingers_zoom(editing: Editing) -> None:
 
 
 def test_the_wheel_is_the_graphs_until_the_editor_has_the_focus(editing: Editing) -> None:
+    if interface_version() < MADE_FOR:
+        pytest.skip("this interface keeps the wheel over a widget from the graph")
     page = editing.page
     editing.leave()
     scale = page.evaluate("() => app.canvas.ds.scale")
