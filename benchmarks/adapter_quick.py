@@ -52,7 +52,7 @@ def main() -> None:
     card = ProtocolCard(
         checkpoint=f"{DEFAULT_CHECKPOINT.name} {file_hash(DEFAULT_CHECKPOINT)}",
         clips=options.held_out,
-        data=f"puppets, held-out takes; trained on {CLIPS} clips spread over the training takes",
+        data=f"puppets, test split; trained on {CLIPS} clips spread over the training takes",
         frames=16,
         size=(128, 128),
         seeds=[0],

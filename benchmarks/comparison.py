@@ -28,6 +28,7 @@ from s2dm.evaluation.report import take_groups
 from s2dm.evaluation.run import EvaluationConfig, evaluate, shuffled
 from s2dm.evaluation.store import stored_frames
 from s2dm.evaluation.tables import mean_over_seeds
+from s2dm.files import write_json
 from s2dm.flow import flow_to_image
 from s2dm.models import load_checkpoint, read_config
 from s2dm.training.run_folder import training_of
@@ -356,10 +357,23 @@ def check_trainings(first: Path, second: Path, setting: str, values: tuple[str, 
     )
 
 
-# ------------------------------------------------------------------------------------- sheet
+# ------------------------------------------------------------------------------------- files
 
 
-def write_sheet(
+def write_result(
+    result: Mapping[str, Any],
+    found: Compared,
+    titles: Mapping[str, str],
+    options: argparse.Namespace,
+) -> None:
+    """Write a benchmark's figures to `options.output`, with a sheet of clips beside them."""
+    sheet = options.output.with_suffix(".jpg")
+    _write_sheet(sheet, found, titles, options)
+    write_json(options.output, {**result, "sheet": sheet.name})
+    print(f"\n{options.output}\n{sheet}")
+
+
+def _write_sheet(
     path: Path, found: Compared, titles: Mapping[str, str], options: argparse.Namespace
 ) -> None:
     """The first clips of the evaluation: true frames, flow, and what each row made of them."""

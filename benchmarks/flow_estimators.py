@@ -66,7 +66,6 @@ def main() -> None:
         data=f"{options.clips} held-out puppets of each kind, first_take 1000",
         frames=16,
         size=(options.size, options.size),
-        seeds=(),
         notes={
             "flow error": "end-point error where the true flow is longer than 1 pixel and not "
             "occluded, over the mean length there",

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS
-from comparison import Row, add_options, compare, ratio_text, write_sheet
+from comparison import Row, add_options, compare, ratio_text, write_result
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.tables import markdown_table
-from s2dm.files import write_json
 
 FLOW, POSE, TRAINED = "given flow", "given pose", "given pose, trained"
 TITLES = {
@@ -58,10 +57,7 @@ def main() -> None:
         "notes": found.notes,
     }
     print(markdown(result))
-    sheet = options.output.with_suffix(".jpg")
-    write_sheet(sheet, found, TITLES, options)
-    write_json(options.output, {**result, "sheet": sheet.name})
-    print(f"\n{options.output}\n{sheet}")
+    write_result(result, found, TITLES, options)
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -35,6 +35,11 @@ _HEAD = """# Results
 Every figure carries its protocol and the command that makes it. The tables are written by
 `python benchmarks/report.py` from the files in [`results`](results).
 """
+_OLDER = "b8d4aa1e0b29"
+_OLDER_HEADER = f"""
+Where a protocol names the bundled checkpoint as {_OLDER}, its weights were those of today's file,
+under an earlier header that recommended no anchor.
+"""
 
 
 def main() -> None:
@@ -44,12 +49,13 @@ def main() -> None:
 
 
 def page() -> str:
-    parts = [_HEAD]
+    parts = []
     for name, section in SECTIONS.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
             parts.append(section(json.loads(path.read_text("utf-8"))))
-    return "\n".join(parts)
+    older = _OLDER_HEADER if any(_OLDER in part for part in parts) else ""
+    return "\n".join([_HEAD + older, *parts])
 
 
 def _flow_following(result: dict[str, Any]) -> str:
@@ -329,10 +335,10 @@ def _pose(result: dict[str, Any]) -> str:
         result,
         "Pose in place of flow",
         _sheet(result, "Given flow and given pose"),
-        "The same held-out puppets given their flow, and given the flow that their keypoints alone "
-        "say ([method](method.md)). *Trained on*: 100 steps of `s2dm train stage2 --config "
-        "s2dm/training/configs/puppets_pose.toml`, on one core of an AMD EPYC. FVD of so few clips "
-        "is to be read in ratios alone.",
+        "The same held-out puppets by the plain method, given their flow, and given the flow that "
+        "their keypoints alone say ([why so](decisions.md#the-model-and-its-data)). *Trained on*: "
+        "100 steps of `s2dm train stage2 --config s2dm/training/configs/puppets_pose.toml`, on one "
+        "core of an AMD EPYC. FVD of so few clips is to be read in ratios alone.",
         pose.markdown(result),
         *result["notes"],
     )

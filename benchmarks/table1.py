@@ -21,13 +21,12 @@ from comparison import (
     add_row,
     compare,
     ratio_text,
-    write_sheet,
+    write_result,
 )
 
 from s2dm.cli import DEFAULT_CHECKPOINT
 from s2dm.evaluation.modes import Variant
 from s2dm.evaluation.tables import markdown_table
-from s2dm.files import write_json
 
 TITLES = {
     "given flow": "S2DM, given flow",
@@ -84,10 +83,7 @@ def main() -> None:
         "notes": found.notes,
     }
     print(markdown(result))
-    sheet = options.output.with_suffix(".jpg")
-    write_sheet(sheet, found, TITLES, options)
-    write_json(options.output, {**result, "sheet": sheet.name})
-    print(f"\n{options.output}\n{sheet}")
+    write_result(result, found, TITLES, options)
 
 
 def checks(result: dict[str, Any]) -> list[Check]:

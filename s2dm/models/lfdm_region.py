@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .config.stage1 import RegionMotionConfig
-from .lfdm import check_weights
+from .lfdm import Key, check_weights
 from .region_motion import RegionMotion
 
 NETWORKS = ("region_predictor", "bg_predictor", "generator")
@@ -94,11 +94,11 @@ def region_motion_config(content: Mapping[str, Any]) -> RegionMotionConfig:
     )
 
 
-def lfdm_region_names(config: RegionMotionConfig) -> dict[str, str]:
-    """Our name of each weight, and LFDM's with the network's name before it."""
+def lfdm_region_keys(config: RegionMotionConfig) -> tuple[Key, ...]:
+    """Return the weights, LFDM's names with that of the network before them."""
     with torch.device("meta"):
-        ours = RegionMotion(config).state_dict()
-    return {name: _lfdm_name(name) for name in ours}
+        shapes = {name: tuple(w.shape) for name, w in RegionMotion(config).state_dict().items()}
+    return tuple(Key(name, _lfdm_name(name), shape, shape) for name, shape in shapes.items())
 
 
 def from_lfdm_region(content: Mapping[str, Any], config: RegionMotionConfig) -> dict[str, Tensor]:
@@ -107,12 +107,11 @@ def from_lfdm_region(content: Mapping[str, Any], config: RegionMotionConfig) -> 
     Raises:
         ValueError: a weight is missing, unexpected or of another shape.
     """
-    with torch.device("meta"):
-        ours = RegionMotion(config).state_dict()
+    keys = lfdm_region_keys(config)
     there = {f"{part}.{name}": w for part in NETWORKS for name, w in content[part].items()}
     weights = {name: w for name, w in there.items() if not _NO_WEIGHT.fullmatch(name)}
-    check_weights(weights, {_lfdm_name(name): tuple(w.shape) for name, w in ours.items()})
-    return {name: weights[_lfdm_name(name)] for name in ours}
+    check_weights(weights, {key.lfdm: key.lfdm_shape for key in keys})
+    return {key.ours: weights[key.lfdm] for key in keys}
 
 
 def _lfdm_name(ours: str) -> str:

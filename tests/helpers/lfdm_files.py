@@ -11,8 +11,7 @@ from random_checkpoint import TINY, random_weight
 
 from s2dm.models import BertConfig, FlowGeneratorConfig, RegionMotionConfig
 from s2dm.models.keys import bert_keys
-from s2dm.models.lfdm_region import NETWORKS, lfdm_region_names
-from s2dm.models.region_motion import RegionMotion
+from s2dm.models.lfdm_region import NETWORKS, lfdm_region_keys
 
 REGIONS = RegionMotionConfig(
     size=(32, 32),
@@ -53,12 +52,10 @@ JOINED = dataclasses.replace(
 
 def region_motion_content(config: RegionMotionConfig = REGIONS, **more: Any) -> dict[str, Any]:
     """What LFDM would pickle of a RegionMM of these sizes, random."""
-    with torch.device("meta"):
-        shapes = {n: tuple(w.shape) for n, w in RegionMotion(config).state_dict().items()}
     content: dict = {part: {} for part in NETWORKS}
-    for ours, theirs in lfdm_region_names(config).items():
-        part, name = theirs.split(".", 1)
-        content[part][name] = lfdm_region_recipe.fill(theirs, shapes[ours])
+    for key in lfdm_region_keys(config):
+        part, name = key.lfdm.split(".", 1)
+        content[part][name] = lfdm_region_recipe.fill(key.lfdm, key.shape)
     # Numbers that follow from the settings, which LFDM keeps beside the weights.
     content["region_predictor"]["down.weight"] = torch.rand(3, 1, 13, 13)
     content["generator"]["pixelwise_flow_predictor.down.weight"] = torch.rand(3, 1, 13, 13)

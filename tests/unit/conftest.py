@@ -7,6 +7,14 @@ import pytest
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of both stages with random weights, which tests read and never change."""
+    from random_checkpoint import write_random_checkpoint
+
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
 def tiny_preset() -> Iterator[None]:
     """The preset `tiny`: stage 2 alone, its tokenizer not trained yet."""
     from random_checkpoint import tiny_config

@@ -49,11 +49,6 @@ def command(name: str):
     return runpy.run_path(str(BASELINES / f"{name}.py"))["main"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
-
-
 @pytest.fixture
 def modes():
     """Modes that a test adds go with it."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_checkpoint import write_random_checkpoint
 from tiny_evaluation import DATA, count_made, tiny_evaluation
 
 from s2dm.evaluation import run
@@ -19,11 +18,6 @@ from s2dm.evaluation.run import EvaluationConfig, evaluate
 
 pytest.importorskip("cv2")
 pytest.importorskip("matplotlib")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
 
 
 @pytest.fixture

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import run_processes
 from random_checkpoint import tiny_config, write_random_checkpoint
 from tiny_evaluation import DATA, count_made, tiny_evaluation
 
@@ -28,13 +26,6 @@ from s2dm.sector import NoiseSharing
 
 pytest.importorskip("cv2")
 pytest.importorskip("matplotlib")
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
 
 
 @pytest.fixture
@@ -311,23 +302,12 @@ def test_the_truth_is_made_once_for_all_checkpoints(config, made, tmp_path):
 def test_two_processes_share_the_clips(config):
     alone = evaluate(dataclasses.replace(config, clips=3))
     output = config.output.with_name("shared")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    command += ["-m", "s2dm.cli", "evaluate", "--checkpoint", str(config.checkpoint)]
-    command += ["-o", str(output), "--modes", "given-flow", "true", "--clips", "3", "--steps", "1"]
-    command += ["--data", "size=32", "frames=3", "--cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "s2dm.cli", "evaluate", "--checkpoint", config.checkpoint, "-o", output]
+    command += ["--modes", "given-flow", "true", "--clips", 3, "--steps", 1]
+    told = run_processes(2, *command, "--data", "size=32", "frames=3", "--cpu")
     shared = json.loads((output / "results.json").read_text("utf-8"))
     assert shared["table"] == alone["table"]
-    assert done.stdout.count("| true clip |") == 1  # the main process alone speaks
+    assert told.count("| true clip |") == 1  # the main process alone speaks
 
 
 # -------------------------------------------------------------------------------- data sets

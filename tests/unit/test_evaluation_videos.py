@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from random_checkpoint import write_random_checkpoint
+from processes import run_processes
 
 from s2dm import cli
 from s2dm.data import DataConfig
@@ -27,13 +24,6 @@ from s2dm.evaluation.tables import by_label
 
 pytest.importorskip("cv2")
 pytest.importorskip("matplotlib")
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors")
 
 
 @pytest.fixture
@@ -123,20 +113,9 @@ def test_many_processes_make_the_same_videos(config, monkeypatch):
     config = dataclasses.replace(config, i3d=None, variants=(Variant("zero-flow"),))
     alone = evaluate(config)
     output = config.output.with_name("shared")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "3",
-    ]
-    command += ["-m", "s2dm.cli", "evaluate", "--checkpoint", str(config.checkpoint)]
-    command += ["-o", str(output), "--modes", "zero-flow", "--clips", "6", "--videos", "9"]
-    command += ["--data", "size=32", "frames=9", "--cpu", "--steps", "1", "--method", "none"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "s2dm.cli", "evaluate", "--checkpoint", config.checkpoint, "-o", output]
+    command += ["--modes", "zero-flow", "--clips", 6, "--videos", 9, "--steps", 1]
+    run_processes(3, *command, "--data", "size=32", "frames=9", "--cpu", "--method", "none")
     shared = json.loads((output / "results.json").read_text("utf-8"))
     assert shared["table"] == alone["table"] and shared["clips"] == alone["clips"]
 

@@ -14,7 +14,7 @@ from s2dm.models.lfdm_region import (
     NETWORKS,
     from_lfdm_region,
     is_region_motion,
-    lfdm_region_names,
+    lfdm_region_keys,
     region_motion_config,
 )
 from s2dm.models.region_motion import RegionMotion, axes
@@ -83,12 +83,10 @@ def test_a_file_of_lfdm_shows_its_sizes():
     assert is_region_motion(region_motion_content(square))
     assert not is_region_motion({"generator": {}})
     assert region_motion_config(region_motion_content(square, example=4_650_000)) == square
-    with torch.device("meta"):
-        full = RegionMotion(RegionMotionConfig()).state_dict()
     content: dict = {part: {} for part in NETWORKS}
-    for ours, theirs in lfdm_region_names(RegionMotionConfig()).items():
-        part, name = theirs.split(".", 1)
-        content[part][name] = full[ours]
+    for key in lfdm_region_keys(RegionMotionConfig()):
+        part, name = key.lfdm.split(".", 1)
+        content[part][name] = torch.empty(key.shape, device="meta")
     assert region_motion_config(content | {"example": 4_310_000}) == RegionMotionConfig()
     with pytest.raises(ValueError, match="hourglass"):
         region_motion_config({part: {} for part in NETWORKS})

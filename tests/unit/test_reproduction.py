@@ -163,23 +163,24 @@ def test_the_whole_chain_runs_and_stopped_in_each_step_gives_the_same(
     def interrupted_read(self: RecordedClips, index: int):
         reads.append(index)
         if len(reads) == 4:
-            stops.append("clips")
+            stops.append(begun(stopped))
             raise KeyboardInterrupt
         return read(self, index)
 
     def interrupted_step(self: TrainingLoop):
         losses = step_of_training(self)
         if self.progress.step == 0:
-            stops.append(self.folder.path.name)
+            stops.append(begun(stopped))
             os.kill(os.getpid(), signal.SIGTERM)
         return losses
 
     made: list[str] = []
 
     def interrupted_make(self: Variant, *rest):
-        made.append(str(self))
-        if len(made) in (3, 9):
-            stops.append("evaluate_shared" if len(made) == 3 else "evaluate_independent")
+        step = begun(stopped)
+        made.append(step)
+        if made.count(step) == 3:
+            stops.append(step)
             raise KeyboardInterrupt
         return make(self, *rest)
 
@@ -193,11 +194,23 @@ def test_the_whole_chain_runs_and_stopped_in_each_step_gives_the_same(
             continue
         break
     assert stops == STEPS
-    assert reads.count(1) == 1  # what was read before the stop isn't read again
+    # What was read or made before the stop is there: the one that was under way comes twice.
+    assert reads.count(1) == 1
+    videos, true = 6, len(split["test"])
+    assert made.count("evaluate_shared") == 3 * videos + true + 1
+    assert made.count("evaluate_independent") == videos + true + 1
     assert results(stopped) == found
     assert (stopped / "tables.md").read_text("utf-8") == page
     monkeypatch.setattr(Chain, "_expect_done", lambda self, step: pytest.fail("nothing is left"))
     experiment(data, start, stopped, tiny).chain.run()
+
+
+def begun(output: Path) -> str:
+    """The step of a chain that is begun and not done, "" if there is none."""
+    marks = [mark for mark in (output / "steps").glob("*.json") if not mark.name.startswith(".")]
+    open_ones = [m.stem for m in marks if not json.loads(m.read_text("utf-8"))["done"]]
+    assert len(open_ones) < 2
+    return "".join(open_ones)
 
 
 def stop_while_writing(monkeypatch: pytest.MonkeyPatch, output: Path, *steps: str) -> list[str]:
@@ -209,12 +222,10 @@ def stop_while_writing(monkeypatch: pytest.MonkeyPatch, output: Path, *steps: st
     fsync = os.fsync
 
     def interrupted(handle: int) -> None:
-        marks = [m for m in (output / "steps").glob("*.json") if not m.name.startswith(".")]
-        for mark in marks:
-            if mark.stem in steps and mark.stem not in stops:
-                if not json.loads(mark.read_text("utf-8"))["done"]:
-                    stops.append(mark.stem)
-                    raise KeyboardInterrupt
+        step = begun(output)
+        if step in steps and step not in stops:
+            stops.append(step)
+            raise KeyboardInterrupt
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", interrupted)

@@ -26,12 +26,6 @@ from s2dm.pipelines import (
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
-    return write_random_checkpoint(path)
-
-
-@pytest.fixture(scope="module")
 def pipeline(checkpoint) -> TextToVideoPipeline:
     torch.set_num_threads(1)
     return load(checkpoint)

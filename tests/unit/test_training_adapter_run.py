@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_training  # noqa: F401 (it registers the squares)
 import torch
+from processes import run_processes
 from random_checkpoint import write_random_checkpoint
 from safetensors import safe_open
 
@@ -89,14 +87,7 @@ def test_two_processes_learn_from_the_mean_of_their_gradients(
     config = tmp_path / "two.json"
     for steps in (2, 4):
         config.write_text(json.dumps({**values, "steps": steps}))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc_per_node", "2", "-m", "s2dm.cli", "train", "adapter"]
-        done = subprocess.run(
-            [*command, "--config", str(config)],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        run_processes(2, "-m", "s2dm.cli", "train", "adapter", "--config", config)
     monkeypatch.setattr(adapter_run, "AdapterTrainer", BothParts)
     one = train_adapter(run_config(tmp_path, output=str(tmp_path / "one"), **settings, **clips))
     two = RunFolder(tmp_path / "two")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from torch import nn
 pytest.importorskip("accelerate")
 pytest.importorskip("diffusers")
 
+from processes import run_processes
 from tiny_training import stage2_config
 
 from s2dm.models import load_checkpoint
@@ -30,8 +29,6 @@ from s2dm.training.run_folder import RunFolder, measured_once, training_of
 from s2dm.training.stage2 import Stage2Task, build_stage2_task, train_stage2
 
 pytestmark = pytest.mark.usefixtures("tiny_preset")
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @given(st.integers(0, 99), st.floats(0, 600))
@@ -208,10 +205,9 @@ def test_a_signal_is_not_lost_while_processes_agree(tmp_path, vae_file, monkeypa
 
 
 TWO_PROCESSES = """
-import hashlib, os, sys, time
+import hashlib, os, time
 from pathlib import Path
 
-sys.path[:0] = {paths!r}
 rank, clock = int(os.environ["RANK"]), time.monotonic
 if rank:  # a clock that runs ahead of the other process's
     time.monotonic = lambda: 1000 * clock()
@@ -245,22 +241,10 @@ leave_processes()
 def test_processes_go_by_one_clock(tmp_path, vae_file):
     """They stop, save and anneal together, and one of them prepares the clips."""
     script, run = tmp_path / "train.py", tmp_path / "run"
-    paths = [str(ROOT), str(ROOT / "tests" / "helpers")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(script),
-    ]
     for steps in (3, 5):  # the second time the run goes on
-        text = TWO_PROCESSES.format(paths=paths, run=str(run), vae=str(vae_file), steps=steps)
+        text = TWO_PROCESSES.format(run=str(run), vae=str(vae_file), steps=steps)
         script.write_text(text, encoding="utf-8")
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
+        run_processes(2, script)
         first, second = (run.joinpath(f"weights{rank}").read_text() for rank in range(2))
         assert first == second and first.startswith(f"{steps} ")
     records = RunFolder(run).records()

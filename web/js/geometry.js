@@ -130,21 +130,25 @@ export function deformation(layer, u, frames) {
     };
 }
 
-// The rigid, similar or affine map that fits best; with too few points the next simpler one.
-function fitted(controls, pins, move) {
-    const weights = controls.map((_, k) => (k < controls.length - pins ? 1 : PIN));
-    const sum = weights.reduce((a, b) => a + b, 0);
-    let px = 0, py = 0, qx = 0, qy = 0;
-    controls.forEach(({from, to}, k) => {
-        const weight = weights[k] /= sum;
+// What every fit needs: weighted means of where paths and pins start (px, py) and where they are
+// (qx, qy), and sums of products around them.
+function moments(controls, weights) {
+    let sum = 0, px = 0, py = 0, qx = 0, qy = 0;
+    for (let k = 0; k < controls.length; k += 1) {
+        const {from, to} = controls[k], weight = weights[k];
+        sum += weight;
         px += weight * from.x;
         py += weight * from.y;
         qx += weight * to.x;
         qy += weight * to.y;
-    });
-    let cosine = 0, sine = 0, xx = 0, xy = 0, yy = 0, ax = 0, ay = 0, bx = 0, by = 0;
-    controls.forEach(({from, to}, k) => {
-        const weight = weights[k];
+    }
+    px /= sum;
+    py /= sum;
+    qx /= sum;
+    qy /= sum;
+    let xx = 0, xy = 0, yy = 0, ax = 0, ay = 0, bx = 0, by = 0;
+    for (let k = 0; k < controls.length; k += 1) {
+        const {from, to} = controls[k], weight = weights[k];
         const fx = from.x - px, fy = from.y - py, tx = to.x - qx, ty = to.y - qy;
         xx += weight * fx * fx;
         xy += weight * fx * fy;
@@ -153,12 +157,17 @@ function fitted(controls, pins, move) {
         ay += weight * fx * ty;
         bx += weight * fy * tx;
         by += weight * fy * ty;
-    });
-    cosine = ax + by;
-    sine = ay - bx;
-    const spread = xx + yy;
+    }
+    return {sum, px, py, qx, qy, xx, xy, yy, ax, ay, bx, by};
+}
+
+// The rigid, similar or affine map that fits best; with too few points the next simpler one.
+function fitted(controls, pins, move) {
+    const weights = controls.map((_, k) => (k < controls.length - pins ? 1 : PIN));
+    const {sum, px, py, qx, qy, xx, xy, yy, ax, ay, bx, by} = moments(controls, weights);
+    const cosine = ax + by, sine = ay - bx, spread = xx + yy;
     let linear = [1, 0, 0, 1];
-    if (spread > 1e-6) {
+    if (spread > 1e-6 * sum) {
         const length = move === "similarity" || move === "affine" ? spread : Math.hypot(cosine, sine);
         if (length > 1e-9 * spread) {
             linear = [cosine / length, -sine / length, sine / length, cosine / length];
@@ -182,43 +191,20 @@ function fitted(controls, pins, move) {
 function bent(controls, radius) {
     const weights = new Float64Array(controls.length);
     const steady = radius === null ? 1e-12 : STEADY / (radius * radius);
-    const scale = radius === null ? Math.max(CROWD * variance(controls), 1) : radius * radius;
-    const firmness = FIRM / scale;
+    const all = moments(controls, weights.fill(1));
+    const variance = (all.xx + all.yy) / all.sum;
+    const firmness = FIRM / (radius === null ? Math.max(CROWD * variance, 1) : radius * radius);
     return (x, y) => {
-        let sum = 0, px = 0, py = 0, qx = 0, qy = 0;
         for (let k = 0; k < controls.length; k += 1) {
-            const {from, to} = controls[k];
+            const {from} = controls[k];
             const square = (from.x - x) ** 2 + (from.y - y) ** 2;
             // The fourth power, so that right around a path there is that path alone.
-            let weight = 1 / (square + NEAR) ** 2;
-            if (radius !== null) weight *= falloff(Math.sqrt(square), radius);
-            weights[k] = weight;
-            sum += weight;
-            px += weight * from.x;
-            py += weight * from.y;
-            qx += weight * to.x;
-            qy += weight * to.y;
+            weights[k] = 1 / (square + NEAR) ** 2;
+            if (radius !== null) weights[k] *= falloff(Math.sqrt(square), radius);
         }
+        let {sum, px, py, qx, qy, xx, xy, yy, ax, ay, bx, by} = moments(controls, weights);
         if (sum === 0) return [x, y];
-        px /= sum;
-        py /= sum;
-        qx /= sum;
-        qy /= sum;
-        let cosine = steady, sine = 0;
-        let xx = 0, xy = 0, yy = 0, ax = 0, ay = 0, bx = 0, by = 0;
-        for (let k = 0; k < controls.length; k += 1) {
-            const {from, to} = controls[k], weight = weights[k];
-            const fx = from.x - px, fy = from.y - py, tx = to.x - qx, ty = to.y - qy;
-            xx += weight * fx * fx;
-            xy += weight * fx * fy;
-            yy += weight * fy * fy;
-            ax += weight * fx * tx;
-            ay += weight * fx * ty;
-            bx += weight * fy * tx;
-            by += weight * fy * ty;
-        }
-        cosine += ax + by;
-        sine += ay - bx;
+        let cosine = steady + ax + by, sine = ay - bx;
         const length = Math.hypot(cosine, sine);
         if (length > 0) {
             cosine /= length;
@@ -236,16 +222,6 @@ function bent(controls, radius) {
         const u = (dx * yy - dy * xy) / determinant, v = (dy * xx - dx * xy) / determinant;
         return [qx + u * ax + v * bx, qy + u * ay + v * by];
     };
-}
-
-function variance(controls) {
-    let x = 0, y = 0, square = 0;
-    for (const {from} of controls) {
-        x += from.x / controls.length;
-        y += from.y / controls.length;
-    }
-    for (const {from} of controls) square += (from.x - x) ** 2 + (from.y - y) ** 2;
-    return square / controls.length;
 }
 
 export const STILL = Object.freeze({x: 0, y: 0, zoom: 1, roll: 0});
