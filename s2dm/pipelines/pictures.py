@@ -12,6 +12,8 @@ from ..video import cover
 from ..video.frames import from_uint8, to_uint8
 from ..video.pictures import image_pixels
 
+_ROUNDING = 1e-3
+
 
 def picture_of(reference: Any, height: int, width: int) -> Tensor:
     """A user's reference frame as (1, 3, height, width); ValueError if it isn't one."""
@@ -37,7 +39,8 @@ def picture_of(reference: Any, height: int, width: int) -> Tensor:
 
 
 def _in_unit_range(picture: Tensor) -> bool:
-    return bool(((picture >= 0) & (picture <= 1)).all())  # false for NaN
+    """False for NaN. Resizing goes past the range by rounding, which `cover` cuts off."""
+    return bool(((picture > -_ROUNDING) & (picture < 1 + _ROUNDING)).all())
 
 
 def on_canvas(picture: Tensor, cell: int) -> Tensor:
