@@ -234,9 +234,10 @@ def _limits(result: dict[str, Any]) -> str:
         result,
         "Limits of the bundled checkpoint",
         motion,
-        "For each kind of clip the given frames, their flow, and what the model makes of a caption "
-        "and that flow; of the two clips of another kind the flow alone. It was trained on people "
-        "at one place and size before a camera that stands still.",
+        "For each kind of clip the given frames, their flow, and what the model makes of it: from "
+        "a caption, from the clip's first frame, and from that without the flow adapter. Of the "
+        "two clips of another kind flow and clip from the caption alone are shown. It was trained "
+        "on people at one place and size before a camera that stands still.",
         rooms,
         "Clips from captions alone, anchored, with the largest change of a still part of the room.",
         outfits,
