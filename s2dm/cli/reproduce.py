@@ -59,7 +59,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "--workers", type=int, default=-1, help="processes that prepare clips (the preset's)"
     )
     parser.add_argument(
-        "--half", action="store_true", help="evaluate in float16, on a CPU in bfloat16"
+        "--half",
+        action="store_true",
+        help="evaluate in float16, on a CPU in bfloat16, which makes most of them slower",
     )
     parser.add_argument("--cpu", action="store_true", help="evaluate and plan without a GPU")
     parser.set_defaults(run=run)

@@ -99,13 +99,15 @@ def sheet_seed(number: int) -> int:
 def make_accelerator(config: TrainingConfig) -> Any:
     """An `accelerate.Accelerator` for `config`; also sets threads and seeds."""
     from accelerate import Accelerator, PartialState
-    from accelerate.utils import set_seed
+    from accelerate.utils import parse_flag_from_env, set_seed
 
     if config.threads > 0:
         torch.set_num_threads(config.threads)
     set_seed(config.seed)
-    # Processes wait for the one that prepares the clips or draws a sheet.
-    device = PartialState(timeout=timedelta(days=7)).device
+    # The accelerator's own state, with the device on which the precision depends. Processes wait
+    # for the one that prepares the clips or draws a sheet.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    device = PartialState(cpu, timeout=timedelta(days=7)).device
     return Accelerator(
         mixed_precision=precision_on(device, config.mixed_precision),
         gradient_accumulation_steps=config.gradient_accumulation,

@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+pytest.importorskip("accelerate")
+
+from accelerate.state import AcceleratorState, DistributedType
+
 from s2dm.training import TrainingConfig
 from s2dm.training.loop import make_accelerator
 from s2dm.training.precision import MIXED_PRECISION, precision_on
@@ -49,11 +53,29 @@ def test_what_is_named_is_done(device, named):
     assert precision_on(device, named) == named
 
 
-@pytest.mark.parametrize(("can", "chosen"), [(True, "bf16"), (False, "no")])
-def test_a_training_computes_as_its_device_can(monkeypatch, can, chosen):
-    from accelerate.state import AcceleratorState
+@pytest.fixture
+def no_state():
+    """accelerate keeps what it finds out for the rest of the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
+
+@pytest.mark.parametrize(("can", "chosen"), [(True, "bf16"), (False, "no")])
+def test_a_training_computes_as_its_device_can(monkeypatch, no_state, can, chosen):
     processor(monkeypatch, amx_bf16=can)
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert make_accelerator(TrainingConfig()).mixed_precision == chosen
-    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_processes_that_are_to_use_the_cpu_train_together(monkeypatch, no_state):
+    """Asking for the device first must not make a training of its own of each process."""
+    launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
+    launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0, "ACCELERATE_USE_CPU": "true"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    accelerator = make_accelerator(TrainingConfig())
+    try:
+        assert accelerator.distributed_type == DistributedType.MULTI_CPU
+        assert accelerator.device.type == "cpu"
+    finally:
+        accelerator.end_training()

@@ -6,6 +6,7 @@
 
 const PIN = 1000; // how much more a pin counts than a path where both can't be had
 const NEAR = 1e-6;
+const LEAST = 1e-12; // paths that lie in one point turn nothing
 const STEADY = 0.1; // without a region, how strongly surroundings keep from turning
 const FIRM = 1; // how strongly they keep from being stretched
 const CROWD = 0.1; // with a region, of the paths' variance: about fifteen paths stretch it by half
@@ -131,16 +132,18 @@ export function deformation(layer, u, frames) {
 }
 
 // What every fit needs: weighted means of where paths and pins start (px, py) and where they are
-// (qx, qy), and sums of products around them.
+// (qx, qy), and sums of products around them. Measured from the first of them, those that lie in one
+// point are zero: what rounding would leave of them turns what is around.
 function moments(controls, weights) {
+    const first = controls[0];
     let sum = 0, px = 0, py = 0, qx = 0, qy = 0;
     for (let k = 0; k < controls.length; k += 1) {
         const {from, to} = controls[k], weight = weights[k];
         sum += weight;
-        px += weight * from.x;
-        py += weight * from.y;
-        qx += weight * to.x;
-        qy += weight * to.y;
+        px += weight * (from.x - first.from.x);
+        py += weight * (from.y - first.from.y);
+        qx += weight * (to.x - first.to.x);
+        qy += weight * (to.y - first.to.y);
     }
     px /= sum;
     py /= sum;
@@ -149,7 +152,8 @@ function moments(controls, weights) {
     let xx = 0, xy = 0, yy = 0, ax = 0, ay = 0, bx = 0, by = 0;
     for (let k = 0; k < controls.length; k += 1) {
         const {from, to} = controls[k], weight = weights[k];
-        const fx = from.x - px, fy = from.y - py, tx = to.x - qx, ty = to.y - qy;
+        const fx = from.x - first.from.x - px, fy = from.y - first.from.y - py;
+        const tx = to.x - first.to.x - qx, ty = to.y - first.to.y - qy;
         xx += weight * fx * fx;
         xy += weight * fx * fy;
         yy += weight * fy * fy;
@@ -158,6 +162,10 @@ function moments(controls, weights) {
         bx += weight * fy * tx;
         by += weight * fy * ty;
     }
+    px += first.from.x;
+    py += first.from.y;
+    qx += first.to.x;
+    qy += first.to.y;
     return {sum, px, py, qx, qy, xx, xy, yy, ax, ay, bx, by};
 }
 
@@ -190,7 +198,6 @@ function fitted(controls, pins, move) {
 // and affine where they lie close together: against the radius, or all of them against one another.
 function bent(controls, radius) {
     const weights = new Float64Array(controls.length);
-    const steady = radius === null ? 1e-12 : STEADY / (radius * radius);
     const all = moments(controls, weights.fill(1));
     const variance = (all.xx + all.yy) / all.sum;
     const firmness = FIRM / (radius === null ? Math.max(CROWD * variance, 1) : radius * radius);
@@ -204,6 +211,7 @@ function bent(controls, radius) {
         }
         let {sum, px, py, qx, qy, xx, xy, yy, ax, ay, bx, by} = moments(controls, weights);
         if (sum === 0) return [x, y];
+        const steady = radius === null ? LEAST * sum : STEADY / (radius * radius);
         let cosine = steady + ax + by, sine = ay - bx;
         const length = Math.hypot(cosine, sine);
         if (length > 0) {

@@ -15,6 +15,7 @@ from .state import Array
 
 _PIN = 1000.0  # how much more a pin counts than a track where both can't be had
 _NEAR = 1e-6  # square pixels: a point on a track follows that track alone
+_LEAST = 1e-12  # square pixels: tracks that lie in one point turn nothing
 _STEADY = 0.1  # without a region, how strongly surroundings keep from turning
 _FIRM = 1.0  # how strongly they keep from being stretched
 _CROWD = 0.1  # with a region, of the tracks' variance: about fifteen tracks stretch it by half
@@ -80,6 +81,9 @@ class Bend:
     def __init__(
         self, points: Array, rest: Array, near: float, radius: float | None = None
     ) -> None:
+        # Measured from the first of them, those that lie in one point are zero, here and in `at`:
+        # what rounding would leave of them turns what is around.
+        points, rest = points - rest[0], rest - rest[0]
         distance = np.abs(points[:, None] - rest[None, :])
         owner = distance.argmin(axis=1)
         close = np.flatnonzero(distance.min(axis=1) < near)
@@ -105,21 +109,22 @@ class Bend:
         # With a sum of zero, it makes no difference whether `moved` is measured from its centre.
         self._turning[close, owner] -= self._turning[close].sum(axis=1)
         if radius is None:
-            self._steady = 1e-12
+            self._steady = _LEAST * total
             scale = max(float(np.var(rest)) * _CROWD, 1.0)
         else:
-            self._steady = _STEADY / radius**2
+            self._steady = np.full(len(points), _STEADY / radius**2)
             scale = radius**2
         self._firm = _FIRM / scale + 1e-6 * spread
         self._spread = spread + self._firm
 
     def at(self, moved: Array) -> Array:
         """Where the points are when tracks and pins are at `moved` (K,), (V,) complex."""
+        first, moved = moved[0], moved - moved[0]
         fitted = _weighted(self._turning, moved)
         turn = fitted + self._steady
         length = np.abs(turn)
         turn = np.where(length > 0, turn / np.maximum(length, 1e-300), 1)
-        centre = _weighted(self._share, moved)
+        centre = first + _weighted(self._share, moved)
         # An affine map is a p + b p.conj(): here the one that fits best, held to p -> turn p.
         right = fitted + self._firm * turn
         left = _weighted(self._turning, moved.conj()).conj()

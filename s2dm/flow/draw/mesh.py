@@ -66,7 +66,7 @@ class Mesh:
 
         By what a point is missed, the corners around it are shifted, each by the mean of its
         points, and again, as each shift disturbs others. Where points contradict one another that
-        has no end: no corner is shifted so far that the sheet could fold.
+        has no end: no corner is shifted so far that cells of full size could fold.
         """
         targets, start = targets[self._held], moved[self._corners]
         place = start
