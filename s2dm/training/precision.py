@@ -19,7 +19,8 @@ def precision_on(device: torch.device, mixed_precision: str) -> str:
     if mixed_precision != "auto":
         return mixed_precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        # Not `is_bf16_supported`: it counts older cards that imitate it.
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "no"
     # Older versions of PyTorch don't tell what a processor can do.
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
         known = torch.cpu.get_capabilities()

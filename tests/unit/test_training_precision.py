@@ -39,11 +39,9 @@ def test_a_pytorch_that_knows_no_processor_takes_float32(monkeypatch):
     assert precision_on(CPU, "auto") == "no"
 
 
-@pytest.mark.parametrize(("can", "chosen"), [(True, "bf16"), (False, "no")])
-def test_a_gpu_that_would_only_imitate_bfloat16_does_not(monkeypatch, can, chosen):
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: can and not including_emulation
-    )
+@pytest.mark.parametrize(("capability", "chosen"), [((8, 0), "bf16"), ((7, 5), "no")])
+def test_a_gpu_that_would_only_imitate_bfloat16_does_not(monkeypatch, capability, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert precision_on(CUDA, "auto") == chosen
 
 
