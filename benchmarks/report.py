@@ -237,7 +237,10 @@ def _limits(result: dict[str, Any]) -> str:
         "For each kind of clip the given frames, their flow, and what the model makes of it: from "
         "a caption, from the clip's first frame, and from that without the flow adapter. Of the "
         "two clips of another kind flow and clip from the caption alone are shown. It was trained "
-        "on people at one place and size before a camera that stands still.",
+        "on people at one place and size before a camera that stands still. Beside the figures "
+        "stand those of the true clips, of the true clips encoded and decoded, and of what an "
+        "anchor draws frames towards, the first frame moved by the flow, its holes filled, decoded "
+        "too: what estimator, autoencoder and warping get wrong, before anything is sampled.",
         rooms,
         "Clips from captions alone, anchored, with the largest change of a still part of the room.",
         outfits,
