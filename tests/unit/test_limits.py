@@ -8,6 +8,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ pytest.importorskip("cv2")
 import limits
 
 from s2dm.data.puppets import PERSONS, caption, render_clip
+from s2dm.evaluation.clip_metrics import flow_error
+from s2dm.flow import estimate_flow
+from s2dm.sector import Anchor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,6 +62,60 @@ def test_a_pan_moves_everything_and_hides_what_comes_in(clip):
     _, flow = limits.panned(clip.frames, clip.flow, 3)
     assert (flow.displacement[-1, 0, 0, :50] == 9).all()  # a pixel of the wall came from the right
     assert flow.occlusion[-1, 0, 0].tolist() == [0] * 55 + [1] * 9
+
+
+class Autoencoder:
+    """Latents that are pixels: exact, or all of one picture."""
+
+    config = SimpleNamespace(block_out_channels=(1,))
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, keeps: float) -> None:
+        self.keeps = keeps
+
+    def encode(self, frames):
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: frames))
+
+    def decode(self, latents):
+        return SimpleNamespace(sample=self.keeps * latents)
+
+
+@pytest.mark.parametrize("keeps", [1, 0], ids=["exact", "grey"])
+def test_what_the_autoencoder_gets_wrong_stands_beside_the_true_clips(
+    tmp_path, monkeypatch, clip, keeps
+):
+    monkeypatch.setattr(limits, "PuppetClips", lambda *_, **__: [clip])
+    monkeypatch.setattr(limits, "CHANGES", {"moved": lambda *pair: limits.moved(*pair, 8)})
+    monkeypatch.setattr(
+        limits, "WAYS", {"": lambda generator, prompt, true, *_: true[:1] + 0 * true}
+    )
+    monkeypatch.setattr(limits, "real_clips", lambda *_: {})
+    generator = SimpleNamespace(
+        checkpoint=limits.DEFAULT_CHECKPOINT,
+        pipeline=SimpleNamespace(vae=Autoencoder(keeps)),
+        chunk_size=3,
+    )
+    store = limits.Store(tmp_path, "this code")
+    ((title, row),) = limits.measure_motion(generator, store, clips=1)[0].items()
+    assert row["flow_error"] == 1  # what was made stands still
+    if keeps:
+        frames, flow = limits.moved(clip.frames, clip.flow, 8)
+        anchor = Anchor.of(frames[:1], flow, lambda pictures: pictures)
+        warped = flow_error(estimate_flow(anchor.latents), flow).figure
+        assert 0 < row["true"] < 0.5
+        assert row["autoencoder"] == pytest.approx(row["true"], abs=1e-3)
+        assert row["warped"] == pytest.approx(warped, abs=1e-3)
+        assert row["warped"] != pytest.approx(row["true"], abs=1e-3)
+    else:
+        assert row["autoencoder"] == row["warped"] == 1
+    page = limits.markdown({"motion": {title: row}, "outfits": {}, "rooms": {}})
+    shown = [f"{row[name]:.2f}" for name in ("true", "autoencoder", "warped")]
+    assert f"| {' | '.join(shown)} |" in page
+    # A run that goes on takes what is there, and says whose it is.
+    generator.pipeline = None
+    later = limits.Store(tmp_path, "later code")
+    assert limits.measure_motion(generator, later, clips=1)[0] == {title: row}
+    assert later.made_by == {"this code": {"moved", "through the autoencoder"}}
 
 
 def test_a_thing_that_comes_and_goes_changes_the_room():
