@@ -14,7 +14,7 @@ from .native.notices import Notice
 from .schema import advanced, check_finite, check_given, named_errors, schema, share_input
 from .types import Flow
 
-_ATTENTION = {"auto": None, "on": True, "off": False}
+_CHOICES = {"auto": None, "on": True, "off": False}
 _NOTICE = Notice("Every frame sees the reference.")
 
 
@@ -76,12 +76,24 @@ class AnchorToReference(io.ComfyNode):
                 advanced(
                     io.Combo.Input,
                     "reference_attention",
-                    options=list(_ATTENTION),
+                    options=list(_CHOICES),
                     default="auto",
                     tooltip=(
                         "on: in self-attention every frame also sees the first one; works with the "
                         "U-Nets of Stable Diffusion 1.x, 2.x and XL alone. auto: as the checkpoint "
                         "recommends, or on if it recommends nothing."
+                    ),
+                ),
+                advanced(
+                    io.Combo.Input,
+                    "key_frame",
+                    options=list(_CHOICES),
+                    default="auto",
+                    tooltip=(
+                        "on: without a reference, the frame that moves most is drawn before frame "
+                        "1, so that somebody stands where the flow says; takes the time of two "
+                        "frames. auto: as the checkpoint recommends, or off if it recommends "
+                        "nothing."
                     ),
                 ),
             ],
@@ -104,11 +116,12 @@ class AnchorToReference(io.ComfyNode):
         strength: float = 1.0,
         end_percent: float = -1.0,
         reference_attention: str = "auto",
+        key_frame: str = "auto",
     ) -> io.NodeOutput:
         with named_errors(cls):
             check_finite(strength=strength, end_percent=end_percent)
             check_given(model=model, vae=vae, flow=flow)
-        sees = _ATTENTION[reference_attention]
+        sees, from_key = _CHOICES[reference_attention], _CHOICES[key_frame]
         blind = sees and not sees_reference(model)
         _NOTICE.tell(
             "this model has no self-attention of Stable Diffusion's kind, so reference_attention "
@@ -118,4 +131,5 @@ class AnchorToReference(io.ComfyNode):
         )
         end = None if end_percent < 0 else end_percent
         with named_errors(cls):
-            return io.NodeOutput(anchor_model(model, vae, reference, flow, strength, end, sees))
+            anchored = anchor_model(model, vae, reference, flow, strength, end, sees, from_key)
+        return io.NodeOutput(anchored)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ...s2dm.flow import FlowField
 from ...s2dm.flow.geometry import resample
+from ...s2dm.flow.inverse import key_frame, rebase
 from ...s2dm.models import whole_cells
 from ...s2dm.sector import ANCHOR_END, Anchor, ReferenceStates, release, release_levels
 from ..pictures import first_picture
 from .frames import KEY as FRAMES
 from .frames import FramesOfCall, call_in_chunks
-from .labels import labels_of, of_frame_1
+from .labels import labels_of, of_frame
 from .recommended import recommendation_of
 
 KEY = "s2dm_anchor"
@@ -45,6 +46,7 @@ def anchor_model(
     strength: float = 1.0,
     end: float | None = None,
     reference_attention: bool | None = None,
+    from_key_frame: bool | None = None,
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of a MODEL whose frames are anchored to the first one.
 
@@ -60,6 +62,9 @@ def anchor_model(
             itself is returned; None for what the checkpoint recommends.
         reference_attention: whether frames see frame 1 in self-attention; None for what the
             checkpoint recommends. Only the U-Nets of Stable Diffusion can.
+        from_key_frame: whether the frame that moves most is drawn before frame 1, which is then
+            anchored to it; None for what the checkpoint recommends. Without flow in the
+            conditioning, or with a reference, there is none.
 
     Raises:
         ValueError: the reference is no picture.
@@ -77,9 +82,11 @@ def anchor_model(
         return model
     if reference_attention is None:
         reference_attention = recommended.reference_attention if anchors else True
+    if from_key_frame is None:
+        from_key_frame = anchors and recommended.key_frame
     patched = model.clone()
     call_in_chunks(patched, None)
-    anchoring = _Anchoring(vae, picture, flow, strength, end)
+    anchoring = _Anchoring(vae, picture, flow, strength, end, from_key_frame)
     wrappers = {
         WrappersMP.OUTER_SAMPLE: anchoring.outer_sample,
         WrappersMP.SAMPLER_SAMPLE: anchoring.sampler_sample,
@@ -119,6 +126,7 @@ class _Anchoring:
     flow: FlowField
     strength: float
     end: float
+    from_key_frame: bool
     _anchor: Anchor | None = None
     _shape: tuple[int, ...] = ()
 
@@ -135,12 +143,33 @@ class _Anchoring:
             picture = self.picture
             if picture is None:
                 picture = self._first_frame(executor, noise, latent_image, *args, **kwargs)
-            self._anchor = self._anchor_to(picture, guider.model_patcher.model, shape)
+            self._anchor = self._anchor_to(picture, self.flow, guider.model_patcher.model, shape)
             self._shape = shape
         return executor(noise, latent_image, *args, **kwargs)
 
-    def _first_frame(
+    def _first_frame(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Frame 1 as the model draws it by itself, (1, 3, H, W) in [0, 1].
+
+        Zero flow doesn't say where anybody is. Drawn after a key frame, frame 1 shows them there.
+        """
+        guider, key = executor.class_obj, 0
+        if self.from_key_frame and any(label.strength for label in labels_of(guider.conds)):
+            key = key_frame(self.flow)  # 0 where nothing moves
+        if key:
+            # The flow has to act from the start, where it is decided who stands where.
+            picture = self._frame(key, 0.0, executor, noise, *args, **kwargs)
+            model, shape = guider.model_patcher.model, (2, *noise.shape[1:])
+            anchor = self._anchor_to(picture, rebase(self.flow, [key, 0]), model, shape)
+            self._anchor = anchor.of_frame(1)
+        try:
+            return self._frame(0, None, executor, noise, *args, **kwargs)
+        finally:
+            self._anchor = None
+
+    def _frame(
         self,
+        index: int,
+        flow_start: float | None,
         executor: Any,
         noise: Tensor,
         latent_image: Tensor,
@@ -152,18 +181,21 @@ class _Anchoring:
         seed: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Frame 1 as the model draws it by itself, (1, 3, H, W) in [0, 1]."""
-        guider = executor.class_obj
+        """A frame of the clip, counted from 0, sampled alone: (1, 3, H, W) in [0, 1]."""
+        guider, part = executor.class_obj, slice(index, index + 1)
         # Core and our labels write to the entries of a run, so each run has its own.
         conds = {name: [_copy(entry) for entry in told] for name, told in guider.conds.items()}
         guider.conds = {
-            name: [of_frame_1(entry) for entry in told] for name, told in guider.conds.items()
+            name: [of_frame(entry, index, flow_start) for entry in told]
+            for name, told in guider.conds.items()
         }
         if "latent_shapes" in kwargs and kwargs["latent_shapes"] is not None:
             kwargs["latent_shapes"] = [(1, *noise.shape[1:])]
-        mask = None if denoise_mask is None else denoise_mask[:1]
-        first = (noise[:1], latent_image[:1], sampler, sigmas, mask, None, True, seed)
-        latent = executor(*first, **kwargs)
+        mask = denoise_mask
+        if mask is not None:
+            mask = mask[part] if len(mask) == len(noise) else mask[:1]
+        own = (noise[part], latent_image[part], sampler, sigmas, mask, None, True, seed)
+        latent = executor(*own, **kwargs)
         guider.conds = conds
         pictures = self.vae.decode(latent)
         picture = pictures.reshape(-1, *pictures.shape[-3:])[:1]
@@ -206,7 +238,9 @@ class _Anchoring:
                 "flow of as many frames."
             )
 
-    def _anchor_to(self, picture: Tensor, model: Any, shape: tuple[int, ...]) -> Anchor:
+    def _anchor_to(
+        self, picture: Tensor, flow: FlowField, model: Any, shape: tuple[int, ...]
+    ) -> Anchor:
         channels, size = shape[1], _plane(shape)
 
         def encode(pictures: Tensor) -> Tensor:
@@ -222,7 +256,7 @@ class _Anchoring:
             encoded = torch.cat(latents).view(-1, *shape[1:])
             return model.process_latent_in(encoded).view(-1, channels, *size)
 
-        picture, flow = self._fitted(picture, *(side * _cell(self.vae) for side in size))
+        picture, flow = self._fitted(picture, flow, *(side * _cell(self.vae) for side in size))
         return Anchor.of(picture, flow, encode, self.strength)
 
     def _encode(self, picture: Tensor) -> Tensor:
@@ -230,9 +264,11 @@ class _Anchoring:
         latent = self.vae.encode(picture.movedim(1, -1))
         return latent.squeeze(2) if latent.ndim == 5 else latent
 
-    def _fitted(self, picture: Tensor, height: int, width: int) -> tuple[Tensor, FlowField]:
+    def _fitted(
+        self, picture: Tensor, flow: FlowField, height: int, width: int
+    ) -> tuple[Tensor, FlowField]:
         """Picture and flow in the size that the latents stand for."""
-        flow, cell = self.flow, _cell(self.vae)
+        cell = _cell(self.vae)
         size = flow.height, flow.width
         if tuple(whole_cells(side, cell) for side in size) != (height, width):
             _check_aspect("the latents", height, width, "the flow", *size, slack=cell)

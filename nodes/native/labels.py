@@ -47,6 +47,7 @@ class FlowLabel:
     start, end: part of the noise schedule, 0 (all noise) to 1 (none), that sees the flow; the
         null label elsewhere. A start of None is the checkpoint's, resolved as a run begins.
     mask: (1 or N, H, W) in [0, 1], where the picture sees the flow; None for everywhere.
+    alone: the last of the frames is sampled, and no other one.
     """
 
     flow: FlowField
@@ -54,6 +55,12 @@ class FlowLabel:
     start: float | None = 0.0
     end: float = 1.0
     mask: Tensor | None = None
+    alone: bool = False
+
+    @property
+    def num_frames(self) -> int:
+        """How many latents are sampled beside it."""
+        return 1 if self.alone else self.flow.num_frames
 
 
 def labels_of(conditions: dict[str, list[dict[str, Any]]]) -> Iterator[FlowLabel]:
@@ -62,13 +69,25 @@ def labels_of(conditions: dict[str, list[dict[str, Any]]]) -> Iterator[FlowLabel
         yield from (entry[LABEL] for entry in entries if entry.get(LABEL) is not None)
 
 
-def of_frame_1(entry: dict[str, Any]) -> dict[str, Any]:
-    """A conditioning entry for frame 1 alone, whose labels may be attached already."""
+def of_frame(entry: dict[str, Any], index: int, start: float | None = None) -> dict[str, Any]:
+    """A conditioning entry for one frame alone, whose labels may be attached already.
+
+    index: of the frame, counted from 0. start: of its label in place of its own, if given.
+    """
     label, told = entry.get(LABEL), dict(entry.get("model_conds", {}))
     entry = {**entry, "model_conds": told}
     if label is not None:
-        mask = None if label.mask is None else label.mask.reshape(-1, *label.mask.shape[-2:])[:1]
-        entry[LABEL] = dataclasses.replace(label, flow=label.flow.select([0]), mask=mask)
+        mask = label.mask
+        if mask is not None:
+            mask = mask.reshape(-1, *mask.shape[-2:])
+            mask = mask[index : index + 1] if len(mask) > 1 else mask
+        entry[LABEL] = dataclasses.replace(
+            label,
+            flow=label.flow.select([0, index]),
+            start=label.start if start is None else start,
+            mask=mask,
+            alone=True,
+        )
     if _ROW in told:
         told[_ROW] = _LabelCondition(entry.get(LABEL))
     return entry
@@ -101,10 +120,10 @@ def attach_labels(conditions: dict[str, list[dict[str, Any]]], num_frames: int) 
     for entries in conditions.values():
         for entry in entries:
             label = entry.get(LABEL)
-            if label is not None and label.flow.num_frames != num_frames:
+            if label is not None and label.num_frames != num_frames:
                 raise FlowLabelError(
                     f"S2DM flow: expected a flow of {num_frames} frames, one for each latent, got "
-                    f"{label.flow.num_frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
+                    f"{label.num_frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
                     "make flow of as many frames."
                 )
             model_conditions = {**entry.get("model_conds", {}), _ROW: _LabelCondition(label)}
@@ -147,6 +166,7 @@ def encode_labels(
             table.append(torch.lerp(null, tokens, label.strength))
             numbers = torch.arange(count, count + len(tokens))
             numbers[_as_frame_1(seen)] = count
+            numbers = numbers[-1:] if label.alone else numbers
             rows[key] = numbers[:, None].to(like.device)
         entry[_ROW] = comfy.conds.CONDRegular(rows[key])
         text = entry.get("c_crossattn")

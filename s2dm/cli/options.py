@@ -55,6 +55,12 @@ def add_sampling(parser: argparse._ActionsContainer) -> None:
         action=argparse.BooleanOptionalAction,
         help="let every frame see frame 1 in self-attention (what the checkpoint recommends)",
     )
+    parser.add_argument(
+        "--key-frame",
+        action=argparse.BooleanOptionalAction,
+        help="draw the frame that moves most before frame 1, so that somebody stands where the "
+        "given flow says (what the checkpoint recommends)",
+    )
 
 
 def sampling_entries(options: argparse.Namespace) -> dict[str, Any]:
@@ -66,6 +72,7 @@ def sampling_entries(options: argparse.Namespace) -> dict[str, Any]:
         "flow_start": options.flow_start,
         "anchor_end": options.anchor_end,
         "reference_attention": options.reference_attention,
+        "key_frame": options.key_frame,
     }
     return {name: value for name, value in entries.items() if value is not None}
 

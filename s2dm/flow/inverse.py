@@ -118,6 +118,12 @@ def rebase(flow: FlowField, indices: Sequence[int]) -> FlowField:
     return FlowField(displacement, occlusion)
 
 
+def key_frame(flow: FlowField) -> int:
+    """The frame of which flow says most, counted from 0: the one whose visible pixels move most."""
+    moved = (flow.magnitude() * (1 - flow.occlusion)).flatten(1).mean(dim=1)
+    return int(moved.argmax())
+
+
 def reverse(flow: FlowField) -> FlowField:
     """The clip played backwards, measured from its last frame."""
     return rebase(flow, range(len(flow) - 1, -1, -1))

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..flow import FlowField
+from ..flow.inverse import key_frame, rebase
 from ..models import (
     STAGE_2,
     Checkpoint,
@@ -231,17 +232,44 @@ class FlowToVideoPipeline(DiffusionPipeline):
             )
         anchor = None
         if anchor_end and len(flow) > 1:
+            field = flow.resize(*size)
             if reference is None:
-                frame = self.decode_latents(self._denoise(request, FlowField.zeros(1, *size)))
+                frame = self._first_frame(request, field)
             else:
                 frame = on_canvas(picture_of(reference, *size), self.vae_factor)
-            anchor = self._anchor(request, frame, flow.resize(*size))
+            anchor = self._anchor(request, frame, field)
         frames = self._output(request, self._denoise(request, flow, anchor))
         self.maybe_free_model_hooks()
         return FlowToVideoOutput(frames=frames)
 
-    def _denoise(self, request: Request, flow: FlowField, anchor: Anchor | None = None) -> Tensor:
-        """Latents (N, C, h, w) of a clip that follows `flow`, on the canvas."""
+    def _first_frame(self, request: Request, flow: FlowField) -> Tensor:
+        """Frame 1 of a clip, (1, 3, H, W) in [0, 1] on the canvas.
+
+        Zero flow doesn't say where anybody is. Drawn after a key frame, frame 1 shows them there.
+        """
+        anchor, still = None, FlowField.zeros(1, *request.size)
+        key = key_frame(flow) if request.sampling.key_frame else 0
+        if key:  # 0 where nothing moves
+            # The flow has to act from the start, where it is decided who stands where.
+            sampling = replace(request.sampling, flow_start=0.0)
+            latents = self._denoise(
+                replace(request, sampling=sampling), flow.select([0, key]), skip=1
+            )
+            picture = self.decode_latents(latents)
+            anchor = self._anchor(request, picture, rebase(flow, [key, 0])).of_frame(1)
+        return self.decode_latents(self._denoise(request, still, anchor))
+
+    def _denoise(
+        self,
+        request: Request,
+        flow: FlowField,
+        anchor: Anchor | None = None,
+        skip: int = 0,
+    ) -> Tensor:
+        """Latents (N - skip, C, h, w) of a clip that follows `flow`, on the canvas.
+
+        skip: so many frames at the start aren't drawn.
+        """
         sampling = request.sampling
         self._tell_unknown_words(request.prompt, request.negative_prompt)
         if not is_attached(self.unet, self.flow_adapter.adapter):
@@ -253,12 +281,13 @@ class FlowToVideoPipeline(DiffusionPipeline):
         latent_size = canvas[0] // self.vae_factor, canvas[1] // self.vae_factor
         shape = (self.vae.config.latent_channels, *latent_size)
         generator = torch.Generator().manual_seed(request.seed)
-        noise = request.noise_sharing.draw(len(flow), shape, generator).to(self._execution_device)
+        noise = request.noise_sharing.draw(len(flow), shape, generator)[skip:]
+        labels = self._labels(request, flow, latent_size)
         denoiser = Denoiser(
             self.unet,
             self.scheduler,
-            self._labels(request, flow, latent_size),
-            self._null_tokens(len(flow), latent_size),
+            [(text, tokens[skip:]) for text, tokens in labels],
+            self._null_tokens(len(noise), latent_size),
             sampling,
             request.chunk_size,
             anchor,
@@ -272,7 +301,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
             return sample(
                 denoiser,
                 self.scheduler,
-                noise,
+                noise.to(self._execution_device),
                 sampling.steps,
                 generator,
                 request.noise_sharing,

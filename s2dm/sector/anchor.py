@@ -70,6 +70,11 @@ class Anchor:
         shown = F.adaptive_avg_pool2d(pixels, size)
         return cls(latents, shown.to(latents), still.to(latents), strength)
 
+    def of_frame(self, index: int) -> Anchor:
+        """The anchor of one frame, counted from 0."""
+        part = slice(index, index + 1)
+        return Anchor(self.latents[part], self.shown[part], self.still[part], self.strength)
+
     def pull(self, x0: Tensor, weight: float) -> Tensor:
         """Draw the guess of the clean sample towards the anchor.
 

@@ -54,7 +54,9 @@ class SamplingConfig(Config):
     the flow's: `None` to guide both together, as in the paper. The first `flow_start` of the
     noise schedule, 0 to 1, is sampled without the flow. From there until `anchor_end`, 0 to 1,
     frames are anchored to frame 1 (0: not at all, the paper's plain method); with
-    `reference_attention` they also see frame 1 in self-attention.
+    `reference_attention` they also see frame 1 in self-attention. Of an anchored clip that is given
+    its flow, frame 1 is drawn first; with `key_frame` the frame that moves most is drawn before
+    it, where its flow says that somebody is, and frame 1 is anchored to that one.
     """
 
     steps: int = 20
@@ -63,14 +65,15 @@ class SamplingConfig(Config):
     flow_start: float = 0.0
     anchor_end: float = 0.0
     reference_attention: bool = False
+    key_frame: bool = False
 
     def __post_init__(self) -> None:
         self._expect_positive("steps", most=MOST_STEPS)
         for name in ("flow_start", "anchor_end"):
             value = getattr(self, name)
             self._expect(is_number(value) and 0 <= value <= 1, name, "a number from 0 to 1")
-        flag = isinstance(self.reference_attention, bool)
-        self._expect(flag, "reference_attention", "true or false")
+        for name in ("reference_attention", "key_frame"):
+            self._expect(isinstance(getattr(self, name), bool), name, "true or false")
         for name in ("guidance_scale", "flow_guidance_scale"):
             value = getattr(self, name)
             none = value is None and name == "flow_guidance_scale"
@@ -90,6 +93,8 @@ class SamplingConfig(Config):
         start = f", flow from {self.flow_start:g}" if self.flow_start else ""
         anchor = f", anchored to {self.anchor_end:g}" if self.anchor_end else ""
         sees = ", reference attention" if self.reference_attention else ""
+        key = ", from a key frame" if self.key_frame and self.anchor_end else ""
         return (
-            f"DDIM, {self.steps} steps, guidance {self.guidance_scale:g}{flow}{start}{anchor}{sees}"
+            f"DDIM, {self.steps} steps, guidance {self.guidance_scale:g}"
+            f"{flow}{start}{anchor}{sees}{key}"
         )
