@@ -12,7 +12,7 @@ from torch import Tensor
 from ..flow import FlowField
 from ..flow.warp import visibility, warp_picture
 
-ANCHOR_END = 0.95
+ANCHOR_END = 1.0
 """How far into the noise schedule an anchor acts where nothing else is recommended."""
 _RELEASE = 0.05  # the last part of the anchor's own time, over which it lets go
 _STILL, _MOVING = 0.25, 1.0  # pixels: what moves less is still, what moves more is not
