@@ -35,10 +35,12 @@ _HEAD = """# Results
 Every figure carries its protocol and the command that makes it. The tables are written by
 `python benchmarks/report.py` from the files in [`results`](results).
 """
-_OLDER = "b8d4aa1e0b29"
-_OLDER_HEADER = f"""
-Where a protocol names the bundled checkpoint as {_OLDER}, its weights were those of today's file,
-under an earlier header that recommended no anchor.
+_OLDER = "s2dm-puppets-v2.safetensors"
+_OLDER_NOTE = f"""
+Where a protocol names {_OLDER}, the figures are those of the checkpoint that was bundled before
+today's. Autoencoder, text encoder and stage 1 are the same; its flow adapter had channel fusion, and
+its U-Net had seen people at one place only. Under b8d4aa1e0b29 and 48235e09a9d8 it has the same
+weights, and recommends an anchor only under the second. The file is in this repository's history.
 """
 
 
@@ -54,7 +56,7 @@ def page() -> str:
         path = RESULTS / f"{name}.json"
         if path.exists():
             parts.append(section(json.loads(path.read_text("utf-8"))))
-    older = _OLDER_HEADER if any(_OLDER in part for part in parts) else ""
+    older = _OLDER_NOTE if any(_OLDER in part for part in parts) else ""
     return "\n".join([_HEAD + older, *parts])
 
 
