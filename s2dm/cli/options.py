@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "assets" / "s2dm-puppets-v2.safetensors"
+DEFAULT_CHECKPOINT = Path(__file__).parent.parent / "assets" / "s2dm-puppets-v3.safetensors"
 
 
 class CommandError(ValueError):

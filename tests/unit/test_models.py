@@ -21,6 +21,7 @@ from s2dm.models import (
     TextEncoderConfig,
     UNetConfig,
     VAEConfig,
+    read_config,
     train_tokenizer,
     with_tokenizer,
 )
@@ -232,6 +233,12 @@ def test_motion_strength_is_a_multiple_of_the_trained_motion():
 
 def test_bundled_model_fits_fifty_megabytes():
     assert DEFAULT_CHECKPOINT.stat().st_size < 50e6
+
+
+def test_both_stages_of_the_bundled_model_make_clips_of_one_length():
+    """The motion of a clip is not given in fewer frames than that of a prompt."""
+    bundled = read_config(DEFAULT_CHECKPOINT)
+    assert (bundled.frames, bundled.flow_generator.frames) == (16, 16)
 
 
 def test_full_size_stable_diffusion_takes_the_adapter():

@@ -227,3 +227,19 @@ def test_the_engines_agree_on_the_bundled_checkpoint(rig):
     prompt = "A man with glasses, wearing a black coat and blue jeans is squat"
     comfy, diffusers = both(bundled, bundled.flow(2, 128, 128), prompt)
     assert relative(comfy, diffusers) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_engines_agree_on_what_the_bundled_checkpoint_recommends(rig):
+    """Widgets as they are, and nothing said to the pipeline: anchored, from a key frame."""
+    bundled = type(rig)(rig.pack, rig.nodes, DEFAULT_CHECKPOINT)
+    prompt = "A man with glasses, wearing a black coat and blue jeans is squat"
+    flow, loaded = bundled.flow(2, 128, 128), bundled.loaded
+    (model,) = bundled.run("S2DMAnchorToReference", model=loaded.model, vae=loaded.vae, flow=flow)
+    encoded = bundled.encode(flow, prompt)
+    comfy = bundled.sample(encoded, model, seed=3, steps=0, cfg=0.0)
+    pipeline = FlowToVideoPipeline.from_single_file(bundled.checkpoint)
+    pipeline.set_progress_bar_config(disable=True)
+    given = FlowField(flow.displacement, flow.occlusion)
+    diffusers = pipeline(prompt, given, seed=3, output_type="latent").frames
+    assert relative(comfy * pipeline.vae.config.scaling_factor, diffusers) <= TOLERANCE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compare import relative
+from core_nodes import core_node, windowed
 
 pytestmark = pytest.mark.comfyui
 
@@ -124,6 +125,52 @@ def test_tiles_are_refused_by_name(rig_of):
     model.set_model_unet_function_wrapper(tile)
     with pytest.raises(ValueError, match=r"sizes \[\(8, 8\)\].*got \(4, 8\).*tiles"):
         rig.sample(rig.encode(rig.flow(2)), model)
+
+
+@pytest.mark.parametrize("anchors", [False, True], ids=["plain", "anchored"])
+def test_context_windows_change_nothing(spatial, comfy_version, anchors):
+    """Anchored from a key frame: what is drawn before the clip is shorter than a window."""
+    if comfy_version < (0, 33):
+        pytest.skip("refused, whatever the fusion")
+    flow = spatial.flow(7)
+    model, encoded = spatial.loaded.model, spatial.encode(flow)
+    if anchors:
+        settings = {"end_percent": 1.0, "reference_attention": "off", "key_frame": "on"}
+        told = {"model": model, "vae": spatial.loaded.vae, "flow": flow}
+        (model,) = spatial.run("S2DMAnchorToReference", **told, **settings)
+    usual = spatial.sample(encoded, model)
+    assert relative(spatial.sample(encoded, windowed(model)), usual) < 1e-5
+    still = spatial.encode(spatial.equal_flow(7))
+    assert anchors or relative(spatial.sample(still, model), usual) > 1e-4
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        ("nodes_tomesd", "TomePatchModel", {"ratio": 0.5}),
+        (
+            "nodes_hypertile",
+            "HyperTile",
+            {"tile_size": 32, "swap_size": 4, "max_depth": 3, "scale_depth": False},
+        ),
+    ],
+    ids=lambda node: node[1],
+)
+def test_nodes_that_thin_out_self_attention_leave_the_flow_its_pixels(spatial, node):
+    """They change how many pixels self-attention sees, not cross-attention."""
+    module, name, settings = node
+    model = core_node(module, name, spatial.loaded.model, **settings)
+    size = {"height": 128, "width": 128}
+    moving, still = (
+        spatial.encode(spatial.flow(2, **size)),
+        spatial.encode(spatial.equal_flow(2, **size)),
+    )
+    clips = []
+    for encoded, chosen in ((moving, model), (still, model), (moving, spatial.loaded.model)):
+        torch.manual_seed(0)
+        clips.append(spatial.sample(encoded, chosen))
+    assert relative(clips[0], clips[1]) > 1e-4, "the flow is lost"
+    assert relative(clips[0], clips[2]) > 1e-4, "the node does nothing"
 
 
 def test_saved_by_core_and_loaded_again(rig_of, tmp_path):

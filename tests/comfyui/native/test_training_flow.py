@@ -154,7 +154,7 @@ def test_what_does_not_belong_together_is_refused(rig: Any, prepared: Any, tmp_p
     load = {"file": file, "vae": rig.loaded.vae}
     with pytest.raises(ValueError, match=r"Load Flow Generator \(S2DM\): .*width 64.*width 1280"):
         rig.run("S2DMFlowGeneratorLoader", clip=Wide(), **load)
-    bundled = {**load, "file": "s2dm-puppets-v2.safetensors (bundled)"}
+    bundled = {**load, "file": "s2dm-puppets-v3.safetensors (bundled)"}
     with pytest.raises(ValueError, match=r"Load Flow Generator \(S2DM\): .*4 reference channels"):
         rig.run("S2DMFlowGeneratorLoader", clip=rig.loaded.clip, **bundled)
 
