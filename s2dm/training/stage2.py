@@ -405,7 +405,8 @@ def _start(
     model_config = dataclasses.replace(
         model_config,
         resolution=(config.data.size, config.data.size),
-        frames=config.data.frames,
+        # Stage 1 says how long a clip is; stage 2 may learn from a few frames of it.
+        frames=model_config.frames if "flow_generator" in states else config.data.frames,
         noise_sharing=config.noise_sharing,
         noise_share=config.noise_share if config.noise_sharing == "mixed" else 1.0,
         data=config.description or model_config.data,
