@@ -218,7 +218,6 @@ def test_without_the_anchor_the_clip_still_starts_with_its_reference_frame(
         for node in samplers
     )
     assert (len(frame), len(clip)) == (1, FRAMES)
-    # Latents of random weights have no scale of their own.
-    scale = 1 if checkpoint.endswith("(bundled)") else float(frame.std())
-    assert (clip[0] - frame[0]).abs().max() <= 1e-4 * scale
-    assert (clip[1:] - frame).abs().amax((1, 2, 3)).min() > 1e-2 * scale
+    # A batch of 16 is rounded otherwise than one frame, and single latents amplify that.
+    assert (clip[0] - frame[0]).norm() <= 1e-4 * frame.norm()
+    assert (clip[1:] - frame).abs().amax((1, 2, 3)).min() > 1e-2 * frame.std()
