@@ -161,10 +161,7 @@ class _Anchoring:
             model, shape = guider.model_patcher.model, (2, *noise.shape[1:])
             anchor = self._anchor_to(picture, rebase(self.flow, [key, 0]), model, shape)
             self._anchor = anchor.of_frame(1)
-        try:
-            return self._frame(0, None, executor, noise, *args, **kwargs)
-        finally:
-            self._anchor = None
+        return self._frame(0, None, executor, noise, *args, **kwargs)
 
     def _key_frame(self, guider: Any, num_frames: int) -> int:
         """Which frame is drawn before frame 1, counted from 0; 0 for none.
