@@ -9,7 +9,8 @@ from random_checkpoint import tiny_config, write_random_checkpoint
 
 from s2dm.flow import FlowField
 from s2dm.flow.inverse import key_frame, rebase
-from s2dm.pipelines import FlowToVideoPipeline
+from s2dm.pipelines import FlowToVideoPipeline, flow_to_video
+from s2dm.pipelines.denoiser import Denoiser
 from s2dm.sector import Anchor, NoiseSharing
 
 PROMPT = "A man wearing a red coat and blue jeans is squat"
@@ -87,22 +88,28 @@ def test_the_key_frame_sees_its_own_flow_from_the_very_start(pipeline, noise, si
 
 
 @torch.no_grad()
-def test_frame_1_is_anchored_to_the_key_frame_and_the_clip_to_frame_1(pipeline):
-    flow = there_and_back()
-    clip, seen = drawn(pipeline, flow)
-    key, first = (pipeline.decode_latents(seen[n * STEPS - 1]) for n in (1, 2))
+def test_frame_1_is_anchored_to_the_key_frame_and_the_clip_to_frame_1(pipeline, monkeypatch):
+    anchors = []
+
+    def noted(*arguments):
+        anchors.append(arguments[-1])
+        return Denoiser(*arguments)
 
     def encode(frames):
         latents = pipeline.vae.encode(frames * 2 - 1).latent_dist.mode()
         return latents * pipeline.vae.config.scaling_factor
 
-    anchor = Anchor.of(key, rebase(flow, [KEY, 0]), encode).of_frame(1)
-    # It moves back by whole cells, so only the strip between the halves is the model's own.
-    far = [
-        relative(frame_1 * anchor.shown, anchor.latents * anchor.shown)
-        for frame_1 in (seen[2 * STEPS - 1], drawn(pipeline, flow, key=False)[1][STEPS - 1])
-    ]
-    assert far[0] < 0.5 and far[1] > 5
+    monkeypatch.setattr(flow_to_video, "Denoiser", noted)
+    flow = there_and_back()
+    clip, seen = drawn(pipeline, flow)
+    key, first = (pipeline.decode_latents(seen[n * STEPS - 1]) for n in (1, 2))
+    assert anchors[0] is None
+    moved = Anchor.of(key, rebase(flow, [KEY, 0]), encode)
+    assert relative(anchors[1].latents, moved.latents[1:]) < 1e-6
+    assert relative(anchors[1].latents, moved.latents[:1]) > 0.05
+    assert torch.equal(anchors[1].shown, moved.shown[1:])
+    assert torch.equal(anchors[1].still, moved.still[1:])
+    assert relative(anchors[2].latents, Anchor.of(first, flow, encode).latents) < 1e-6
     given, _ = drawn(pipeline, flow, reference=first[0])
     assert relative(given, clip) < 1e-5
 

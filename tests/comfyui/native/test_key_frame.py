@@ -49,21 +49,21 @@ def decoded(rig, latents):
 @pytest.mark.parametrize("late", [True, False])
 def test_key_frame_then_frame_1_then_the_clip(rig, flow, late):
     """As with other nodes by hand, whichever of anchor and adapter comes first."""
-    encoded = rig.encode(flow, start_percent=0.3)
-    key = rig.sample(rig.encode(flow, start_percent=0.0), steps=3)[KEY:][:1]
+    encoded = rig.encode(flow, start_percent=0.5)
+    key = rig.sample(rig.encode(flow, start_percent=0.0), steps=4)[KEY:][:1]
     moved = rig.module("s2dm.flow.inverse").rebase(flow, [KEY, 0])
     held = anchored(rig, moved, "off", reference=decoded(rig, key))
-    still = rig.encode(rig.equal_flow(2), start_percent=0.3)
-    frame_1 = decoded(rig, rig.sample(still, held, steps=3)[1:])
-    by_hand = rig.sample(encoded, anchored(rig, flow, reference=frame_1), steps=3)
+    still = rig.encode(rig.equal_flow(2), start_percent=0.5)
+    frame_1 = decoded(rig, rig.sample(still, held, steps=4)[1:])
+    by_hand = rig.sample(encoded, anchored(rig, flow, reference=frame_1), steps=4)
 
     model = anchored(rig, flow, model=rig.plain_model() if late else None)
     if late:
         model = rig.run_adapter(model)[0]
-    clip = rig.sample(encoded, model, steps=3)
+    clip = rig.sample(encoded, model, steps=4)
     assert relative(clip, by_hand) < 1e-4
-    assert relative(clip, rig.sample(encoded, anchored(rig, flow, "off"), steps=3)) > 0.01
-    assert torch.equal(rig.sample(encoded, model, steps=3), clip)
+    assert relative(clip, rig.sample(encoded, anchored(rig, flow, "off"), steps=4)) > 0.01
+    assert torch.equal(rig.sample(encoded, model, steps=4), clip)
 
 
 def nothing_says_flow(rig, flow):
