@@ -64,8 +64,8 @@ def anchor_model(
         reference_attention: whether frames see frame 1 in self-attention; None for what the
             checkpoint recommends. Only the U-Nets of Stable Diffusion can.
         from_key_frame: whether the frame that moves most is drawn before frame 1, which is then
-            anchored to it; None for what the checkpoint recommends. Without flow in the
-            conditioning, or with a reference, there is none.
+            anchored to it; None for what the checkpoint recommends. With a reference, or where
+            the model sees no flow, there is none.
 
     Raises:
         ValueError: the reference is no picture.
