@@ -26,8 +26,9 @@ from ...s2dm.sector import ANCHOR_END, Anchor, ReferenceStates, release, release
 from ..pictures import first_picture
 from .frames import KEY as FRAMES
 from .frames import FramesOfCall, call_in_chunks
-from .labels import labels_of, of_frame
+from .labels import check_labels, labels_of, of_frame
 from .recommended import recommendation_of
+from .wrappers import held_adapter
 
 KEY = "s2dm_anchor"
 """Of our wrappers on a MODEL, and of a run's `_Run` in its transformer options."""
@@ -63,8 +64,8 @@ def anchor_model(
         reference_attention: whether frames see frame 1 in self-attention; None for what the
             checkpoint recommends. Only the U-Nets of Stable Diffusion can.
         from_key_frame: whether the frame that moves most is drawn before frame 1, which is then
-            anchored to it; None for what the checkpoint recommends. Without flow in the
-            conditioning, or with a reference, there is none.
+            anchored to it; None for what the checkpoint recommends. With a reference, or where
+            the model sees no flow, there is none.
 
     Raises:
         ValueError: the reference is no picture.
@@ -152,19 +153,30 @@ class _Anchoring:
 
         Zero flow doesn't say where anybody is. Drawn after a key frame, frame 1 shows them there.
         """
-        guider, key = executor.class_obj, 0
-        if self.from_key_frame and any(label.strength for label in labels_of(guider.conds)):
-            key = key_frame(self.flow)  # 0 where nothing moves
+        guider = executor.class_obj
+        key = self._key_frame(guider, len(noise))
         if key:
             # The flow has to act from the start, where it is decided who stands where.
             picture = self._frame(key, 0.0, executor, noise, *args, **kwargs)
             model, shape = guider.model_patcher.model, (2, *noise.shape[1:])
             anchor = self._anchor_to(picture, rebase(self.flow, [key, 0]), model, shape)
             self._anchor = anchor.of_frame(1)
-        try:
-            return self._frame(0, None, executor, noise, *args, **kwargs)
-        finally:
-            self._anchor = None
+        return self._frame(0, None, executor, noise, *args, **kwargs)
+
+    def _key_frame(self, guider: Any, num_frames: int) -> int:
+        """Which frame is drawn before frame 1, counted from 0; 0 for none.
+
+        None where the model doesn't see the flow, where nothing moves, and where a ControlNet or
+        GLIGEN says by itself where things stand, of each frame or of frame 1 alone.
+        """
+        told = {name for entries in guider.conds.values() for entry in entries for name in entry}
+        if not self.from_key_frame or told & {"control", "gligen"}:
+            return 0
+        if held_adapter(guider.model_patcher) is None:
+            return 0
+        check_labels(guider.conds, num_frames)
+        follows = any(label.strength for label in labels_of(guider.conds))
+        return key_frame(self.flow) if follows else 0
 
     def _frame(
         self,
@@ -192,8 +204,8 @@ class _Anchoring:
         if "latent_shapes" in kwargs and kwargs["latent_shapes"] is not None:
             kwargs["latent_shapes"] = [(1, *noise.shape[1:])]
         mask = denoise_mask
-        if mask is not None:
-            mask = mask[part] if len(mask) == len(noise) else mask[:1]
+        if mask is not None:  # as core repeats and cuts it
+            mask = mask[index % len(mask)][None]
         own = (noise[part], latent_image[part], sampler, sigmas, mask, None, True, seed)
         latent = executor(*own, **kwargs)
         guider.conds = conds

@@ -111,23 +111,28 @@ class _LabelCondition:
         self.label = label
 
 
+def check_labels(conditions: dict[str, list[dict[str, Any]]], num_frames: int) -> None:
+    """Raise FlowLabelError where a flow has another number of frames than the latents."""
+    for label in labels_of(conditions):
+        if label.num_frames != num_frames:
+            raise FlowLabelError(
+                f"S2DM flow: expected a flow of {num_frames} frames, one for each latent, got "
+                f"{label.num_frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
+                "make flow of as many frames."
+            )
+
+
 def attach_labels(conditions: dict[str, list[dict[str, Any]]], num_frames: int) -> None:
     """Put the labels among the model conditions of each entry; null where there is none.
 
     Raises:
         FlowLabelError: a flow of another number of frames than the latents have.
     """
+    check_labels(conditions, num_frames)
     for entries in conditions.values():
         for entry in entries:
-            label = entry.get(LABEL)
-            if label is not None and label.num_frames != num_frames:
-                raise FlowLabelError(
-                    f"S2DM flow: expected a flow of {num_frames} frames, one for each latent, got "
-                    f"{label.num_frames}. Sample the LATENT that Encode Flow (S2DM) gives, or "
-                    "make flow of as many frames."
-                )
-            model_conditions = {**entry.get("model_conds", {}), _ROW: _LabelCondition(label)}
-            entry["model_conds"] = model_conditions
+            row = _LabelCondition(entry.get(LABEL))
+            entry["model_conds"] = {**entry.get("model_conds", {}), _ROW: row}
 
 
 def encode_labels(

@@ -196,7 +196,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
                 entries of one in place of what the checkpoint recommends, such as `{"steps": 50}`.
             reference: a picture of yours that becomes frame 1, where the sampling is anchored: a
                 PIL image, or (3, H, W) in [0, 1]. It is scaled to cover the clip and cropped at
-                the centre. Without one, frame 1 is drawn first, from the same noise.
+                the centre. Without one, frame 1 is drawn first, from the same noise; with
+                `key_frame` the frame that moves most before it.
             seed: of the initial noise and of the step noise; random if None.
             noise_sharing: how the frames share their noise, at the start and at every step.
             chunk_size: how many frames the networks see at a time. Frames do not see one
@@ -204,8 +205,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
                 the length of the clip.
             output_type: "pt", "pil" or "latent".
             callback_on_step_end: called after each step with its number, counted from 0 through
-                frame 1 (where it is drawn first) and the clip, and the latents there,
-                (1, C, h, w) and (N, C, h, w); may raise to stop.
+                key frame and frame 1 (where they are drawn first) and the clip, and the latents
+                there, (1, C, h, w) twice and (N, C, h, w); may raise to stop.
 
         Returns:
             `FlowToVideoOutput`
@@ -232,12 +233,11 @@ class FlowToVideoPipeline(DiffusionPipeline):
             )
         anchor = None
         if anchor_end and len(flow) > 1:
-            field = flow.resize(*size)
             if reference is None:
-                frame = self._first_frame(request, field)
+                frame = self._first_frame(request, flow)
             else:
                 frame = on_canvas(picture_of(reference, *size), self.vae_factor)
-            anchor = self._anchor(request, frame, field)
+            anchor = self._anchor(request, frame, flow)
         frames = self._output(request, self._denoise(request, flow, anchor))
         self.maybe_free_model_hooks()
         return FlowToVideoOutput(frames=frames)
@@ -252,10 +252,8 @@ class FlowToVideoPipeline(DiffusionPipeline):
         if key:  # 0 where nothing moves
             # The flow has to act from the start, where it is decided who stands where.
             sampling = replace(request.sampling, flow_start=0.0)
-            latents = self._denoise(
-                replace(request, sampling=sampling), flow.select([0, key]), skip=1
-            )
-            picture = self.decode_latents(latents)
+            told, only = replace(request, sampling=sampling), slice(key, key + 1)
+            picture = self.decode_latents(self._denoise(told, flow, frames=only))
             anchor = self._anchor(request, picture, rebase(flow, [key, 0])).of_frame(1)
         return self.decode_latents(self._denoise(request, still, anchor))
 
@@ -264,12 +262,9 @@ class FlowToVideoPipeline(DiffusionPipeline):
         request: Request,
         flow: FlowField,
         anchor: Anchor | None = None,
-        skip: int = 0,
+        frames: slice = slice(None),
     ) -> Tensor:
-        """Latents (N - skip, C, h, w) of a clip that follows `flow`, on the canvas.
-
-        skip: so many frames at the start aren't drawn.
-        """
+        """Latents (N, C, h, w) of a clip that follows `flow`, or of some frames, on the canvas."""
         sampling = request.sampling
         self._tell_unknown_words(request.prompt, request.negative_prompt)
         if not is_attached(self.unet, self.flow_adapter.adapter):
@@ -281,12 +276,12 @@ class FlowToVideoPipeline(DiffusionPipeline):
         latent_size = canvas[0] // self.vae_factor, canvas[1] // self.vae_factor
         shape = (self.vae.config.latent_channels, *latent_size)
         generator = torch.Generator().manual_seed(request.seed)
-        noise = request.noise_sharing.draw(len(flow), shape, generator)[skip:]
+        noise = request.noise_sharing.draw(len(flow), shape, generator)[frames]
         labels = self._labels(request, flow, latent_size)
         denoiser = Denoiser(
             self.unet,
             self.scheduler,
-            [(text, tokens[skip:]) for text, tokens in labels],
+            [(text, tokens[frames]) for text, tokens in labels],
             self._null_tokens(len(noise), latent_size),
             sampling,
             request.chunk_size,
@@ -310,7 +305,7 @@ class FlowToVideoPipeline(DiffusionPipeline):
 
     def _anchor(self, request: Request, picture: Tensor, flow: FlowField) -> Anchor:
         """The anchor of a clip to frame 1, (1, 3, H, W) in [0, 1] on the canvas."""
-        flow = flow.pad(*picture.shape[-2:])
+        flow = flow.resize(*request.size).pad(*picture.shape[-2:])
         return Anchor.of(picture, flow, self._encode, chunk_size=request.chunk_size)
 
     def _encode(self, frames: Tensor) -> Tensor:

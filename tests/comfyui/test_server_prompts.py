@@ -108,7 +108,7 @@ def test_a_picture_moves_through_a_clip(server: ComfyServer) -> None:
                 "class_type": "S2DMAnchorToReference",
                 "inputs": {"model": ["1", 0], "vae": ["1", 2], "reference": ["2", 0]}
                 | {"flow": ["4", 0], "strength": 1.0, "end_percent": -1.0}
-                | {"reference_attention": "auto"},
+                | {"reference_attention": "auto", "key_frame": "auto"},
             },
             "10": {
                 "class_type": "S2DMSharedNoiseKSampler",

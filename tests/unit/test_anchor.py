@@ -74,6 +74,13 @@ def test_a_long_clip_is_anchored_a_few_frames_at_a_time():
     assert torch.equal(parts.latents, anchor().latents)
 
 
+def test_one_frame_has_its_part_of_the_anchor():
+    held, guess = anchor(strength=0.7), torch.randn(3, 3, 4, 4)
+    for weight in (0.0, 0.5, 1.0):
+        pulled = held.of_frame(1).pull(guess[1:2], weight)
+        torch.testing.assert_close(pulled, held.pull(guess, weight)[1:2])
+
+
 @given(sigma=st.floats(0, 20))
 @settings(max_examples=50, deadline=None)
 def test_the_anchor_lets_go_evenly(sigma):

@@ -142,8 +142,9 @@ def test_same_seed_same_clip_from_file_and_folder(tmp_path, checkpoint):
 def test_a_clip_is_sampled_as_the_checkpoint_recommends(tmp_path, both_stages):
     told = tmp_path / "told.safetensors"
     wanted = ["--steps", 1, "--guidance", 2, "--flow-guidance", 1, "--flow-start", 1]
+    wanted.append("--key-frame")
     assert run("convert", both_stages, told, *wanted) == 0
-    assert read_config(told).sampling == SamplingConfig(1, 2, 1, 1)
+    assert read_config(told).sampling == SamplingConfig(1, 2, 1, 1, key_frame=True)
     save_flow(tmp_path / "flow.npz", FlowField.zeros(2, 32, 32))
     for motion in ([], ["--flow", tmp_path / "flow.npz"]):
         clips = []

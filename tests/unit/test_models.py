@@ -212,6 +212,7 @@ def test_settings_of_sampling_are_replaced_entry_by_entry():
         ({"steps": 0}, r"SamplingConfig\.steps: expected a whole number from 1 to 100000, got 0"),
         ({"flow_start": 1.5}, r"SamplingConfig\.flow_start: .*0 to 1, got 1\.5"),
         ({"guidance_scale": None}, r"SamplingConfig\.guidance_scale: .*got None"),
+        ({"key_frame": 1}, r"SamplingConfig\.key_frame: expected true or false, got 1"),
     ):
         with pytest.raises(SettingsError, match=message):
             recommended.replacing(entries)
@@ -221,6 +222,9 @@ def test_sampling_says_itself_in_a_line():
     assert str(SamplingConfig()) == "DDIM, 20 steps, guidance 7.5"
     whole = SamplingConfig(12, 2.0, 1.5, 0.25)
     assert str(whole) == "DDIM, 12 steps, guidance 2 (flow 1.5), flow from 0.25"
+    anchored = SamplingConfig(anchor_end=0.9, key_frame=True)
+    assert str(anchored) == f"{SamplingConfig()}, anchored to 0.9, from a key frame"
+    assert str(SamplingConfig(key_frame=True)) == str(SamplingConfig())
 
 
 def test_motion_strength_is_a_multiple_of_the_trained_motion():

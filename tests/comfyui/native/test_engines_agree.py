@@ -56,6 +56,7 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
     reference = options.pop("reference", None)
     anchor_end = options.pop("anchor_end", 0.0)
     sees = options.pop("reference_attention", False)
+    key_frame = options.pop("key_frame", False)
     encoded = rig.encode(
         flow,
         prompt,
@@ -66,7 +67,7 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
         width=width,
     )
     model = rig.loaded.model
-    if reference is not None:
+    if anchor_end:
         (model,) = rig.run(
             "S2DMAnchorToReference",
             model=model,
@@ -75,6 +76,7 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
             flow=flow,
             end_percent=anchor_end,
             reference_attention="on" if sees else "off",
+            key_frame="on" if key_frame else "off",
         )
     comfy = rig.sample(encoded, model, seed=seed, steps=steps, cfg=cfg, noise_sharing=sharing)
     pipeline = FlowToVideoPipeline.from_single_file(rig.checkpoint)
@@ -93,6 +95,7 @@ def both(rig, flow, prompt=PROMPT, negative="", steps=20, cfg=7.5, seed=3, **opt
             flow_start,
             anchor_end=anchor_end,
             reference_attention=sees,
+            key_frame=key_frame,
         ),
         reference=None if reference is None else reference[0].movedim(-1, 0),
         seed=seed,
@@ -135,6 +138,28 @@ def test_an_anchor_agrees_on_sizes(exact, height, width):
     flow = exact.flow(2, height, width)
     options = {"reference": picture, "anchor_end": 0.95, "steps": 5}
     assert relative(*both(exact, flow, **options)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"flow_start": 0.2, "reference_attention": True},
+        {"noise_sharing": "mixed", "guide_flow": False},
+        {"size": (64, 64)},
+    ],
+    ids=lambda case: "-".join(case),
+)
+def test_a_key_frame_agrees(exact, case):
+    """Frame 3 of a flow that may be of another size than the clip."""
+    side = 96 if "size" in case else 64
+    flow = exact.flow(4, side, side)
+    flow.displacement[2] = flow.displacement[2] * 2
+    options = {"anchor_end": 1.0, "steps": 5, "cfg": 4.0, **case}
+    comfy, diffusers = both(exact, flow, key_frame=True, **options)
+    assert relative(comfy, diffusers) <= TOLERANCE
+    without = both(exact, flow, **options)
+    assert relative(*without) <= TOLERANCE
+    assert relative(comfy, without[0]) > 10 * TOLERANCE
 
 
 def test_v_prediction_agrees(exact, tmp_path):

@@ -34,7 +34,7 @@ SOCKETS = {
         "CONDITIONING CONDITIONING LATENT",
     ),
     "S2DMAnchorToReference": (
-        "model vae reference flow strength end_percent reference_attention",
+        "model vae reference flow strength end_percent reference_attention key_frame",
         "MODEL",
     ),
     "S2DMSharedNoiseKSampler": (

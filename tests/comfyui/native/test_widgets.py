@@ -28,6 +28,7 @@ FOLDED = {
     ("S2DMEncodeFlow", "end_percent"),
     ("S2DMEncodeFlow", "guide_flow"),
     ("S2DMAnchorToReference", "reference_attention"),
+    ("S2DMAnchorToReference", "key_frame"),
     ("S2DMEditFlow", "left"),
     ("S2DMEditFlow", "top"),
     ("S2DMPoseToFlow", "least_confidence"),
