@@ -37,10 +37,11 @@ Every figure carries its protocol and the command that makes it. The tables are 
 """
 _OLDER = "s2dm-puppets-v2.safetensors"
 _OLDER_NOTE = f"""
-Where a protocol names {_OLDER}, the figures are those of the checkpoint that was bundled before
-today's. Autoencoder, text encoder and stage 1 are the same; its flow adapter had channel fusion, and
-its U-Net had seen people at one place only. Under b8d4aa1e0b29 and 48235e09a9d8 it has the same
-weights, and recommends an anchor only under the second. The file is in this repository's history.
+Where a protocol names {_OLDER}, the figures are those of the checkpoint that was
+bundled before today's. Autoencoder, text encoder and stage 1 are the same; its flow adapter had
+channel fusion, and its U-Net had seen people at one place only. Under b8d4aa1e0b29 and 48235e09a9d8
+it has the same weights, and recommends an anchor only under the second. The file is in this
+repository's history.
 """
 
 
