@@ -82,7 +82,7 @@ def test_what_the_bundled_checkpoint_can_follow_is_said_where_it_is_first_used()
     """In the note of the first template, and beside the README's quick start."""
     nodes = read(PACK / "workflows" / "s2dm_flow_to_video.json")["nodes"]
     (note,) = (node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote")
-    assert "place and size, before a still camera" in note and "24 outfits" in note
+    assert "one person, **seen whole" in note and "24 outfits" in note
     readme = (PACK / "README.md").read_text("utf-8")
     start = readme.split("## Quick start")[1].split("\n## ")[0]
     assert "What to expect of the bundled checkpoint" in start and "docs/results.md#limits" in start
