@@ -1,6 +1,7 @@
 """Where the promises of the bundled model end: what it was not trained for, and what it gets wrong.
 
-Its puppets stand at one place, at one size, before a camera that stands still. Measured is
+It was trained on puppets; the tables show them at one place, at one size, before a camera that
+stands still. Measured is
 
   motion   how the flow of a clip is followed as it is, and where the same people stand elsewhere,
            are smaller, or are filmed by a camera that pans; and two clips of another kind. From
