@@ -164,7 +164,8 @@ def test_the_readme_quotes_the_file():
     assert command in readme
     claims = readme.partition("## Quick start")[2].partition("## Nodes")[0]
     for row in table["motion"].values():
-        assert f"{row['flow_error']:.2f}" in claims
+        for name in ("flow_error", "autoencoder", "warped"):
+            assert f"{row[name]:.2f}" in claims
     for rooms in table["rooms"].values():
         changed = sum(one["change"] > limits.CHANGED for one in rooms)
         assert f"{changed} of {len(rooms)} clips" in claims
