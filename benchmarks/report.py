@@ -40,8 +40,8 @@ _OLDER_NOTE = f"""
 Where a protocol names {_OLDER}, the figures are those of the checkpoint that was
 bundled before today's. Autoencoder, text encoder and stage 1 are the same; its flow adapter had
 channel fusion, and its U-Net had seen people at one place only. Under b8d4aa1e0b29 and 48235e09a9d8
-it has the same weights, and recommends an anchor only under the second. The file is in this
-repository's history.
+it has the same weights, and recommends an anchor only under the second. Commit 404b9d23945c of this
+repository has that file; there the commands beside such figures repeat them.
 """
 
 
