@@ -218,6 +218,12 @@ def test_without_the_anchor_the_clip_still_starts_with_its_reference_frame(
         for node in samplers
     )
     assert (len(frame), len(clip)) == (1, FRAMES)
-    # A batch of 16 is rounded otherwise than one frame, and single latents amplify that.
-    assert (clip[0] - frame[0]).norm() <= 1e-4 * frame.norm()
-    assert (clip[1:] - frame).abs().amax((1, 2, 3)).min() > 1e-2 * frame.std()
+    # Latents of random weights have no scale of their own.
+    bundled = checkpoint.endswith("(bundled)")
+    scale = 1 if bundled else float(frame.std())
+    if bundled:
+        # A batch of frames is rounded otherwise than one, and single latents amplify that.
+        assert (clip[0] - frame[0]).norm() <= 3e-5 * frame.norm()
+    else:
+        assert (clip[0] - frame[0]).abs().max() <= 1e-4 * scale
+    assert (clip[1:] - frame).abs().amax((1, 2, 3)).min() > 1e-2 * scale
