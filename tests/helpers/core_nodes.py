@@ -7,6 +7,17 @@ from typing import Any
 
 import pytest
 
+THINNING = [
+    ("nodes_tomesd", "TomePatchModel", {"ratio": 0.5}),
+    (
+        "nodes_hypertile",
+        "HyperTile",
+        {"tile_size": 32, "swap_size": 4, "max_depth": 3, "scale_depth": False},
+    ),
+]
+"""Core's nodes that thin out self-attention and draw random numbers in each call: for `core_node`,
+module, name and settings."""
+
 
 def core_node(module: str, name: str, model: Any, **settings: Any) -> Any:
     """MODEL of a node of core, whose classes newer versions write in another way."""

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 from compare import relative
-from core_nodes import core_node
+from core_nodes import THINNING, core_node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytestmark = pytest.mark.comfyui
@@ -183,18 +183,7 @@ def test_gligen_sees_all_frames_at_once(rig, monkeypatch):
     assert asked[:2] == [10, 5]  # core is asked for as much
 
 
-@pytest.mark.parametrize(
-    "node",
-    [
-        ("nodes_tomesd", "TomePatchModel", {"ratio": 0.5}),
-        (
-            "nodes_hypertile",
-            "HyperTile",
-            {"tile_size": 32, "swap_size": 4, "max_depth": 3, "scale_depth": False},
-        ),
-    ],
-    ids=lambda node: node[1],
-)
+@pytest.mark.parametrize("node", THINNING, ids=lambda node: node[1])
 def test_equal_frames_stay_equal_beside_a_node_that_draws_in_each_call(rig, node):
     """ToMe and HyperTile draw random numbers once a call, and a chunk is a call."""
     module, name, settings = node

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compare import relative
-from core_nodes import core_node, windowed
+from core_nodes import THINNING, core_node, windowed
 
 pytestmark = pytest.mark.comfyui
 
@@ -128,12 +128,7 @@ def test_the_states_of_frame_1_alone_are_kept(rig, picture, encoded, monkeypatch
 @pytest.mark.parametrize(
     "node",
     [
-        ("nodes_tomesd", "TomePatchModel", {"ratio": 0.5}),
-        (
-            "nodes_hypertile",
-            "HyperTile",
-            {"tile_size": 32, "swap_size": 4, "max_depth": 3, "scale_depth": False},
-        ),
+        *THINNING,
         ("nodes_pag", "PerturbedAttentionGuidance", {"scale": 3.0}),
         ("nodes_sag", "SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}),
     ],

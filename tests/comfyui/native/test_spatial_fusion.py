@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from compare import relative
-from core_nodes import core_node, windowed
+from core_nodes import THINNING, core_node, windowed
 
 pytestmark = pytest.mark.comfyui
 
@@ -144,18 +144,7 @@ def test_context_windows_change_nothing(spatial, comfy_version, anchors):
     assert anchors or relative(spatial.sample(still, model), usual) > 1e-4
 
 
-@pytest.mark.parametrize(
-    "node",
-    [
-        ("nodes_tomesd", "TomePatchModel", {"ratio": 0.5}),
-        (
-            "nodes_hypertile",
-            "HyperTile",
-            {"tile_size": 32, "swap_size": 4, "max_depth": 3, "scale_depth": False},
-        ),
-    ],
-    ids=lambda node: node[1],
-)
+@pytest.mark.parametrize("node", THINNING, ids=lambda node: node[1])
 def test_nodes_that_thin_out_self_attention_leave_the_flow_its_pixels(spatial, node):
     """They change how many pixels self-attention sees, not cross-attention."""
     module, name, settings = node
